@@ -1,0 +1,32 @@
+"""What can go wrong below the engine.
+
+CacheError
+├── DoesNotFit        a budget cannot hold what one step needs (start-up; the message has the sums)
+├── NoDiskSpace       the pack would not fit on its disk, or the disk filled while writing
+├── PackInvalid       a pack file is missing, foreign, truncated or corrupt (the caller rebuilds)
+└── ReadFailed        the operating system refused a read while serving
+"""
+
+
+class CacheError(Exception):
+    """Root of the room; raised by nobody itself, caught by who only wants a message."""
+
+
+class DoesNotFit(CacheError):
+    """Raised when planning; the caller refuses to start."""
+
+    def __init__(self, message: str, needed_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+
+
+class NoDiskSpace(CacheError):
+    """Raised by the pack writer before or while it writes; nothing half-written stays."""
+
+
+class PackInvalid(CacheError):
+    """Raised on opening a pack, or at the first read of a blob whose checksum differs."""
+
+
+class ReadFailed(CacheError):
+    """Raised by a lease when a blob could not be read; the step fails, the cache stays whole."""

@@ -1,0 +1,70 @@
+"""Counters of the cache, as frozen snapshots. Knows no Prometheus.
+
+hits + prefetch_hits + misses = distinct experts requested, per layer: one layer of one step is one
+event. A prefetch that has not arrived when its expert is asked for is a miss (and counted `late`).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """Lookups of one experts module since start."""
+
+    name: str  # module path, as in the pack header
+    hits: int
+    prefetch_hits: int
+    misses: int
+    evictions: int
+
+    @property
+    def lookups(self) -> int:
+        return self.hits + self.prefetch_hits + self.misses
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Everything the cache counts. Seconds are wall clock, bytes are what was read."""
+
+    layers: tuple[LayerStats, ...]
+    demand_loads: int
+    prefetch_loads: int
+    demand_bytes: int
+    prefetch_bytes: int
+    prefetches_used: int  # arrived before they were asked for
+    prefetches_late: int  # asked for while still moving
+    prefetches_wasted: int  # evicted (or failed) without ever being asked for
+    prefetches_dropped: int  # guessed but not started: link busy, nothing evictable
+    demand_read_s: float  # time reader threads spent on demanded reads
+    prefetch_read_s: float
+    prefill_stall_s: float  # time the compute thread waited for experts
+    decode_stall_s: float
+    slots: int
+    slots_used: int
+    slot_bytes: int
+    capacity_bytes: int
+    used_bytes: int
+
+    @property
+    def hits(self) -> int:
+        return sum(layer.hits for layer in self.layers)
+
+    @property
+    def prefetch_hits(self) -> int:
+        return sum(layer.prefetch_hits for layer in self.layers)
+
+    @property
+    def misses(self) -> int:
+        return sum(layer.misses for layer in self.layers)
+
+    @property
+    def lookups(self) -> int:
+        return self.hits + self.prefetch_hits + self.misses
+
+    @property
+    def loads(self) -> int:
+        return self.demand_loads + self.prefetch_loads
+
+    @property
+    def loaded_bytes(self) -> int:
+        return self.demand_bytes + self.prefetch_bytes

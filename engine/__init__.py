@@ -1,0 +1,51 @@
+"""From prompt ids to token events. Knows no HTTP, no JSON field, no Prometheus."""
+
+from .config import EngineConfig, Progress, ProgressFn
+from .errors import (
+    BadParameter,
+    BudgetTooSmall,
+    Draining,
+    EngineError,
+    EngineFailed,
+    LoadCancelled,
+    ModelNotFound,
+    ModelRefused,
+    NotReady,
+    PromptTooLong,
+    QueueFull,
+    RequestError,
+    StartError,
+    Unavailable,
+)
+from .manifest import MANIFEST_NAME, Manifest
+from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
+from .stats import EngineState, EngineStats, ModelInfo
+
+__all__ = [
+    "MANIFEST_NAME",
+    "BadParameter",
+    "BudgetTooSmall",
+    "Draining",
+    "EngineConfig",
+    "EngineError",
+    "EngineFailed",
+    "EngineState",
+    "EngineStats",
+    "FinishReason",
+    "LoadCancelled",
+    "Manifest",
+    "ModelInfo",
+    "ModelNotFound",
+    "ModelRefused",
+    "NotReady",
+    "Progress",
+    "ProgressFn",
+    "PromptTooLong",
+    "QueueFull",
+    "RequestError",
+    "SamplingParams",
+    "StartError",
+    "Timings",
+    "TokenEvent",
+    "Unavailable",
+]

@@ -1,0 +1,45 @@
+"""What a user may set about the engine. Frozen; checked here once, filled in by nobody later."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BadParameter
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One notice about long work: `done` of `total` (`total` 0: unknown) `unit`s of `phase`."""
+
+    phase: str  # "download", "factorize", "pack", "load" …; a new phase ends the one before
+    done: int
+    total: int
+    unit: str = ""  # "bytes", "layers" …
+
+
+ProgressFn = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Budgets are bytes; None means that the start decides and says what it chose."""
+
+    model_path: Path
+    cache_dir: Path
+    device: str = "cpu"
+    expert_format: str = "native"
+    host_memory_bytes: int | None = None  # expert slots and staging
+    kv_memory_bytes: int | None = None
+    experts_per_token: int | None = None
+    prefetch: bool = True
+    threads: int | None = None
+    max_model_len_tokens: int | None = None
+    max_running: int = 16  # sequences in one batch
+    max_waiting: int = 256  # sequences in the queue behind it
+    max_step_tokens: int = 512  # tokens in one packed pass
+
+    def __post_init__(self) -> None:
+        for name in ("host_memory_bytes", "kv_memory_bytes", "experts_per_token", "threads"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise BadParameter(f"{name} must be positive, not {value}", name)

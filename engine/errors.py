@@ -1,0 +1,77 @@
+"""What can go wrong in the engine.
+
+EngineError
+├── StartError            before serving; the command line prints it and exits with 2
+│   ├── ModelNotFound     no such folder, or nothing in it that is a model
+│   ├── ModelRefused      found, but not carried: dense, truncated, unknown mask, pickle only …
+│   ├── BudgetTooSmall    the memory plan does not work out (the message has the sums)
+│   └── LoadCancelled     the user stopped the start
+├── RequestError          one request's fault; the server answers 400
+│   ├── BadParameter      a sampling parameter out of range (`param` names it)
+│   └── PromptTooLong     prompt + max_tokens exceed the context or the KV budget
+└── Unavailable           nobody's fault; the server answers 503
+    ├── NotReady          still loading
+    ├── QueueFull         too many requests wait
+    ├── Draining          shutting down, running work finishes
+    └── EngineFailed      the engine thread died; restart the server
+"""
+
+
+class EngineError(Exception):
+    """Root of the room."""
+
+
+class StartError(EngineError):
+    """The server cannot start; the message is one line with the cause and the next step."""
+
+
+class ModelNotFound(StartError):
+    pass
+
+
+class ModelRefused(StartError):
+    pass
+
+
+class BudgetTooSmall(StartError):
+    pass
+
+
+class LoadCancelled(StartError):
+    pass
+
+
+class RequestError(EngineError):
+    """Raised by `EngineWorker.submit`; `param` is the request field at fault, if one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class BadParameter(RequestError):
+    pass
+
+
+class PromptTooLong(RequestError):
+    pass
+
+
+class Unavailable(EngineError):
+    """Raised by `EngineWorker.submit`, or delivered to an open stream; try again later."""
+
+
+class NotReady(Unavailable):
+    pass
+
+
+class QueueFull(Unavailable):
+    pass
+
+
+class Draining(Unavailable):
+    pass
+
+
+class EngineFailed(Unavailable):
+    """Not worth a retry on this process."""

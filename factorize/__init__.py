@@ -1,0 +1,1 @@
+"""Offline toolbox: makes checkpoints that the engine serves. Knows no request and no HTTP."""
