@@ -1,0 +1,52 @@
+# Every target works from a clean clone with Python 3.11+, make and bash, and installs into .venv
+# alone. The work is in scripts/, which can be called by hand.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+PYTEST_ARGS ?=
+export MOESTRO_TORCH
+export PYTHON
+
+.PHONY: help run setup dev test check test-fast test-slow gpu-check bench clean
+
+help: ## this text
+	@echo "moestro: a server for Mixture-of-Experts models larger than the memory they run in."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Variables: PORT=$(PORT)  HOST=$(HOST)  ARGS=\"--host-memory 16MiB\"  (make run)"
+	@echo "           PYTEST_ARGS=\"-k name\"  (make test…)    PYTHON=  MOESTRO_TORCH=  (make setup)"
+
+run: setup ## set up, fetch the demo model and serve it on http://127.0.0.1:8000
+	@exec .venv/bin/moestro serve demo --host $(HOST) --port $(PORT) --host-memory 40MiB $(ARGS)
+
+setup: ## make .venv with what serving needs
+	@scripts/setup.sh runtime
+
+dev: ## make .venv with what the tests need, too
+	@scripts/setup.sh dev
+
+test: dev check test-fast ## format, lint, types and the fast tests: all of it before each commit
+
+check: dev ## format, lint and types alone
+	@scripts/check.sh
+
+test-fast: dev
+	@.venv/bin/pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: dev ## the tests that take more than a few seconds
+	@.venv/bin/pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+gpu-check: dev ## the tests that need an NVIDIA GPU
+	@scripts/gpu_check.sh $(PYTEST_ARGS)
+
+bench: dev ## the benchmarks (ARGS="bench_engine" for one)
+	@scripts/bench.sh $(ARGS)
+
+clean: ## remove .venv and everything built or cached in this folder (not the model cache)
+	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

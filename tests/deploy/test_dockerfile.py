@@ -1,0 +1,109 @@
+"""The image's recipe, read as text: no container engine is needed to keep its promises."""
+
+import ast
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Step:
+    word: str
+    rest: str
+
+
+def read_steps(text: str) -> list[Step]:
+    """The instructions, comments dropped and continued lines joined."""
+    lines = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [Step(*line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[Step]:
+    return read_steps((REPO / "Dockerfile").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def last_stage(steps: list[Step]) -> list[Step]:
+    starts = [number for number, step in enumerate(steps) if step.word == "FROM"]
+    return steps[starts[-1] :]
+
+
+def one(stage: list[Step], word: str) -> str:
+    (found,) = (step.rest for step in stage if step.word == word)
+    return found
+
+
+def environment(stage: list[Step]) -> dict[str, str]:
+    pairs = (pair for step in stage if step.word == "ENV" for pair in step.rest.split())
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def test_the_base_image_is_an_argument_with_a_tag(steps: list[Step]) -> None:
+    assert steps[0].word == "ARG"
+    assert re.fullmatch(r"BASE_IMAGE=[\w./-]+:[\w.-]+", steps[0].rest)
+    bases = [step.rest.split()[0] for step in steps if step.word == "FROM"]
+    assert bases == ["${BASE_IMAGE}"] * 2
+
+
+def test_no_index_is_named(steps: list[Step]) -> None:
+    assert not [step for step in steps if "://" in step.rest and "127.0.0.1" not in step.rest]
+
+
+def test_it_runs_as_a_numbered_user_that_owns_only_the_data(last_stage: list[Step]) -> None:
+    user, group = one(last_stage, "USER").split(":")
+    assert int(user) > 0
+    assert int(group) > 0
+    volume = one(last_stage, "VOLUME")
+    assert one(last_stage, "WORKDIR") == volume
+    assert f"install -d -o {user} -g {group} -m 0755 {volume}" in one(last_stage, "RUN")
+    words = [step.word for step in last_stage]
+    assert words.index("USER") > words.index("RUN")
+    assert words.index("USER") > words.index("COPY")
+
+
+def test_python_in_the_image(last_stage: list[Step]) -> None:
+    variables = environment(last_stage)
+    assert variables["PYTHONSAFEPATH"] == "1"
+    assert variables["PYTHONUNBUFFERED"] == "1"
+    assert variables["HOME"] == one(last_stage, "VOLUME")
+
+
+def test_the_health_check_is_python_that_parses(last_stage: list[Step]) -> None:
+    _, _, command = one(last_stage, "HEALTHCHECK").partition("CMD ")
+    python, flag, program = json.loads(command)
+    assert (python, flag) == ("python3", "-c")
+    ast.parse(program)
+    assert "/health" in program
+
+
+def test_what_is_copied_exists_and_is_sent(steps: list[Step]) -> None:
+    copied = {
+        source
+        for step in steps
+        if step.word == "COPY" and "--from" not in step.rest
+        for source in step.rest.split()[:-1]
+    }
+    assert copied == {"pyproject.toml", "README.md", "LICENSE"} | {
+        "server",
+        "engine",
+        "cache",
+        "factorize",
+    }
+    assert all((REPO / source).exists() for source in copied)
+    lines = (REPO / ".dockerignore").read_text("utf-8").splitlines()
+    assert lines[lines.index("*") :][0] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == copied
+
+
+def test_signals_reach_the_server(last_stage: list[Step]) -> None:
+    # The exec form: a shell in between would swallow SIGTERM.
+    assert json.loads(one(last_stage, "ENTRYPOINT")) == ["moestro"]
+    assert one(last_stage, "STOPSIGNAL") == "SIGTERM"
+    assert one(last_stage, "EXPOSE") == "8000"
