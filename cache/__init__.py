@@ -1,18 +1,47 @@
 """Where expert weights are and who may stay. Knows no request, no token, no HTTP."""
 
-from .errors import CacheError, DoesNotFit, NoDiskSpace, PackInvalid, ReadFailed
+from .errors import CacheError, DoesNotFit, NoDiskSpace, PackInvalid, PackUnwritable, ReadFailed
+from .expert_cache import ExpertCache
 from .keys import ExpertKey, Phase, SlotState
+from .layout import BlobLayout, PackLayer, PackSpec, TensorSpec
+from .lease import Lease
+from .pack import Pack
+from .pack_build import PackWriter, open_or_build
+from .plan import CacheConfig, SlotPlan, plan_slots
+from .policy import Lru, Policy
 from .stats import CacheStats, LayerStats
+from .transfer import Completion, DirectReader, Reader, ReadRequest
+from .units import human_bytes
 
 __all__ = [
+    "BlobLayout",
+    "CacheConfig",
     "CacheError",
     "CacheStats",
+    "Completion",
+    "DirectReader",
     "DoesNotFit",
+    "ExpertCache",
     "ExpertKey",
     "LayerStats",
+    "Lease",
+    "Lru",
     "NoDiskSpace",
+    "Pack",
     "PackInvalid",
+    "PackLayer",
+    "PackSpec",
+    "PackUnwritable",
+    "PackWriter",
     "Phase",
+    "Policy",
     "ReadFailed",
+    "ReadRequest",
+    "Reader",
+    "SlotPlan",
     "SlotState",
+    "TensorSpec",
+    "human_bytes",
+    "open_or_build",
+    "plan_slots",
 ]

@@ -3,6 +3,7 @@
 CacheError
 ├── DoesNotFit        a budget cannot hold what one step needs (start-up; the message has the sums)
 ├── NoDiskSpace       the pack would not fit on its disk, or the disk filled while writing
+├── PackUnwritable    the folder or its file system refuses the pack for another reason
 ├── PackInvalid       a pack file is missing, foreign, truncated or corrupt (the caller rebuilds)
 └── ReadFailed        the operating system refused a read while serving
 """
@@ -22,6 +23,10 @@ class DoesNotFit(CacheError):
 
 class NoDiskSpace(CacheError):
     """Raised by the pack writer before or while it writes; nothing half-written stays."""
+
+
+class PackUnwritable(CacheError):
+    """Raised before or while a pack is written: no permission, read-only, a disk error."""
 
 
 class PackInvalid(CacheError):

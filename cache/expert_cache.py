@@ -1,0 +1,177 @@
+"""The cache: slots in RAM in front of a pack. One thread calls it; that is why it has no lock."""
+
+from collections.abc import Sequence
+
+from .counters import Counters
+from .keys import ExpertKey, Phase
+from .lease import Lease
+from .loader import Loader, missing
+from .pack import Pack
+from .plan import SlotPlan
+from .policy import Lru, Policy
+from .slots import SlotArena
+from .stats import CacheStats, LayerStats
+from .table import SlotTable, agree
+from .transfer import DirectReader, Reader
+
+
+class ExpertCache:
+    """Owns the slots, the reader (threads) and the pack; `close` ends all three."""
+
+    def __init__(
+        self,
+        pack: Pack,
+        plan: SlotPlan,
+        *,
+        policy: Policy | None = None,
+        reader: Reader | None = None,
+    ) -> None:
+        """Least recently used goes first and one thread reads, unless told otherwise."""
+        layers = pack.spec.layers
+        self._pack = pack
+        self._plan = plan
+        self._arena = SlotArena(plan.slots, plan.slot_bytes, [layer.layout for layer in layers])
+        self._table = SlotTable(plan.slots, [layer.num_experts for layer in layers])
+        self._policy: Policy = Lru() if policy is None else policy
+        self._counters = Counters(len(layers))
+        self._loader = Loader(
+            pack,
+            self._arena,
+            self._table,
+            self._policy,
+            self._counters,
+            DirectReader(pack) if reader is None else reader,
+        )
+        self._lease: Lease | None = None
+
+    @property
+    def plan(self) -> SlotPlan:
+        return self._plan
+
+    def acquire(self, layer: int, experts: Sequence[int], phase: Phase) -> Lease:
+        """One layer event: pins the residents, starts reading the others, and counts both.
+
+        `experts` are distinct. Use the lease at once as a context manager and leave it before the
+        next call. Raises ValueError or IndexError for experts that cannot be.
+        """
+        if self._open_lease() is not None:
+            raise RuntimeError("a lease is open: leave its block first")
+        if self._loader.in_flight:
+            self._loader.poll()
+        self._lease = Lease(
+            self._loader,
+            self._table,
+            self._policy,
+            self._counters,
+            self._arena,
+            layer,
+            experts,
+            phase,
+        )
+        return self._lease
+
+    def prefetch(self, layer: int, experts: Sequence[int], limit: int) -> int:
+        """Reads up to `limit` missing ones of `experts` ahead of time; how many were started.
+
+        Best guess first. Starts none while anything is read or waits to be: a read cannot be
+        called back, and a demanded one would queue behind it. Evicts nothing that is pinned or
+        among `experts`.
+        """
+        lease = self._open_lease()
+        if self._loader.in_flight:
+            ended = self._loader.poll()
+            if lease is not None:
+                lease.collect(ended)
+        wanted = missing(self._table.where[layer], list(dict.fromkeys(experts)))[:limit]
+        if not wanted:
+            return 0
+        count = 0
+        if not self._loader.in_flight and (lease is None or not lease.waiting):
+            keys = self._loader.keys[layer]
+            protected = {keys[expert] for expert in experts} | self._pinned_keys()
+            count = self._loader.make_room(len(wanted), protected)
+        if count:
+            self._loader.start(layer, wanted[:count], guessed=True)
+        self._counters.dropped += len(wanted) - count
+        return count
+
+    def stats(self) -> CacheStats:
+        """A snapshot. `loaded_bytes` counts whole strides: what was read, padding included."""
+        books, plan = self._counters, self._plan
+        return CacheStats(
+            layers=tuple(
+                LayerStats(
+                    name=layer.name,
+                    hits=books.hits[index],
+                    prefetch_hits=books.prefetch_hits[index],
+                    misses=books.misses[index],
+                    evictions=books.evictions[index],
+                )
+                for index, layer in enumerate(self._pack.spec.layers)
+            ),
+            demand_loads=books.demand.loads,
+            prefetch_loads=books.prefetch.loads,
+            demand_bytes=books.demand.bytes,
+            prefetch_bytes=books.prefetch.bytes,
+            prefetches_used=books.used,
+            prefetches_late=books.late,
+            prefetches_wasted=books.wasted,
+            prefetches_dropped=books.dropped,
+            demand_read_s=books.demand.read_s,
+            prefetch_read_s=books.prefetch.read_s,
+            prefill_stall_s=books.prefill_stall_s,
+            decode_stall_s=books.decode_stall_s,
+            slots=plan.slots,
+            slots_used=self._table.used,
+            slot_bytes=plan.slot_bytes,
+            capacity_bytes=plan.capacity_bytes,
+            used_bytes=self._table.used * plan.slot_bytes + plan.staging_bytes,
+        )
+
+    def check(self) -> None:
+        """Raises AssertionError, with the sums, where two views of the truth differ."""
+        self._table.check()
+        self._check_users()
+        self._check_books()
+
+    def close(self) -> None:
+        """Waits for a read under way; the views of all leases are void. Idempotent."""
+        self._loader.close()
+        self._pack.close()
+
+    def _open_lease(self) -> Lease | None:
+        return self._lease if self._lease is not None and self._lease.open else None
+
+    def _pinned_keys(self) -> set[ExpertKey]:
+        table = self._table
+        return {key for slot in table.pinned if (key := table.keys[slot]) is not None}
+
+    def _check_users(self) -> None:
+        table, lease = self._table, self._open_lease()
+        held = {key for key in table.keys if key is not None}
+        agree("keys of the policy, keys with a slot", set(self._policy.keys()), held)
+        agree("keys of the policy, counted", len(self._policy.keys()), len(held))
+        agree("slots being read into, LOADING slots", self._loader.moving, table.loading)
+        coming = set() if lease is None else set(lease.coming)
+        agree("awaited slots that are not LOADING, none", coming - table.loading, set())
+        pinned_by = set() if lease is None else lease.held
+        agree("pinned slots, slots of the open lease", table.pinned, pinned_by)
+
+    def _check_books(self) -> None:
+        books, table, lease = self._counters, self._table, self._open_lease()
+        asked = [
+            sum(three) for three in zip(books.hits, books.prefetch_hits, books.misses, strict=True)
+        ]
+        agree("hits + misses per layer, requests", asked, books.requested)
+        waiting = 0 if lease is None else lease.waiting
+        accounted = books.demand.started + books.late + waiting + books.abandoned
+        agree("misses, reads started + late + waiting + abandoned", sum(books.misses), accounted)
+        moving = books.demand.moving + books.prefetch.moving
+        agree("reads moving, LOADING slots", moving, len(table.loading))
+        fate = books.used + books.late + books.wasted + len(table.guessed)
+        agree("prefetches, used + late + wasted + unasked", books.prefetch.started, fate)
+        loads = books.demand.loads + books.prefetch.loads
+        agree("loads - evictions, READY slots", loads - sum(books.evictions), sum(table.ready))
+        agree("loads, loads by layer", loads, sum(books.loads))
+        read = sum(n * stride for n, stride in zip(books.loads, self._loader.strides, strict=True))
+        agree("bytes, loads x stride", books.demand.bytes + books.prefetch.bytes, read)

@@ -1,0 +1,191 @@
+"""The experts of one layer event, held while they are used.
+
+residents            yielded first, in the order of the request; pinned from the start
+missing, with room   read at once, yielded as they arrive; pinned from the start
+missing, no room     read in waves into the slots of experts that were yielded and are done
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+
+import torch
+
+from .counters import Counters
+from .keys import Phase
+from .loader import MOST_BYTES_AT_ONCE, Failure, Loader, missing
+from .policy import Policy
+from .slots import SlotArena
+from .table import NOWHERE, SlotTable
+
+
+class Lease:
+    """A context manager to iterate once, inside its block; only one is open at a time.
+
+    `for expert, tensors in lease` yields every expert once. `tensors` maps names to views into
+    the expert's slot, to be read only, and valid until the next turn of the loop or the end of
+    the block. Raises ReadFailed or PackInvalid when an expert cannot be had.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        table: SlotTable,
+        policy: Policy,
+        counters: Counters,
+        arena: SlotArena,
+        layer: int,
+        experts: Sequence[int],
+        phase: Phase,
+    ) -> None:
+        if len(set(experts)) != len(experts) or (experts and min(experts) < 0):
+            raise ValueError(f"expert numbers must be distinct and not negative: {experts}")
+        self.open = True
+        self._loader, self._table, self._counters = loader, table, counters
+        self._layer, self._phase, self._views = layer, phase, arena.views[layer]
+        self._iterated = False
+        self._pending: list[int] = []  # experts that wait for a slot
+        self._coming: set[int] = set()  # slots of this lease being read into
+        self._arrived: deque[int] = deque()  # slots not yielded yet
+        self._spent: list[int] = []  # slots yielded and done, while others wait for a slot
+        self._more: set[int] = set()  # slots that joined after the residents
+        self._given: set[int] = set()  # slots of residents that were given up
+        self._failure: Failure | None = None
+
+        row, ready, pinned = table.where[layer], table.ready, table.pinned
+        self._here = [(e, slot) for e in experts if (slot := row[e]) >= 0 and ready[slot]]
+        pinned.update([slot for _, slot in self._here])
+        hits = len(self._here)
+        counters.requested[layer] += len(experts)
+        if table.guessed:
+            guessed = table.guessed & pinned
+            table.guessed -= guessed
+            counters.prefetch_hits[layer] += len(guessed)
+            counters.used += len(guessed)
+            hits -= len(guessed)
+        counters.hits[layer] += hits
+        keys = loader.keys[layer]
+        if len(self._here) == len(experts):
+            policy.touched([keys[expert] for expert in experts])
+        else:
+            self._demand(experts)
+            policy.touched([keys[expert] for expert in experts if row[expert] != NOWHERE])
+
+    @property
+    def waiting(self) -> int:
+        """Experts of this lease whose read could not be started for want of a slot."""
+        return len(self._pending)
+
+    @property
+    def held(self) -> set[int]:
+        """Slots that nobody else may have now: all of this lease but those given up for others."""
+        return {slot for _, slot in self._here} - self._given | self._more
+
+    @property
+    def coming(self) -> frozenset[int]:
+        """Slots that this lease waits for."""
+        return frozenset(self._coming)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Left early: a slot must not be given away while a reader still writes into it.
+        while self._coming:
+            self.collect(self._loader.wait(self._phase))
+        self._counters.abandoned += len(self._pending)
+        self._pending.clear()
+        self._table.pinned.clear()
+        self.open = False
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        if self._iterated:
+            raise RuntimeError("a lease is iterated once")
+        self._iterated = True
+        views = self._views
+        for expert, slot in self._here:
+            yield expert, views[slot]
+            if self._pending:
+                self._spend(slot)
+        while self._coming or self._arrived or self._pending:
+            slot = self._next()
+            key = self._table.keys[slot]
+            assert key is not None, "a pinned slot has an expert"
+            yield key.expert, views[slot]
+            if self._pending:
+                self._spend(slot)
+
+    def collect(self, ended: Iterable[tuple[int, Failure | None]]) -> None:
+        """Takes note of reads that ended, its own and others."""
+        for slot, failure in ended:
+            if slot in self._coming:
+                self._coming.remove(slot)
+                if failure is None:
+                    self._arrived.append(slot)
+                else:
+                    self._failure = failure
+                    self._more.remove(slot)
+
+    def _demand(self, experts: Sequence[int]) -> None:
+        """Everything that is not here: joins the reads under way and starts those that fit."""
+        table, row = self._table, self._table.where[self._layer]
+        self._pending = sorted(missing(row, experts))
+        late = [row[e] for e in experts if row[e] != NOWHERE and not table.ready[row[e]]]
+        self._counters.misses[self._layer] += len(self._pending) + len(late)
+        self._counters.late += len(late)
+        table.guessed.difference_update(late)
+        table.pinned.update(late)
+        self._coming.update(late)
+        self._more.update(late)
+        keys = self._loader.keys[self._layer]
+        event = {keys[expert] for expert in experts}
+        room = self._loader.make_room(len(self._pending), event)
+        while not (room or self._here or self._coming):
+            # All slots are taken by a prefetch of other experts, which cannot be called back.
+            self._loader.wait(self._phase)
+            room = self._loader.make_room(len(self._pending), event)
+        self._start(room)
+
+    def _start(self, count: int) -> None:
+        """Reads the first `count` experts that wait into free slots."""
+        batch, self._pending = self._pending[:count], self._pending[count:]
+        if batch:
+            slots = self._loader.start(self._layer, batch, guessed=False)
+            self._table.pinned.update(slots)
+            self._coming.update(slots)
+            self._more.update(slots)
+
+    def _next(self) -> int:
+        """The next slot to yield, waiting for it if need be."""
+        while not self._arrived:
+            if self._failure is not None:
+                raise self._failure
+            if not self._coming:
+                self._refill()
+            self.collect(self._loader.wait(self._phase))
+        return self._arrived.popleft()
+
+    def _spend(self, slot: int) -> None:
+        """`slot` was yielded and is done: others wait for it."""
+        if not self.open:
+            raise RuntimeError("the lease's block was left")
+        self._spent.append(slot)
+        # Half of the slots at a time: one half is computed with while the other is read into.
+        half = max(1, len(self._table.pinned) // 2)
+        enough = min(half, max(1, MOST_BYTES_AT_ONCE // self._loader.strides[self._layer]))
+        if len(self._spent) >= min(enough, len(self._pending)):
+            self._refill()
+
+    def _refill(self) -> None:
+        count = min(len(self._spent), len(self._pending))
+        slots, self._spent = self._spent[:count], self._spent[count:]
+        self._table.pinned.difference_update(slots)
+        self._more.difference_update(slots)
+        self._given.update(slots)
+        self._loader.evict(slots)
+        self._start(count)

@@ -1,0 +1,123 @@
+"""Moves blobs from the pack into slots. Knows offsets and buffers, no experts and no policy."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from .errors import PackInvalid, ReadFailed
+from .pack import Pack, prove
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadRequest:
+    """Neighbouring blobs of one layer, read in one go, each into a slot of its own."""
+
+    layer: int
+    experts: range
+    slots: tuple[int, ...]  # whose they are; only the cache knows what that means
+    buffers: tuple[memoryview, ...]  # one stride each
+    guessed: bool  # a prefetch: whatever is demanded goes first
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The end of one request. With an error, its buffers hold garbage."""
+
+    request: ReadRequest
+    read_s: float
+    error: ReadFailed | PackInvalid | None = None
+
+
+class Reader(Protocol):
+    """Submits from one thread; completions are collected by the same thread, in any order."""
+
+    def submit(self, requests: Sequence[ReadRequest]) -> None:
+        """Queues all at once. Their buffers belong to the reader until they are completed."""
+
+    def poll(self) -> list[Completion]:
+        """What was completed since the last call; does not wait."""
+
+    def wait(self) -> list[Completion]:
+        """Like `poll`, but with at least one in it. Only while something is under way."""
+
+    def close(self) -> None:
+        """Ends reads under way, forgets what is queued. Idempotent."""
+
+
+def read_blobs(pack: Pack, request: ReadRequest) -> None:
+    """Reads and, at their first read, checks. Raises ReadFailed, PackInvalid."""
+    layer = request.layer
+    pack.file.read_into(pack.offset(layer, request.experts[0]), request.buffers)
+    for expert, buffer in zip(request.experts, request.buffers, strict=True):
+        prove(buffer, pack.unproved(layer, expert), pack.spec.layers[layer].name, expert)
+
+
+class DirectReader:
+    """Reader threads over one pack. Reads with O_DIRECT if the pack's file system grants it."""
+
+    def __init__(self, pack: Pack, threads: int = 1) -> None:
+        self._pack = pack
+        self._demanded: deque[ReadRequest] = deque()
+        self._guessed: deque[ReadRequest] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._completed: SimpleQueue[Completion] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"moestro-reader-{index}", daemon=True)
+            for index in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, requests: Sequence[ReadRequest]) -> None:
+        with self._changed:
+            for request in requests:
+                (self._guessed if request.guessed else self._demanded).append(request)
+            self._changed.notify(len(requests))
+
+    def poll(self) -> list[Completion]:
+        found: list[Completion] = []
+        try:
+            while True:
+                found.append(self._completed.get_nowait())
+        except Empty:
+            return found
+
+    def wait(self) -> list[Completion]:
+        return [self._completed.get(), *self.poll()]
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._demanded.clear()
+            self._guessed.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while (request := self._next()) is not None:
+            # Stays if the thread dies of something unforeseen: the cache must not wait for ever.
+            completion = Completion(request, 0.0, ReadFailed("the reader thread died"))
+            started = time.perf_counter()
+            try:
+                read_blobs(self._pack, request)
+                completion = Completion(request, time.perf_counter() - started)
+            except (ReadFailed, PackInvalid) as error:
+                completion = Completion(request, time.perf_counter() - started, error)
+            finally:
+                self._completed.put(completion)
+
+    def _next(self) -> ReadRequest | None:
+        with self._changed:
+            while not self._closed:
+                if self._demanded:
+                    return self._demanded.popleft()
+                if self._guessed:
+                    return self._guessed.popleft()
+                self._changed.wait()
+            return None
