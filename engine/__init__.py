@@ -20,6 +20,8 @@ from .errors import (
 from .manifest import MANIFEST_NAME, Manifest
 from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
 from .stats import EngineState, EngineStats, ModelInfo
+from .tokenizer import Tokenizer
+from .worker import EngineWorker, TokenStream
 
 __all__ = [
     "MANIFEST_NAME",
@@ -31,6 +33,7 @@ __all__ = [
     "EngineFailed",
     "EngineState",
     "EngineStats",
+    "EngineWorker",
     "FinishReason",
     "LoadCancelled",
     "Manifest",
@@ -47,5 +50,7 @@ __all__ = [
     "StartError",
     "Timings",
     "TokenEvent",
+    "TokenStream",
+    "Tokenizer",
     "Unavailable",
 ]

@@ -1,0 +1,176 @@
+"""Attention over a packed row, plugged into stock transformers as the implementation "moestro".
+
+Every sequence of the row attends to its own stored rows alone. Masks are the model's own: the mask
+hook hands the model's `mask_function` on as a rule, and the rule is evaluated in the sequence's
+own positions. Where the rule is plain causality there is none, and the fast path runs.
+
+Shape letters: T tokens of the packed row, n new tokens of one sequence, S all its tokens,
+H query heads, G query heads per key head, D head width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from .kv import PackedCache, Span
+
+NAME = "moestro"
+# Keywords that arrive at an attention function and change nothing here: the mask rule already
+# holds the window, the rest is bookkeeping of the caller.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "is_causal",
+        "output_attentions",
+        "output_router_logits",
+        "position_ids",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+
+class MaskRule:
+    """A model's mask as a function of (batch, head, query position, key position)."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def evaluate(self, start: int, new_tokens: int, device: torch.device) -> torch.Tensor:
+        """Boolean [n, S]: True where query `start + i` may see key j."""
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        queries = torch.arange(start, start + new_tokens, device=device)[:, None]
+        keys = torch.arange(start + new_tokens, device=device)[None]
+        mask: torch.Tensor = self.function(zero, zero, queries, keys)
+        return mask.expand(new_tokens, start + new_tokens)
+
+
+def mask_hook(*_: object, mask_function: Callable[..., Any] | None = None, **__: object) -> Any:
+    """What transformers calls for a mask: None for plain causality, else the model's own rule."""
+    if mask_function is None or mask_function is causal_mask_function:
+        return None
+    return MaskRule(mask_function)
+
+
+class UnknownKeyword(Exception):
+    """The model's attention wants something that this implementation does not do."""
+
+
+def attention_hook(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: MaskRule | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    s_aux: torch.Tensor | None = None,
+    **keywords: object,
+) -> tuple[torch.Tensor, None]:
+    """`query` [1, H, T, D] -> ([1, T, H, D], None). Raises UnknownKeyword by name."""
+    for name, given in keywords.items():
+        if given is not None and name not in HARMLESS:
+            raise UnknownKeyword(f"attention keyword {name!r}")
+    if attention_mask is not None and not isinstance(attention_mask, MaskRule):
+        raise UnknownKeyword(f"an attention mask of type {type(attention_mask).__name__}")
+    cache: PackedCache = module.moestro_cache  # type: ignore[assignment]  # set by `install`
+    layer, returned = cache.written
+    direct = key is returned
+    if not direct and returned is not None:
+        cache.expanded_layers.add(layer)  # found while tracing, on the meta device
+    outputs, offset = [], 0
+    for index, span in enumerate(cache.spans):
+        length = span.kv.length_tokens + span.tokens
+        if direct:
+            keys, values = span.kv.read(layer, span.tokens)  # [Hk, S, D]
+        else:
+            keys, values = (
+                key[0, :, offset : offset + length],
+                value[0, :, offset : offset + length],
+            )
+        offset += length
+        rows = query[:, :, span.start : span.start + span.tokens]  # [1, H, n, D]
+        mask = _mask(cache, attention_mask, index, span, rows.device)
+        if s_aux is not None:
+            outputs.append(_attend_with_sinks(rows, keys, values, mask, scaling, s_aux))
+        else:
+            outputs.append(_attend(rows, keys, values, mask, scaling))
+    packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return packed.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    cache: PackedCache, rule: MaskRule | None, index: int, span: Span, device: torch.device
+) -> torch.Tensor | None:
+    """None: every new token is one row that sees all, or plain causality from position 0."""
+    start = span.kv.length_tokens
+    if rule is None and (span.tokens == 1 or start == 0):
+        return None
+    key = (id(rule) if rule is not None else 0, index)
+    if key not in cache.masks:
+        causal = rule or MaskRule(causal_mask_function)
+        cache.masks[key] = causal.evaluate(start, span.tokens, device)
+    return cache.masks[key]
+
+
+def _attend(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """[1, H, n, D] x [Hk, S, D] -> [1, H, n, Dv]."""
+    heads, new_tokens = rows.shape[1], rows.shape[2]
+    if new_tokens == 1 and mask is None:
+        # one row per head: the G heads that share a key head become its rows, no copy of K or V
+        grouped = rows.reshape(1, keys.shape[0], heads // keys.shape[0], rows.shape[3])
+        out = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scaling)
+        return out.reshape(1, heads, 1, values.shape[2])
+    return F.scaled_dot_product_attention(
+        rows,
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=heads != keys.shape[0],
+    )
+
+
+def _attend_with_sinks(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """As `_attend`, with one learned logit per head [H] that takes part in the softmax only."""
+    repeat = rows.shape[1] // keys.shape[0]
+    keys, values = (part.repeat_interleave(repeat, dim=0)[None] for part in (keys, values))
+    scale = scaling if scaling is not None else rows.shape[-1] ** -0.5
+    scores = (rows @ keys.transpose(2, 3)) * scale  # [1, H, n, S]
+    if mask is None and rows.shape[2] > 1:
+        mask = MaskRule(causal_mask_function).evaluate(0, rows.shape[2], rows.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    sink = sinks.reshape(1, -1, 1, 1).expand(1, -1, rows.shape[2], 1).to(scores.dtype)
+    weights = torch.cat([scores, sink], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
+    return weights.to(values.dtype) @ values
+
+
+def register() -> None:
+    """Make the name "moestro" known to transformers, for attention and for its mask."""
+    AttentionInterface.register(NAME, attention_hook)
+    AttentionMaskInterface.register(NAME, mask_hook)
+
+
+def install(model: torch.nn.Module, cache: PackedCache) -> None:
+    """Let every module of `model` find the cache of its own engine."""
+    for module in model.modules():
+        module.__dict__["moestro_cache"] = cache

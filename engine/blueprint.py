@@ -1,0 +1,146 @@
+"""A model understood and its memory planned, before anything is loaded."""
+
+import logging
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from moestro.cache import BlobLayout, DoesNotFit, PackLayer, PackSpec, plan_slots
+
+from .checkpoint import Checkpoint, ExpertsModule
+from .config import EngineConfig
+from .errors import BudgetTooSmall, ModelRefused, StartError
+from .manifest import Manifest
+from .memory import ALLOWANCE_BYTES, Demand, MemoryPlan, human_bytes, memory_limit, settle
+from .topology import Topology, trace
+
+log = logging.getLogger("moestro.engine")
+
+COMPUTE_DTYPE = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A model understood but not loaded."""
+
+    checkpoint: Checkpoint
+    topology: Topology
+    experts: tuple[ExpertsModule, ...]  # in the order of a pass
+    dense_keys: list[str]
+    manifest: Manifest | None
+    experts_per_token: int
+    output_scale: float
+
+    @property
+    def spec(self) -> PackSpec:
+        """The pack that this model needs."""
+        layers = []
+        for entry in self.experts:
+            tensors = {
+                name: (str(dtype).removeprefix("torch."), shape[1:])
+                for name, (dtype, shape) in entry.tensors.items()
+            }
+            layers.append(PackLayer(entry.path, entry.num_experts, BlobLayout.of(tensors)))
+        return PackSpec(self.checkpoint.fingerprint(), "native", tuple(layers))
+
+
+def inspect(config: EngineConfig) -> Blueprint:
+    """Understand the model without loading it. Raises ModelNotFound or ModelRefused."""
+    checkpoint = Checkpoint(config.model_path)
+    manifest = Manifest.read(config.model_path)
+    experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
+    model = checkpoint.build_meta_model(COMPUTE_DTYPE)
+    modules, dense_keys = checkpoint.split_keys(model)
+    topology = trace(model)
+    by_path = {entry.path: entry for entry in modules}
+    experts = tuple(by_path[path] for path in topology.experts_paths)
+    return Blueprint(checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale)
+
+
+def _experts_per_token(
+    checkpoint: Checkpoint, manifest: Manifest | None, wanted: int | None
+) -> tuple[int, float]:
+    """How many experts each token takes, and what their sum is multiplied with."""
+    text_config = checkpoint.config.get_text_config()
+    own = getattr(text_config, "num_experts_per_tok", None)
+    if wanted is None or wanted == own:
+        wanted = own if own is not None else 0
+        return wanted, wanted / manifest.output_factor if manifest else 1.0
+    if own is None:
+        raise ModelRefused(
+            f"--experts-per-token: models of type {text_config.model_type!r} do not have one number"
+        )
+    most = manifest.num_experts if manifest else None
+    if most is not None and wanted > most:
+        raise StartError(f"--experts-per-token {wanted}: the model has {most} experts per layer")
+    text_config.num_experts_per_tok = wanted
+    if manifest is None:
+        log.warning(
+            "--experts-per-token %d instead of the model's own %d: answers will differ from the"
+            " model's, and nothing rescales its outputs",
+            wanted,
+            own,
+        )
+        return wanted, 1.0
+    return wanted, wanted / manifest.output_factor
+
+
+def plan_memory(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
+    """Raises BudgetTooSmall with the arithmetic."""
+    spec, topology = blueprint.spec, blueprint.topology
+    least = max(topology.experts_per_token)
+    own_context = _own_context_tokens(blueprint)
+    wanted_context = config.max_model_len_tokens or own_context
+    if wanted_context > own_context:
+        raise BudgetTooSmall(
+            f"--max-model-len {wanted_context}: the model's own limit is {own_context} tokens"
+        )
+    itemsize = COMPUTE_DTYPE.itemsize
+    demand = Demand(
+        interpreter_bytes=psutil.Process().memory_info().rss,
+        dense_bytes=blueprint.checkpoint.dense_bytes(blueprint.dense_keys, itemsize),
+        workspace_bytes=_workspace_bytes(config, blueprint),
+        experts_total_bytes=spec.slot_bytes * spec.num_experts,
+        experts_least_bytes=spec.slot_bytes * least,
+        kv_bytes_per_token=topology.kv_numbers_per_token * itemsize,
+        context_tokens=wanted_context,
+    )
+    if config.host_memory_bytes is not None:
+        try:
+            plan_slots(config.host_memory_bytes, spec, least)
+        except DoesNotFit as error:
+            raise BudgetTooSmall(f"--host-memory: {error}") from error
+    plan = settle(demand, config.host_memory_bytes, config.kv_memory_bytes, memory_limit())
+    if config.max_model_len_tokens is not None and plan.kv_tokens < wanted_context:
+        needed = wanted_context * demand.kv_bytes_per_token
+        raise BudgetTooSmall(
+            f"--max-model-len {wanted_context} needs {human_bytes(needed)} of KV, the budget is"
+            f" {human_bytes(plan.kv_bytes)}: raise --kv-memory or lower --max-model-len to"
+            f" {plan.kv_tokens}"
+        )
+    return plan
+
+
+def _own_context_tokens(blueprint: Blueprint) -> int:
+    config = blueprint.checkpoint.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 4096)
+
+
+def _workspace_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
+    """What one step takes beside weights and KV, from the widths of the model."""
+    text_config = blueprint.checkpoint.config.get_text_config()
+    hidden = int(text_config.hidden_size)
+    width = max(
+        [4 * hidden]
+        + [max(shape[1:]) for entry in blueprint.experts for _, shape in entry.tensors.values()]
+    )
+    per_token = 4 * (max(blueprint.topology.experts_per_token) * hidden + 6 * hidden + 3 * width)
+    logits = 4 * config.max_running * int(text_config.vocab_size)
+    widened = max(
+        4 * torch.Size(shape[1:]).numel()
+        for entry in blueprint.experts
+        for _, shape in entry.tensors.values()
+    )
+
+    return ALLOWANCE_BYTES + config.max_step_tokens * per_token + logits + widened

@@ -1,0 +1,317 @@
+"""A Hugging Face folder as tensors: which keys are experts, and how to load either kind.
+
+No table of key names: transformers' own weight conversions say where a tensor of the file goes.
+Files are read with `pread`, never mapped, so that a loaded page is counted once and can be freed.
+Knows no request, no budget and no pack.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as hf_logging
+
+from . import attention, experts
+from .errors import ModelNotFound, ModelRefused
+
+log = logging.getLogger("moestro.engine")
+
+# safetensors' names for the dtypes that are weights as they stand
+PLAIN_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsModule:
+    """One experts module of the model: its path and, per parameter, dtype and shape [E, ...]."""
+
+    path: str
+    num_experts: int
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    source_keys: tuple[str, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's tensors in the checkpoint's dtype."""
+        total = 0
+        for dtype, shape in self.tensors.values():
+            total += torch.Size(shape).numel() * dtype.itemsize
+        return total // self.num_experts
+
+
+def is_experts_module(module: torch.nn.Module) -> bool:
+    """True for classes that carry transformers' experts interface (its decorator sets these)."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+class Checkpoint:
+    """The files of one model. Opens and checks them; holds no weights.
+
+    Raises ModelNotFound or ModelRefused with a line that names the file and the reason.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_config(folder)
+        self._file_of_key: dict[str, Path] = {}
+        self._slices: dict[str, Any] = {}
+        self._handles = []
+        for path in _weight_files(folder):
+            handle = _open_safetensors(path)
+            self._handles.append(handle)
+            for key in handle.keys():  # noqa: SIM118 (not a dict)
+                self._file_of_key[key] = path
+                self._slices[key] = handle.get_slice(key)
+        _check_index(folder, self._file_of_key)
+
+    def close(self) -> None:
+        self._slices.clear()
+        self._handles.clear()
+
+    def fingerprint(self) -> str:
+        """Changes when the config or any weight file does (names, sizes, headers, times)."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted(set(self._file_of_key.values())):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        name = self._slices[key].get_dtype()
+        if name not in PLAIN_DTYPES:
+            raise ModelRefused(
+                f"{self._file_of_key[key]}: tensor {key} is {name}; quantized checkpoints are not"
+                " carried, use one in bf16, fp16 or fp32"
+            )
+        return PLAIN_DTYPES[name]
+
+    def build_meta_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model's own class without weights; both of moestro's hooks are selected."""
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        attention.register()
+        experts.register()
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    self.config,
+                    dtype=dtype,
+                    attn_implementation=attention.NAME,
+                    experts_implementation=experts.NAME,
+                )
+        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise ModelRefused(
+                f"{self.folder}: transformers cannot build a causal language model of type"
+                f" {self.config.model_type!r}: {_first_line(error)}"
+            ) from error
+        model.train(False)
+        return model
+
+    def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
+        """Experts modules in the order the model holds them, and the keys of everything else."""
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        meta = model.state_dict()
+        parameters = {
+            f"{path}.{name}": path
+            for path, module in model.named_modules()
+            if is_experts_module(module)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        keys_of_path: dict[str, dict[str, list[str]]] = {}
+        dense = []
+        for key in self._slices:
+            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+            if target in parameters:
+                sources = keys_of_path.setdefault(parameters[target], {})
+                sources.setdefault(target, []).append(key)
+            else:
+                dense.append(key)
+        modules = [
+            self._experts_module(model, path, keys_of_path.get(path, {}))
+            for path in dict.fromkeys(parameters.values())
+        ]
+        if not modules:
+            raise ModelRefused(
+                f"{self.folder}: no experts that moestro can offload in a model of type"
+                f" {self.config.model_type!r}; if it is dense, split it with `moestro factorize`"
+            )
+        return modules, dense
+
+    def _experts_module(
+        self, model: PreTrainedModel, path: str, sources: dict[str, list[str]]
+    ) -> ExpertsModule:
+        module = model.get_submodule(path)
+        tensors = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            dtypes = {self.dtype_of(key) for key in sources.get(f"{path}.{name}", [])}
+            if sources and len(dtypes) != 1:
+                found = ", ".join(sorted(map(str, dtypes))) or "none"
+                raise ModelRefused(f"{self.folder}: {path}.{name} wants one dtype, found {found}")
+            dtype = dtypes.pop() if dtypes else parameter.dtype
+            tensors[name] = (dtype, tuple(parameter.shape))
+        keys = tuple(key for group in sources.values() for key in group)
+        if not keys:
+            raise ModelRefused(f"{self.folder}: the files hold no weights for {path}")
+        num_experts = next(iter(tensors.values()))[1][0]
+        return ExpertsModule(path, num_experts, tensors, keys)
+
+    def dense_bytes(self, keys: list[str], itemsize_bytes: int) -> int:
+        """Bytes of the tensors `keys` when each number takes `itemsize_bytes`."""
+        return sum(
+            torch.Size(self._slices[key].get_shape()).numel() * itemsize_bytes for key in keys
+        )
+
+    def load_experts(self, model: PreTrainedModel, entry: ExpertsModule) -> dict[str, torch.Tensor]:
+        """All experts of one module as {parameter: [E, ...]} in the checkpoint's dtype.
+
+        `model` stays without weights. Raises ModelRefused where the file does not fit the model.
+        """
+        module = model.get_submodule(entry.path)
+        metas = dict(module.named_parameters(recurse=False))
+        for name, (dtype, shape) in entry.tensors.items():
+            module.register_parameter(name, _meta_parameter(shape, dtype))
+        try:
+            self._load(model, list(entry.source_keys))
+            loaded = {name: getattr(module, name).detach() for name in entry.tensors}
+        finally:
+            for name, parameter in metas.items():
+                module.register_parameter(name, parameter)
+        for name, tensor in loaded.items():
+            if tensor.is_meta:
+                raise ModelRefused(f"{self.folder}: {entry.path}.{name} is missing in the files")
+        return loaded
+
+    def load_dense(
+        self, model: PreTrainedModel, keys: list[str], entries: list[ExpertsModule]
+    ) -> None:
+        """Give `model` everything but its experts, whose parameters it loses for good."""
+        for entry in entries:
+            module = model.get_submodule(entry.path)
+            for name in entry.tensors:
+                del module._parameters[name]
+            module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
+        load_config = _load_config(model)
+        info = self._load(model, keys)
+        model._finalize_model_loading(model, load_config, info)
+        if info.missing_keys:
+            raise ModelRefused(
+                f"{self.folder}: tensors are missing in the files: {_few(info.missing_keys)}"
+            )
+        if info.unexpected_keys:
+            log.info("tensors that the model does not use: %s", _few(info.unexpected_keys))
+
+    def _load(self, model: PreTrainedModel, keys: list[str]) -> Any:
+        load_config = _load_config(model)
+        subset = {key: self._slices[key] for key in keys}
+        try:
+            info, _ = convert_and_load_state_dict_in_model(model, subset, load_config)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise ModelRefused(f"{self.folder}: {_first_line(error)}") from error
+        if info.mismatched_keys:
+            key, found, wanted = sorted(info.mismatched_keys)[0]
+            raise ModelRefused(
+                f"{self.folder}: {key} is {tuple(found)} in the file, {tuple(wanted)} in the config"
+            )
+        if info.conversion_errors:
+            raise ModelRefused(f"{self.folder}: {_first_line(next(iter(info.conversion_errors)))}")
+        return info
+
+
+def _load_config(model: PreTrainedModel) -> LoadStateDictConfig:
+    mapping = get_model_conversion_mapping(model)
+    return LoadStateDictConfig(weight_mapping=mapping)  # type: ignore[arg-type]  # as stock does
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    if not folder.is_dir():
+        raise ModelNotFound(f"{folder} is not a folder; give a Hugging Face model folder or `demo`")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelNotFound(f"{folder} has no config.json: not a Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        if "auto_map" in raw:
+            raise ModelRefused(f"{path} wants code of its own (auto_map); moestro runs none")
+        if raw.get("quantization_config"):
+            raise ModelRefused(f"{path}: quantized checkpoints are not carried, use bf16 or fp16")
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelRefused(f"{path}: {_first_line(error)}") from error
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
+    if pickled:
+        raise ModelRefused(
+            f"{folder} has only {pickled[0].name}, which can run code when it is opened;"
+            " use a version of the model with .safetensors files"
+        )
+    raise ModelNotFound(f"{folder} has no .safetensors files")
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ModelRefused(
+            f"{path} is not a whole safetensors file ({_first_line(error)}); fetch it again"
+        ) from error
+
+
+def _check_index(folder: Path, file_of_key: dict[str, Path]) -> None:
+    """A sharded checkpoint must have every shard and tensor that its index names."""
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text("utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelRefused(f"{path} is not a weight index: {_first_line(error)}") from error
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise ModelRefused(f"{folder}: shard {name} is missing; fetch it again")
+    lost = [key for key in weight_map if key not in file_of_key]
+    if lost:
+        raise ModelRefused(f"{folder}: tensors of the index are in no shard: {_few(lost)}")
+
+
+def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    return torch.nn.Parameter(empty, requires_grad=False)
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _few(keys: Iterator[str] | Any) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

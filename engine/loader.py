@@ -1,0 +1,262 @@
+"""From a model folder to an engine that can step: check, plan, pack, load, bind, check itself.
+
+Everything that can be refused is refused before memory is taken. Long parts report progress.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from moestro.cache import (
+    ExpertCache,
+    PackWriter,
+    open_or_build,
+    plan_slots,
+)
+
+from .attention import install
+from .blueprint import COMPUTE_DTYPE, Blueprint, inspect, plan_memory
+from .config import EngineConfig, Progress, ProgressFn
+from .core import Engine
+from .errors import StartError
+from .experts import OffloadedExperts, StepPhase, Widening, bind
+from .kv import PackedCache
+from .memory import MemoryPlan, human_bytes
+from .prefetch import next_gates
+from .runner import Runner
+from .scheduler import Scheduler, SchedulerLimits
+from .selfcheck import check_packed
+from .stats import EngineStats, ModelInfo
+from .tokenizer import Tokenizer
+
+log = logging.getLogger("moestro.engine")
+
+FORMATS = ("native",)
+DEVICES = ("cpu",)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """Everything that serves, with one `close`."""
+
+    engine: Engine
+    cache: ExpertCache
+    tokenizer: Tokenizer
+    info: ModelInfo
+    plan: MemoryPlan
+    load_s: dict[str, float]
+
+    def stats(self) -> EngineStats:
+        counters, scheduler = self.engine.counters, self.engine.scheduler
+        return EngineStats(
+            requests_running=len(scheduler.running),
+            requests_waiting=len(scheduler.waiting),
+            requests_finished=dict(counters.finished),
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            prefill_steps=counters.prefill_steps,
+            decode_steps=counters.decode_steps,
+            kv_used_bytes=scheduler.kv_reserved_bytes,
+            kv_capacity_bytes=self.plan.kv_bytes,
+            corrupted_requests=counters.corrupted,
+            load_s=dict(self.load_s),
+            cache=self.cache.stats(),
+        )
+
+    def close(self) -> None:
+        self.cache.close()
+
+
+class Phases:
+    """Seconds by phase, and progress in each."""
+
+    def __init__(self, progress: ProgressFn) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._name, self._since_s = "", 0.0
+
+    def enter(self, name: str) -> None:
+        self.leave()
+        self._name, self._since_s = name, time.monotonic()
+
+    def leave(self) -> None:
+        if self._name:
+            self.seconds[self._name] = time.monotonic() - self._since_s
+        self._name = ""
+
+    def report(self, done: int, total: int, unit: str) -> None:
+        """Also where a stopped start ends: the callback raises."""
+        self._progress(Progress(self._name, done, total, unit))
+
+
+def load(
+    config: EngineConfig, progress: ProgressFn, prepare: Callable[[ProgressFn], Path] | None = None
+) -> Loaded:
+    """Raises StartError or CacheError, with nothing half-written and no file open."""
+    _check_choices(config)
+    threads = _set_threads(config.threads)
+    phases = Phases(progress)
+    if prepare is not None:
+        phases.enter("prepare")
+        config = replace(config, model_path=prepare(progress))
+    phases.enter("inspect")
+    blueprint = inspect(config)
+    plan = plan_memory(config, blueprint)
+    _log_found(blueprint, config, threads)
+    for line in plan.lines():
+        log.info("%s", line)
+    tokenizer = Tokenizer(config.model_path)
+    model, cache, packed = _load_weights(config, blueprint, plan, phases)
+    try:
+        runner = _bind(config, blueprint, model, cache, packed)
+        phases.enter("check")
+        check_packed(model, packed, blueprint.checkpoint.config.vocab_size)
+        phases.leave()
+        return _assemble(config, blueprint, plan, runner, cache, tokenizer, phases.seconds)
+    except BaseException:
+        cache.close()
+        raise
+
+
+def _check_choices(config: EngineConfig) -> None:
+    if config.device not in DEVICES:
+        raise StartError(f"--device {config.device}: this build computes on {', '.join(DEVICES)}")
+    if config.expert_format not in FORMATS:
+        raise StartError(
+            f"--expert-format {config.expert_format}: this build has {', '.join(FORMATS)}"
+        )
+
+
+def _set_threads(wanted: int | None) -> int:
+    """One thread less than there are cores: a thread that waits for a busy core costs more."""
+    cores = psutil.cpu_count(logical=False) or 1
+    threads = wanted or max(1, cores - 1)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _log_found(blueprint: Blueprint, config: EngineConfig, threads: int) -> None:
+    spec, family = blueprint.spec, blueprint.checkpoint.config.model_type
+    log.info(
+        "found %s: %s, %d layers of %d experts of %s, %d per token",
+        config.model_path,
+        family,
+        len(spec.layers),
+        blueprint.experts[0].num_experts,
+        human_bytes(spec.slot_bytes),
+        blueprint.experts_per_token,
+    )
+    if blueprint.manifest is not None:
+        log.info(
+            "factorized from %s; expert outputs are scaled by %g",
+            blueprint.manifest.source,
+            blueprint.output_scale,
+        )
+    log.info("compute: %s on %s, %d thread(s)", COMPUTE_DTYPE, config.device, threads)
+
+
+def _pack_path(config: EngineConfig) -> Path:
+    """One pack per model folder and format; a changed model replaces its own."""
+    folder = config.model_path.resolve()
+    place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    return config.cache_dir / "packs" / f"{folder.name}-{place}" / f"{config.expert_format}.pack"
+
+
+def _load_weights(
+    config: EngineConfig, blueprint: Blueprint, plan: MemoryPlan, phases: Phases
+) -> tuple[PreTrainedModel, ExpertCache, PackedCache]:
+    checkpoint, spec = blueprint.checkpoint, blueprint.spec
+    path = _pack_path(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    phases.enter("pack")
+
+    def fill(writer: PackWriter) -> None:
+        scratch = checkpoint.build_meta_model(COMPUTE_DTYPE)
+        for index, entry in enumerate(blueprint.experts):
+            phases.report(index, len(blueprint.experts), "layers")
+            writer.add_layer(index, checkpoint.load_experts(scratch, entry))
+        phases.report(len(blueprint.experts), len(blueprint.experts), "layers")
+
+    pack = open_or_build(path, spec, fill, lambda: phases.report(0, 0, "waiting"), log)
+    slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
+    log.info("expert cache: %s, LRU over all layers, from %s", slots, path)
+    phases.enter("load")
+    phases.report(0, 1, "models")
+    model = checkpoint.build_meta_model(COMPUTE_DTYPE)
+    checkpoint.load_dense(model, blueprint.dense_keys, list(blueprint.experts))
+    checkpoint.close()
+    packed = PackedCache()
+    packed.expanded_layers = set(blueprint.topology.expanded_layers)
+    install(model, packed)
+    phases.report(1, 1, "models")
+    return model, ExpertCache(pack, slots), packed
+
+
+def _bind(
+    config: EngineConfig,
+    blueprint: Blueprint,
+    model: PreTrainedModel,
+    cache: ExpertCache,
+    packed: PackedCache,
+) -> Runner:
+    step, widen = StepPhase(), Widening(COMPUTE_DTYPE)
+    gates = next_gates(model, blueprint.topology, cache) if config.prefetch else []
+    known = sum(gate is not None for gate in gates)
+    if not config.prefetch:
+        log.info("prefetch: off (--no-prefetch)")
+    elif known == 0:
+        log.info("prefetch: off, no layer's router could be found as a module of its own")
+    else:
+        log.info("prefetch: on, next-gate guess for %d of %d layers", known, len(gates))
+    for layer, path in enumerate(blueprint.topology.experts_paths):
+        after = gates[layer] if gates else None
+        experts = OffloadedExperts(layer, cache, step, widen, blueprint.output_scale, after)
+        bind(model.get_submodule(path), experts)
+    return Runner(model, packed, step)
+
+
+def _assemble(
+    config: EngineConfig,
+    blueprint: Blueprint,
+    plan: MemoryPlan,
+    runner: Runner,
+    cache: ExpertCache,
+    tokenizer: Tokenizer,
+    load_s: dict[str, float],
+) -> Loaded:
+    context = min(plan.demand.context_tokens, plan.kv_tokens)
+    if context < plan.demand.context_tokens:
+        log.info(
+            "context: %d tokens, as many as --kv-memory holds (the model could take %d)",
+            context,
+            plan.demand.context_tokens,
+        )
+    text_config = blueprint.checkpoint.config.get_text_config()
+    limits = SchedulerLimits(
+        config.max_running,
+        config.max_waiting,
+        config.max_step_tokens,
+        plan.kv_bytes,
+        plan.demand.kv_bytes_per_token,
+    )
+    engine = Engine(runner, Scheduler(limits), tokenizer, context, int(text_config.vocab_size))
+    info = ModelInfo(
+        family=blueprint.checkpoint.config.model_type,
+        max_model_len_tokens=context,
+        vocab_size=int(text_config.vocab_size),
+        num_layers=int(text_config.num_hidden_layers),
+        moe_layers=len(blueprint.experts),
+        num_experts=blueprint.experts[0].num_experts,
+        experts_per_token=blueprint.experts_per_token,
+        expert_bytes=blueprint.spec.slot_bytes,
+        expert_format=config.expert_format,
+        created_s=int(time.time()),
+    )
+    return Loaded(engine, cache, tokenizer, info, plan, load_s)

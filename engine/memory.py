@@ -1,0 +1,136 @@
+"""The memory plan: what each part takes, before any of it is taken. Plain arithmetic.
+
+The fixed part (interpreter, dense weights, workspace) follows from the model; the two budgets
+(experts, KV) are the user's, or what is left. The sum is a promise: the process stays below it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from .errors import BudgetTooSmall
+
+GIB = 1 << 30
+MIB = 1 << 20
+# What torch, its thread pool and the allocator take beyond what a formula can name: seen 20-60 MiB.
+ALLOWANCE_BYTES = 64 * MIB
+# Left alone when a budget is chosen here: the rest of the machine lives from it.
+RESERVE_SHARE = 0.15
+DEFAULT_KV_BYTES = GIB
+CGROUP_FILES = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def human_bytes(count: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the model asks for, whatever the budgets are."""
+
+    interpreter_bytes: int  # resident now, before the model
+    dense_bytes: int
+    workspace_bytes: int
+    experts_total_bytes: int  # all experts at once
+    experts_least_bytes: int  # what one step must hold
+    kv_bytes_per_token: int
+    context_tokens: int  # the longest sequence asked for
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.interpreter_bytes + self.dense_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The demand with both budgets settled."""
+
+    demand: Demand
+    experts_bytes: int
+    kv_bytes: int
+    limit_bytes: int
+    limit_name: str
+
+    @property
+    def total_bytes(self) -> int:
+        return self.demand.fixed_bytes + self.experts_bytes + self.kv_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.kv_bytes // self.demand.kv_bytes_per_token
+
+    def lines(self) -> list[str]:
+        """The plan as the start prints it."""
+        demand = self.demand
+        share = min(100, 100 * self.experts_bytes // max(1, demand.experts_total_bytes))
+        return [
+            f"memory plan: {human_bytes(self.total_bytes)} of {human_bytes(self.limit_bytes)}"
+            f" ({self.limit_name})",
+            f"  fixed     {human_bytes(demand.fixed_bytes):>10}  interpreter"
+            f" {human_bytes(demand.interpreter_bytes)} + dense weights"
+            f" {human_bytes(demand.dense_bytes)} + workspace {human_bytes(demand.workspace_bytes)}",
+            f"  experts   {human_bytes(self.experts_bytes):>10}  {share} % of"
+            f" {human_bytes(demand.experts_total_bytes)} (--host-memory)",
+            f"  kv        {human_bytes(self.kv_bytes):>10}  {self.kv_tokens} tokens of"
+            f" {human_bytes(demand.kv_bytes_per_token)} (--kv-memory)",
+        ]
+
+
+def memory_limit() -> tuple[int, str]:
+    """The tightest of the machine's memory and the memory group's limit, with its name."""
+    limit, name = psutil.virtual_memory().total, "the machine's memory"
+    for path in CGROUP_FILES:
+        try:
+            group = int(path.read_text())
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+        if group < limit:
+            limit, name = group, f"the memory group's limit, {path}"
+    return limit, name
+
+
+def settle(
+    demand: Demand,
+    host_memory_bytes: int | None,
+    kv_memory_bytes: int | None,
+    limit: tuple[int, str],
+) -> MemoryPlan:
+    """Budgets where the user gave none, then the check. Raises BudgetTooSmall with the sums."""
+    limit_bytes, limit_name = limit
+    left = int(limit_bytes * (1 - RESERVE_SHARE)) - demand.fixed_bytes
+    kv = kv_memory_bytes
+    if kv is None:
+        whole = demand.context_tokens * demand.kv_bytes_per_token
+        kv = max(0, min(whole, DEFAULT_KV_BYTES, left // 2))
+    experts = host_memory_bytes
+    if experts is None:
+        experts = max(demand.experts_least_bytes, min(demand.experts_total_bytes, left - kv))
+    plan = MemoryPlan(demand, experts, kv, limit_bytes, limit_name)
+    if plan.kv_tokens < 1:
+        raise BudgetTooSmall(
+            f"--kv-memory {human_bytes(kv)} holds no token: one takes"
+            f" {human_bytes(demand.kv_bytes_per_token)}"
+        )
+    if plan.total_bytes > limit_bytes:
+        least = demand.fixed_bytes + demand.experts_least_bytes + kv
+        raise BudgetTooSmall(
+            f"the plan needs {human_bytes(plan.total_bytes)} (fixed"
+            f" {human_bytes(demand.fixed_bytes)} + experts {human_bytes(experts)} + kv"
+            f" {human_bytes(kv)}), {limit_name} is {human_bytes(limit_bytes)};"
+            + (
+                f" --host-memory {(limit_bytes - demand.fixed_bytes - kv) // MIB}MiB would fit"
+                if least <= limit_bytes
+                else f" the least that works with this --kv-memory is {human_bytes(least)}"
+            )
+        )
+    return plan

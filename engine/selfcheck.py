@@ -1,0 +1,50 @@
+"""One look in the mirror before serving: packed, chunked and alone must give the same logits.
+
+A model whose layers keep state that the packed cache does not know (recurrent, convolutional)
+would answer wrongly without any error. Running one short sequence alone, and again in two chunks
+beside another sequence, shows that in a second.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from .errors import ModelRefused
+from .kv import PackedCache, SequenceKV
+from .topology import run_packed
+
+TOLERANCE = 1e-3  # of the largest logit; float rounding stays a hundred times below
+LENGTH_TOKENS = 6
+SPLIT_TOKENS = 4
+
+
+def check_packed(model: PreTrainedModel, cache: PackedCache, vocab_size: int) -> float:
+    """The largest relative difference found. Raises ModelRefused where it is not rounding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (2, LENGTH_TOKENS), generator=generator).tolist()
+    first, other = ids[0], ids[1][:3]
+    with torch.inference_mode():
+        alone = _run(model, cache, [(SequenceKV(LENGTH_TOKENS), first)])
+        chunked, beside = SequenceKV(LENGTH_TOKENS), SequenceKV(LENGTH_TOKENS)
+        _run(model, cache, [(beside, other), (chunked, first[:SPLIT_TOKENS])])
+        packed = _run(model, cache, [(chunked, first[SPLIT_TOKENS:]), (beside, other[:1])])
+    worst = float((alone[0] - packed[0]).abs().max() / alone[0].abs().max().clamp(min=1e-6))
+    if not worst <= TOLERANCE:  # NaN too
+        raise ModelRefused(
+            f"models of type {model.config.model_type!r} are not carried yet: a sequence in company"
+            f" gives other logits than alone (relative difference {worst:.1e})"
+        )
+    return worst
+
+
+def _run(
+    model: PreTrainedModel, cache: PackedCache, parts: list[tuple[SequenceKV, list[int]]]
+) -> torch.Tensor:
+    cache.begin([(kv, len(tokens)) for kv, tokens in parts])
+    starts = [kv.length_tokens for kv, _ in parts]
+    done = False
+    try:
+        logits = run_packed(model, cache, [tokens for _, tokens in parts], starts)
+        done = True
+    finally:
+        cache.end(commit=done)
+    return logits

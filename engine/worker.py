@@ -1,0 +1,251 @@
+"""The one thread that loads the model and calls `step`; the door between it and an event loop.
+
+Requests go in through a queue, events come out through `call_soon_threadsafe`. Nothing else is
+shared: statistics are taken between two steps, by the engine thread itself.
+"""
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Ids
+from concurrent.futures import Future
+from pathlib import Path
+
+from moestro.cache import CacheError
+
+from .config import EngineConfig, Progress, ProgressFn
+from .core import Emitted
+from .errors import Draining, EngineError, EngineFailed, LoadCancelled, NotReady, StartError
+from .loader import Loaded, load
+from .sequence import SamplingParams, Sequence, TokenEvent
+from .stats import EngineState, EngineStats, ModelInfo
+from .tokenizer import Tokenizer
+
+log = logging.getLogger("moestro.engine")
+
+IDLE_BEAT_S = 0.5  # an idle engine turns this often, so that its heartbeat stays fresh
+STATS_WAIT_S = 30.0
+
+
+class TokenStream:
+    """The events of one request, on the event loop that submitted it."""
+
+    def __init__(self, prompt_tokens: int, cancel: Callable[[], None]) -> None:
+        self.prompt_tokens = prompt_tokens
+        self._cancel = cancel
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
+        self._ended = False
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        """Raises EngineFailed when the engine died under the request."""
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, EngineError):
+            self._ended = True
+            raise event
+        self._ended = event.finish_reason is not None
+        return event
+
+    def cancel(self) -> None:
+        """Idempotent; the sequence is dropped before the next step."""
+        if not self._ended:
+            self._ended = True
+            self._cancel()
+
+    def deliver(self, event: TokenEvent | EngineError) -> None:
+        """Called from the engine thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            log.debug("an event had nobody to go to")
+
+
+class EngineWorker:
+    """Loads in its own thread, then serves until `stop`. All methods are thread safe."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: ProgressFn,
+        prepare: Callable[[ProgressFn], Path] | None = None,
+    ) -> None:
+        self.config = config
+        self.state = EngineState.LOADING
+        self.failure: EngineError | None = None
+        self.progress_now: Progress | None = None
+        self._progress = progress
+        self._prepare = prepare
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._numbers = itertools.count(1)
+        self._streams: dict[int, TokenStream] = {}  # touched by the engine thread only
+        self._open: set[int] = set()  # numbers of requests submitted and not ended
+        self._loaded: Loaded | None = None
+        self._settled = threading.Event()  # READY or FAILED
+        self._stopping = threading.Event()
+        self._beat_s = time.monotonic()
+        self._thread = threading.Thread(target=self._live, name="moestro-engine", daemon=True)
+
+    # Any thread ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_loaded(self, timeout_s: float | None = None) -> bool:
+        return self._settled.wait(timeout_s)
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._ready().info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._ready().tokenizer
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the loop last turned; a load has its own progress and counts as 0."""
+        return 0.0 if self.state is EngineState.LOADING else time.monotonic() - self._beat_s
+
+    @property
+    def idle(self) -> bool:
+        """No request is open."""
+        return not self._open
+
+    def submit(self, prompt_ids: Ids[int], params: SamplingParams) -> TokenStream:
+        """Call on the event loop that will read the stream.
+
+        Raises RequestError for this request's own faults, Unavailable for the engine's.
+        """
+        engine = self._ready().engine
+        if self.state is EngineState.DRAINING:
+            raise Draining("the server is shutting down")
+        engine.validate(list(prompt_ids), params)
+        sequence = Sequence(next(self._numbers), prompt_ids, params)
+        engine.scheduler.refuse_when_full(self._inbox.qsize())
+        stream = TokenStream(
+            sequence.prompt_tokens, lambda: self._inbox.put(lambda: self._drop(sequence))
+        )
+        self._open.add(sequence.number)
+        self._inbox.put(lambda: self._take(sequence, stream))
+        return stream
+
+    def stats(self) -> EngineStats:
+        """One consistent snapshot; waits for the step in progress. Not for the event loop."""
+        loaded = self._ready()
+        if threading.current_thread() is self._thread or not self._thread.is_alive():
+            return loaded.stats()
+        answer: Future[EngineStats] = Future()
+        self._inbox.put(lambda: answer.set_result(loaded.stats()))
+        try:
+            return answer.result(STATS_WAIT_S)
+        except TimeoutError as error:
+            raise EngineFailed("the engine did not answer in time") from error
+
+    def drain(self) -> None:
+        """New requests are refused from now on; what runs goes on."""
+        if self.state is EngineState.READY:
+            self.state = EngineState.DRAINING
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End everything and join the thread; cancels a load in progress."""
+        self._stopping.set()
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    # The engine thread -----------------------------------------------------------------------
+
+    def _live(self) -> None:
+        try:
+            self._loaded = load(self.config, self._report, self._prepare)
+        except (StartError, CacheError) as error:
+            failure = error if isinstance(error, EngineError) else StartError(str(error))
+            self._fail(failure)
+            return
+        except Exception as error:
+            log.exception("the load failed unexpectedly")
+            self._fail(StartError(f"unexpected {type(error).__name__}: {error}"))
+            return
+        self.state = EngineState.READY
+        self._settled.set()
+        try:
+            while not self._stopping.is_set():
+                self._turn(self._loaded)
+            self._deliver(self._loaded.engine.abort_all("the server is shutting down"))
+            self.state = EngineState.STOPPED
+        except Exception as error:
+            log.exception("the engine died")
+            self._fail(EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
+        finally:
+            self._loaded.close()
+
+    def _turn(self, loaded: Loaded) -> None:
+        """Requests in, one step, events out."""
+        self._beat_s = time.monotonic()
+        try:
+            command = self._inbox.get(block=loaded.engine.idle, timeout=IDLE_BEAT_S)
+            while True:
+                command()
+                command = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
+        if not self._stopping.is_set():
+            self._deliver(loaded.engine.step())
+
+    def _take(self, sequence: Sequence, stream: TokenStream) -> None:
+        assert self._loaded is not None
+        try:
+            self._loaded.engine.add(sequence)
+        except EngineError as error:
+            self._open.discard(sequence.number)
+            stream.deliver(error)
+            return
+        self._streams[sequence.number] = stream
+
+    def _drop(self, sequence: Sequence) -> None:
+        assert self._loaded is not None
+        self._loaded.engine.cancel(sequence)
+        self._streams.pop(sequence.number, None)
+        self._open.discard(sequence.number)
+
+    def _deliver(self, emitted: Emitted) -> None:
+        for sequence, event in emitted:
+            if event.finish_reason is None:
+                self._streams[sequence.number].deliver(event)
+            else:
+                self._open.discard(sequence.number)
+                self._streams.pop(sequence.number).deliver(event)
+
+    def _report(self, progress: Progress) -> None:
+        """Progress out; a stop in. Raises LoadCancelled."""
+        self._beat_s = time.monotonic()
+        if self._stopping.is_set():
+            raise LoadCancelled("the start was stopped")
+        self.progress_now = progress
+        self._progress(progress)
+
+    def _fail(self, failure: EngineError) -> None:
+        self.failure = failure
+        self.state = EngineState.FAILED
+        for stream in self._streams.values():
+            stream.deliver(EngineFailed(str(failure)))
+        self._streams.clear()
+        self._open.clear()
+        self._settled.set()
+
+    def _ready(self) -> Loaded:
+        """Raises NotReady while loading, EngineFailed after a failure."""
+        if self.state is EngineState.FAILED:
+            raise EngineFailed(str(self.failure))
+        if self._loaded is None or not self._settled.is_set():
+            raise NotReady("the model is still loading")
+        return self._loaded
