@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from command_line import parse_serve
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 Yaml = dict[str, Any]
 
@@ -26,6 +28,11 @@ def compose() -> Yaml:
 def services(compose: Yaml) -> dict[str, Yaml]:
     found: dict[str, Yaml] = compose["services"]
     return found
+
+
+def filled_in(text: str) -> str:
+    """`${NAME:-default}` as compose reads it where NAME is not set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
 def mounts(services: dict[str, Yaml]) -> list[tuple[str, str, str]]:
@@ -90,6 +97,16 @@ def test_the_server_may_write_only_its_data(services: dict[str, Yaml]) -> None:
     assert server["read_only"] is True
     assert server["cap_drop"] == ["ALL"]
     assert [line.split(":")[1] for line in server["volumes"]] == ["/data"]
+
+
+def test_the_server_is_started_as_its_command_line_wants(services: dict[str, Yaml]) -> None:
+    server = services["moestro"]
+    settings = parse_serve([filled_in(word) for word in server["command"]])
+    assert settings.is_demo
+    assert settings.host == "0.0.0.0"
+    assert filled_in(server["ports"][0]) == f"127.0.0.1:8000:{settings.port}"
+    # Killed only after the running requests had the time that the server gives them.
+    assert int(server["stop_grace_period"].removesuffix("s")) > settings.drain_grace + 10
 
 
 def test_prometheus_scrapes_the_server(services: dict[str, Yaml]) -> None:

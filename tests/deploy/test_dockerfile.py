@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from command_line import parse_serve
+
 REPO = Path(__file__).parents[2]
 
 
@@ -107,3 +109,20 @@ def test_signals_reach_the_server(last_stage: list[Step]) -> None:
     assert json.loads(one(last_stage, "ENTRYPOINT")) == ["moestro"]
     assert one(last_stage, "STOPSIGNAL") == "SIGTERM"
     assert one(last_stage, "EXPOSE") == "8000"
+
+
+def test_the_command_is_one_that_the_command_line_takes(last_stage: list[Step]) -> None:
+    settings = parse_serve(json.loads(one(last_stage, "CMD")))
+    assert settings.is_demo
+    assert settings.host == "0.0.0.0"
+    assert str(settings.port) == one(last_stage, "EXPOSE")
+
+
+def test_the_cache_is_in_the_volume(
+    last_stage: list[Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(last_stage).items():
+        if name.startswith("MOESTRO_"):
+            monkeypatch.setenv(name, value)
+    settings = parse_serve(json.loads(one(last_stage, "CMD")))
+    assert str(settings.cache_dir) == one(last_stage, "VOLUME")
