@@ -33,6 +33,14 @@ class Blueprint:
     output_scale: float
 
     @property
+    def vocab_size(self) -> int:
+        return int(self.checkpoint.config.get_text_config().vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.checkpoint.config.get_text_config().num_hidden_layers)
+
+    @property
     def spec(self) -> PackSpec:
         """The pack that this model needs."""
         layers = []
@@ -52,6 +60,11 @@ def inspect(config: EngineConfig) -> Blueprint:
     experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
     model = checkpoint.build_meta_model(COMPUTE_DTYPE)
     modules, dense_keys = checkpoint.split_keys(model)
+    most = min(entry.num_experts for entry in modules)
+    if experts_per_token > most:
+        raise StartError(
+            f"--experts-per-token {experts_per_token}: the model has {most} experts per layer"
+        )
     topology = trace(model)
     by_path = {entry.path: entry for entry in modules}
     experts = tuple(by_path[path] for path in topology.experts_paths)
@@ -71,9 +84,6 @@ def _experts_per_token(
         raise ModelRefused(
             f"--experts-per-token: models of type {text_config.model_type!r} do not have one number"
         )
-    most = manifest.num_experts if manifest else None
-    if most is not None and wanted > most:
-        raise StartError(f"--experts-per-token {wanted}: the model has {most} experts per layer")
     text_config.num_experts_per_tok = wanted
     if manifest is None:
         log.warning(
@@ -136,7 +146,7 @@ def _workspace_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
         + [max(shape[1:]) for entry in blueprint.experts for _, shape in entry.tensors.values()]
     )
     per_token = 4 * (max(blueprint.topology.experts_per_token) * hidden + 6 * hidden + 3 * width)
-    logits = 4 * config.max_running * int(text_config.vocab_size)
+    logits = 4 * config.max_running * blueprint.vocab_size
     widened = max(
         4 * torch.Size(shape[1:]).numel()
         for entry in blueprint.experts

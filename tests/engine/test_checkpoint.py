@@ -1,0 +1,209 @@
+"""What is not a whole, plain MoE checkpoint is refused before anything is loaded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from engine_kit import generate, opened
+from moestro.engine import ModelNotFound, ModelRefused, SamplingParams, StartError
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.build("mixtral", tmp_path / "model")
+
+
+def refused(folder: Path, tmp_path: Path, kind: type[StartError], words: str) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        with opened(folder, tmp_path / "cache"):
+            pass
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("cache/**/*.p*")), "a refused model left files behind"
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def html(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("<!DOCTYPE html><html>not found</html>")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def own_code(folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+
+
+def quantized(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "fp8"})
+
+
+def wrong_width(folder: Path) -> None:
+    edit_config(folder, hidden_size=32)
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def unknown_type(folder: Path) -> None:
+    edit_config(folder, model_type="nothing_known")
+
+
+def lost_shard(folder: Path) -> None:
+    weight_map = {"model.norm.weight": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def lost_dense(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.norm.weight"]
+
+    edit_tensors(folder, change)
+
+
+def lost_experts(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if ".1.block_sparse_moe.experts" in key]:
+            del tensors[key]
+
+    edit_tensors(folder, change)
+
+
+def one_expert_lost(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
+
+    edit_tensors(folder, change)
+
+
+@pytest.mark.parametrize(
+    ("harm", "kind", "words"),
+    [
+        (truncate, ModelRefused, "model.safetensors is not a whole safetensors file"),
+        (html, ModelRefused, "model.safetensors is not a whole safetensors file"),
+        (pickled, ModelRefused, "pytorch_model.bin, which can run code"),
+        (no_weights, ModelNotFound, "no .safetensors files"),
+        (own_code, ModelRefused, "auto_map"),
+        (quantized, ModelRefused, "quantized checkpoints are not carried"),
+        (wrong_width, ModelRefused, "in the file"),
+        (broken_config, ModelRefused, "config.json"),
+        (unknown_type, ModelRefused, "nothing_known"),
+        (lost_shard, ModelRefused, "shard model-00002-of-00002.safetensors is missing"),
+        (lost_dense, ModelRefused, "model.norm.weight"),
+        (lost_experts, ModelRefused, "layers.1.mlp.experts"),
+        (one_expert_lost, ModelRefused, "layers.1"),
+    ],
+)
+def test_refusals_name_the_file_and_the_reason(
+    harm: Callable[[Path], None],
+    kind: type[StartError],
+    words: str,
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    harm(folder)
+    with pytest.raises(kind, match=words) as caught:
+        with opened(folder, tmp_path / "cache"):
+            pass
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("cache/**/*.partial")), "half a pack was left behind"
+
+
+def test_a_missing_folder_and_a_folder_without_config(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", tmp_path, ModelNotFound, "is not a folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path, ModelNotFound, "no config.json")
+
+
+def test_a_dense_model_is_pointed_to_factorize(tmp_path: Path) -> None:
+    folder = tiny.save(hf.LlamaConfig(**tiny.WIDTHS), tmp_path / "model")
+    refused(folder, tmp_path, ModelRefused, "moestro factorize")
+
+
+def test_a_sharded_checkpoint_loads(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    sharded = tmp_path / "sharded"
+    hf.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(sharded, max_shard_size="300KB")
+    tiny.write_tokenizer(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    found = []
+    for place in (folder, sharded):
+        with opened(place, tmp_path / "cache") as loaded:
+            found.append(generate(loaded.engine, [[5, 6, 7]], params)[0].ids)
+    assert found[0] == found[1]
+
+
+def test_a_changed_model_gets_a_new_pack(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    with opened(folder, tmp_path / "cache") as loaded:
+        first = generate(loaded.engine, [[5, 6, 7]], params)[0].ids
+
+    def scale(tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if ".experts." in key:
+                tensor.mul_(-2)
+
+    edit_tensors(folder, scale)
+    with opened(folder, tmp_path / "cache") as loaded:
+        second = generate(loaded.engine, [[5, 6, 7]], params)[0].ids
+    assert first != second
+    assert len(list((tmp_path / "cache").glob("packs/*/*.pack"))) == 1
+
+
+def test_the_experts_budget_must_hold_one_tokens_experts(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    with pytest.raises(StartError, match=r"--host-memory: .*smallest value that works is 96"):
+        with opened(folder, tmp_path / "cache", host_memory_bytes=60_000):
+            pass
+    with opened(folder, tmp_path / "cache", host_memory_bytes=2 * 48 * 1024) as loaded:
+        assert loaded.cache.plan.slots == 2
+
+
+def test_context_and_choices_are_checked(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    for settings, words in (
+        ({"max_model_len_tokens": 513}, "the model's own limit is 512"),
+        ({"max_model_len_tokens": 512, "kv_memory_bytes": 64_000}, "lower --max-model-len to 62"),
+        ({"device": "cuda"}, "--device cuda"),
+        ({"expert_format": "int3"}, "--expert-format int3"),
+        ({"experts_per_token": 9}, "--experts-per-token 9"),
+    ):
+        with pytest.raises(StartError, match=words):
+            with opened(folder, tmp_path / "cache", **settings):  # type: ignore[arg-type]
+                pass
+    with opened(folder, tmp_path / "cache", kv_memory_bytes=64 * 1024) as loaded:
+        assert loaded.info.max_model_len_tokens == 64
+
+
+def test_more_experts_per_token_can_be_asked_for(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    with opened(folder, tmp_path / "cache", experts_per_token=3) as loaded:
+        assert loaded.info.experts_per_token == 3

@@ -1,0 +1,158 @@
+"""One breath at a time: what ends a sequence, and what it leaves behind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from engine_kit import generate, opened
+from moestro.cache import ReadFailed
+from moestro.engine import BadParameter, PromptTooLong, QueueFull, SamplingParams
+from moestro.engine.loader import Loaded
+from moestro.engine.sequence import Sequence
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build("qwen3_moe", tmp_path_factory.mktemp("core") / "model")
+
+
+@pytest.fixture
+def loaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    with opened(folder, folder.parent / "cache", max_running=2, max_waiting=4) as opened_engine:
+        yield opened_engine
+
+
+def test_more_prompts_than_places_all_end_as_if_alone(loaded: Loaded) -> None:
+    prompts = [[10 + i, 20 + i, 30 + i] for i in range(4)]
+    together = [generation.ids for generation in generate(loaded.engine, prompts, GREEDY)]
+    alone = [generate(loaded.engine, [prompt], GREEDY)[0].ids for prompt in prompts]
+    assert together == alone
+    assert all(len(ids) == 12 for ids in together)
+
+
+def test_length_and_end_of_sequence_and_stop_strings(loaded: Loaded) -> None:
+    whole = generate(loaded.engine, [[10, 20, 30]], GREEDY)[0]
+    assert whole.finish == "length"
+    marker = whole.ids[5]
+    loaded.tokenizer.stop_ids = frozenset({marker})
+    first = whole.ids.index(marker)
+    ended = generate(loaded.engine, [[10, 20, 30]], SamplingParams(max_tokens=12, temperature=0.0))
+    assert ended[0].finish == "stop"
+    assert ended[0].ids == whole.ids[: first + 1]
+    ignoring = generate(loaded.engine, [[10, 20, 30]], GREEDY)[0]
+    assert ignoring.ids == whole.ids
+
+
+def test_a_cancelled_sequence_is_gone_before_the_next_step(loaded: Loaded) -> None:
+    engine = loaded.engine
+    staying, leaving = Sequence(1, [1, 2], GREEDY), Sequence(2, [3, 4], GREEDY)
+    engine.add(staying)
+    engine.add(leaving)
+    engine.step()
+    event = engine.cancel(leaving)
+    assert event is not None and event.finish_reason is not None
+    assert event.finish_reason.value == "abort"
+    assert [sequence.number for sequence, _ in engine.step()] == [1]
+    assert engine.cancel(leaving) is None, "a second cancel does nothing"
+    engine.check()
+    engine.cancel(staying)
+    assert engine.idle and engine.scheduler.kv_reserved_bytes == 0
+    assert engine.runner.held_sequences == 0
+
+
+def test_a_cancelled_waiting_sequence_never_runs(loaded: Loaded) -> None:
+    engine = loaded.engine
+    sequences = [Sequence(number, [1, 2], GREEDY) for number in range(3)]
+    for sequence in sequences:
+        engine.add(sequence)
+    engine.step()  # two run, one waits
+    engine.cancel(sequences[2])
+    engine.check()
+    for sequence in sequences[:2]:
+        engine.cancel(sequence)
+    assert engine.idle
+
+
+def test_bad_requests_are_refused_before_they_enter(loaded: Loaded) -> None:
+    engine = loaded.engine
+    with pytest.raises(BadParameter, match="empty"):
+        engine.validate([], GREEDY)
+    for bad in (-1, 260):
+        with pytest.raises(BadParameter, match=r"outside 0\.\.259"):
+            engine.validate([1, bad], GREEDY)
+    with pytest.raises(PromptTooLong, match="maximum context length is 512 tokens"):
+        engine.validate([1] * 501, GREEDY)
+    engine.validate([1] * 500, GREEDY)
+
+
+def test_a_full_queue_leaves_nothing_behind(loaded: Loaded) -> None:
+    engine = loaded.engine
+    for number in range(4):
+        engine.add(Sequence(number, [1], GREEDY))
+    with pytest.raises(QueueFull):
+        engine.add(Sequence(4, [1], GREEDY))
+    engine.check()
+    engine.abort_all("test over")
+    assert engine.idle
+
+
+def test_logits_that_are_not_finite_end_one_request_alone(loaded: Loaded) -> None:
+    engine = loaded.engine
+    run = engine.runner.run
+
+    class Poisoned:
+        """The real runner, whose second row turns to NaN."""
+
+        held_sequences = 0
+        forget = staticmethod(engine.runner.forget)
+
+        @staticmethod
+        def run(batch: object) -> torch.Tensor:
+            logits = run(batch).clone()  # type: ignore[arg-type]
+            if len(logits) == 2:
+                logits[1] = float("nan")
+            return logits
+
+    healthy = generate(engine, [[1, 2, 3]], GREEDY)[0]
+    engine.runner = Poisoned()  # type: ignore[assignment]
+    good, bad = generate(engine, [[1, 2, 3], [4, 5, 6]], GREEDY)
+    assert good.ids == healthy.ids
+    assert (bad.finish, bad.ids) == ("error", [])
+    assert bad.error is not None and "not finite" in bad.error
+    assert engine.counters.corrupted == 1
+
+
+def test_a_failed_read_ends_its_step_and_the_engine_goes_on(loaded: Loaded) -> None:
+    engine = loaded.engine
+    healthy = generate(engine, [[1, 2, 3]], GREEDY)[0]
+    real = engine.runner
+
+    class Failing:
+        """The real runner with a disk that fails once."""
+
+        held_sequences = 0
+        forget = staticmethod(real.forget)
+
+        @staticmethod
+        def run(_: object) -> torch.Tensor:
+            engine.runner = real
+            raise ReadFailed("the disk said no")
+
+    engine.runner = Failing()  # type: ignore[assignment]
+    failed = generate(engine, [[1, 2, 3]], GREEDY)[0]
+    assert failed.finish == "error" and failed.error == "the disk said no"
+    assert generate(engine, [[1, 2, 3]], GREEDY)[0].ids == healthy.ids
+
+
+def test_tokens_are_counted_once(folder: Path) -> None:
+    with opened(folder, folder.parent / "cache", max_step_tokens=16) as loaded:
+        generate(loaded.engine, [[1] * 40, [2] * 3], GREEDY)
+        stats = loaded.stats()
+    assert stats.prompt_tokens == 43
+    assert stats.generation_tokens == 24
+    assert stats.requests_finished == {"stop": 0, "length": 2, "abort": 0, "error": 0}
+    assert stats.kv_used_bytes == 0

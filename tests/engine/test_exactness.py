@@ -1,0 +1,74 @@
+"""The same output whatever the cache: size and prefetch change when weights come, nothing else."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from engine_kit import generate, opened, run_logits
+from moestro.engine import SamplingParams
+
+STEPS: list[list[tuple[int, list[int]]]] = [
+    [(1, list(range(10, 40))), (2, list(range(60, 65)))],
+    [(1, [7]), (2, [9])],
+    [(1, [8]), (2, [9]), (3, list(range(100, 112)))],
+    *[[(1, [5 + i]), (2, [90 + i]), (3, [130 + i])] for i in range(6)],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_bit_identical_for_any_budget_and_prefetch(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model", dtype)
+    blob = 3 * 64 * 64 * dtype.itemsize
+    found = {}
+    for slots in (32, 16, 8, 2):  # all of 4 x 8, down to one token's two experts
+        for prefetch in (True, False):
+            settings = {"host_memory_bytes": slots * blob, "prefetch": prefetch}
+            with opened(folder, tmp_path / "cache", **settings) as loaded:
+                assert loaded.cache.plan.slots == slots
+                found[slots, prefetch] = run_logits(loaded, STEPS)
+    wanted = found[32, False]
+    for setting, logits in found.items():
+        assert torch.equal(logits, wanted), setting
+
+
+def test_company_changes_rounding_only(tmp_path: Path) -> None:
+    folder = tiny.build("olmoe", tmp_path / "model")
+    with opened(folder, tmp_path / "cache") as loaded:
+        alone = run_logits(loaded, [[(1, list(range(10, 40)))], [(1, [7])]])
+        company = run_logits(
+            loaded,
+            [
+                [(1, list(range(10, 30))), (2, list(range(60, 65)))],
+                [(2, [9]), (1, list(range(30, 40)))],
+                [(1, [7]), (2, [9])],
+            ],
+        )
+    assert (alone - company[[3, 4]]).abs().max() < 1e-5
+
+
+def test_sampling_repeats_by_seed_warm_cold_and_in_company(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    params = SamplingParams(max_tokens=24, temperature=0.9, top_k=50, top_p=0.95, seed=11)
+    prompt, other = list(range(10, 30)), list(range(60, 65))
+    with opened(folder, tmp_path / "cache", host_memory_bytes=6 * 48 * 1024) as loaded:
+        cold = generate(loaded.engine, [prompt], params)[0].ids
+        warm = generate(loaded.engine, [prompt], params)[0].ids
+        company = generate(loaded.engine, [other, prompt, other], params)[1].ids
+    assert len(cold) == 24
+    assert warm == cold == company
+
+
+def test_lookups_add_up_and_loads_without_prefetch_are_misses(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    settings = {"host_memory_bytes": 6 * 48 * 1024, "prefetch": False}
+    with opened(folder, tmp_path / "cache", **settings) as loaded:
+        before = loaded.cache.stats()
+        run_logits(loaded, [[(1, [5])], [(1, [6])]])
+        stats = loaded.cache.stats()
+    assert stats.lookups - before.lookups == 2 * 4 * 2  # steps x layers x experts per token
+    assert stats.loads == stats.misses
+    assert stats.loaded_bytes == stats.loads * stats.slot_bytes
+    assert stats.prefetch_hits == 0

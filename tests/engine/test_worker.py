@@ -1,0 +1,157 @@
+"""The thread: requests in, events out, and every way to stop."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from moestro.engine import (
+    BadParameter,
+    Draining,
+    EngineConfig,
+    EngineFailed,
+    EngineState,
+    EngineWorker,
+    FinishReason,
+    LoadCancelled,
+    NotReady,
+    Progress,
+    SamplingParams,
+    StartError,
+)
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+
+
+def ignore(_: Progress) -> None:
+    """A progress bar for nobody."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build("mixtral", tmp_path_factory.mktemp("worker") / "model")
+
+
+@pytest.fixture
+def worker(folder: Path) -> Iterator[EngineWorker]:
+    config = EngineConfig(
+        folder, folder.parent / "cache", kv_memory_bytes=1 << 20, threads=1, max_waiting=4
+    )
+    running = EngineWorker(config, ignore)
+    running.start()
+    assert running.wait_loaded(60) and running.state is EngineState.READY, running.failure
+    yield running
+    running.stop()
+
+
+async def ids_of(worker: EngineWorker, prompt: list[int], params: SamplingParams) -> list[int]:
+    return [token async for event in worker.submit(prompt, params) for token in event.token_ids]
+
+
+async def test_streams_at_once_equal_streams_alone(worker: EngineWorker) -> None:
+    prompts = [[5 + i, 6, 7] for i in range(4)]
+    alone = [await ids_of(worker, prompt, GREEDY) for prompt in prompts]
+    together = await asyncio.gather(*(ids_of(worker, prompt, GREEDY) for prompt in prompts))
+    assert alone == together
+    assert worker.idle
+    assert worker.stats().requests_finished["length"] == 8
+
+
+async def test_the_last_event_has_reason_and_timings(worker: EngineWorker) -> None:
+    events = [event async for event in worker.submit([1, 2], GREEDY)]
+    assert [event.finish_reason for event in events[:-1]] == [None] * 9
+    assert events[-1].finish_reason is FinishReason.LENGTH
+    timings = events[-1].timings
+    assert timings is not None
+    assert min(timings.queue_s, timings.prefill_s, timings.decode_s) >= 0
+
+
+async def test_cancel_frees_the_sequence(worker: EngineWorker) -> None:
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    stream = worker.submit([1, 2], long)
+    await anext(stream)
+    stream.cancel()
+    stream.cancel()
+    assert [event async for event in stream] == []
+    stats = await asyncio.to_thread(worker.stats)
+    assert (stats.requests_running, stats.kv_used_bytes) == (0, 0)
+    assert stats.requests_finished["abort"] == 1
+    assert worker.idle
+
+
+async def test_bad_requests_raise_at_once(worker: EngineWorker) -> None:
+    with pytest.raises(BadParameter):
+        worker.submit([], GREEDY)
+    assert worker.idle
+
+
+async def test_draining_refuses_the_new_and_finishes_the_old(worker: EngineWorker) -> None:
+    stream = worker.submit([1, 2], GREEDY)
+    worker.drain()
+    with pytest.raises(Draining):
+        worker.submit([1, 2], GREEDY)
+    events = [event async for event in stream]
+    assert events[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_stop_ends_open_streams_with_an_error(worker: EngineWorker) -> None:
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    stream = worker.submit([1, 2], long)
+    await anext(stream)
+    await asyncio.to_thread(worker.stop)
+    events = [event async for event in stream]
+    assert events[-1].finish_reason is FinishReason.ERROR
+    assert worker.state is EngineState.STOPPED
+
+
+async def test_a_dead_engine_fails_streams_and_submits(worker: EngineWorker) -> None:
+    assert worker._loaded is not None
+    stream = worker.submit([1, 2], SamplingParams(max_tokens=400, temperature=0.0))
+
+    def die() -> None:
+        raise ZeroDivisionError("planted")
+
+    worker._inbox.put(die)
+    with pytest.raises(EngineFailed, match="planted"):
+        async for _ in stream:
+            pass
+    assert worker.state is EngineState.FAILED
+    with pytest.raises(EngineFailed):
+        worker.submit([1, 2], GREEDY)
+
+
+def test_a_load_that_fails_says_why(tmp_path: Path) -> None:
+    worker = EngineWorker(EngineConfig(tmp_path / "nothing", tmp_path), ignore)
+    with pytest.raises(NotReady):
+        worker.stats()
+    worker.start()
+    assert worker.wait_loaded(60)
+    assert worker.state is EngineState.FAILED
+    assert isinstance(worker.failure, StartError)
+    with pytest.raises(EngineFailed):
+        worker.stats()
+
+
+def test_a_load_can_be_stopped_and_leaves_nothing_half_written(
+    folder: Path, tmp_path: Path
+) -> None:
+    def stop_while_packing(progress: Progress) -> None:
+        if progress.phase == "pack" and progress.done == 2:
+            worker._stopping.set()
+
+    worker = EngineWorker(EngineConfig(folder, tmp_path), stop_while_packing)
+    worker.start()
+    assert worker.wait_loaded(60)
+    assert isinstance(worker.failure, LoadCancelled)
+    assert [path.name for path in tmp_path.rglob("*") if path.suffix in (".pack", ".partial")] == []
+
+
+def test_prepare_runs_first_and_its_refusal_is_the_failure(folder: Path, tmp_path: Path) -> None:
+    def refuse(_: object) -> Path:
+        raise StartError("no network")
+
+    worker = EngineWorker(EngineConfig(folder, tmp_path), ignore, refuse)
+    worker.start()
+    assert worker.wait_loaded(60)
+    assert str(worker.failure) == "no network"

@@ -1,0 +1,82 @@
+"""An engine without its thread: load, step, collect."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from moestro.engine import EngineConfig, Progress, SamplingParams
+from moestro.engine.core import Engine
+from moestro.engine.loader import Loaded, load
+from moestro.engine.sequence import Batch, Part
+from moestro.engine.sequence import Sequence as Running
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+def ignore(_: Progress) -> None:
+    """A progress bar for nobody."""
+
+
+@contextmanager
+def opened(folder: Path, cache_dir: Path, **settings: Any) -> Iterator[Loaded]:
+    """A loaded engine on one thread; closed afterwards."""
+    config = EngineConfig(folder, cache_dir, **{"kv_memory_bytes": 4 * MIB, "threads": 1} | settings)
+    loaded = load(config, ignore)
+    try:
+        yield loaded
+    finally:
+        loaded.close()
+
+
+class Generation:
+    """What came out for one prompt."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self.finish: str | None = None
+        self.error: str | None = None
+
+
+def generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[Generation]:
+    """All prompts at once, stepped until every one has ended; checks the engine at each step."""
+    sequences = [Running(number, ids, params) for number, ids in enumerate(prompts)]
+    found = {sequence.number: Generation() for sequence in sequences}
+    for sequence in sequences:
+        engine.add(sequence)
+    while not engine.idle:
+        for sequence, event in engine.step():
+            generation = found[sequence.number]
+            generation.ids += event.token_ids
+            generation.text += event.text
+            if event.finish_reason is not None:
+                generation.finish = event.finish_reason.value
+                generation.error = event.error
+        engine.check()
+    return list(found.values())
+
+
+def run_logits(loaded: Loaded, steps: Sequence[Sequence[tuple[int, list[int]]]]) -> torch.Tensor:
+    """Raw logits of hand-made steps: each a list of (sequence number, its next ids).
+
+    Every part ends its pending tokens, so each gives one row; rows of all steps, stacked.
+    """
+    known: dict[int, Running] = {}
+    rows = []
+    for step in steps:
+        parts = []
+        for number, ids in step:
+            if number not in known:
+                known[number] = Running(number, [], SamplingParams(max_tokens=64))
+            known[number].token_ids += ids
+            parts.append(Part(known[number], len(ids)))
+        rows.append(loaded.engine.runner.run(Batch(tuple(parts))))
+        loaded.cache.check()
+    for sequence in known.values():
+        loaded.engine.runner.forget(sequence)
+    return torch.cat(rows)
