@@ -112,7 +112,7 @@ class Lease:
             yield expert, views[slot]
             if self._pending:
                 self._spend(slot)
-        while self._coming or self._arrived or self._pending:
+        while self._coming or self._arrived or self._pending or self._failure:
             slot = self._next()
             key = self._table.keys[slot]
             assert key is not None, "a pinned slot has an expert"

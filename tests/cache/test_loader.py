@@ -1,0 +1,32 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moestro.cache.loader import _runs, missing
+
+
+@pytest.mark.parametrize(
+    ("experts", "longest", "runs"),
+    [
+        ([], 4, []),
+        ([3], 4, [(3,)]),
+        ([0, 1, 2, 5, 6, 9], 4, [(0, 1, 2), (5, 6), (9,)]),
+        ([0, 1, 2, 3, 4], 2, [(0, 1), (2, 3), (4,)]),
+        ([0, 1, 2], 1, [(0,), (1,), (2,)]),
+    ],
+)
+def test_neighbours_are_read_together(
+    experts: list[int], longest: int, runs: list[tuple[int, ...]]
+) -> None:
+    assert [tuple(run) for run in _runs(experts, longest)] == runs
+
+
+@given(st.sets(st.integers(0, 60)), st.integers(1, 9))
+def test_runs_are_a_partition(experts: set[int], longest: int) -> None:
+    runs = list(_runs(sorted(experts), longest))
+    assert [expert for run in runs for expert in run] == sorted(experts)
+    assert all(1 <= len(run) <= longest for run in runs)
+
+
+def test_loading_experts_are_not_missing() -> None:
+    assert missing([-1, 4, -1, 0], [0, 1, 2, 3]) == [0, 2]

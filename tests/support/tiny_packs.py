@@ -1,0 +1,62 @@
+"""Packs of a few kilobytes whose every blob says whose it is."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from moestro.cache import BlobLayout, Pack, PackLayer, PackSpec, PackWriter, open_or_build
+
+LOG = logging.getLogger("tests.cache")
+
+SMALL = BlobLayout.of({"up": ("float32", (3, 5)), "down": ("bfloat16", (7,))})  # one page
+LARGE = BlobLayout.of({"up": ("float32", (40, 30)), "bias": ("int8", (5,))})  # two pages
+
+
+def tiny_spec(*experts_per_layer: int, model: str = "tiny") -> PackSpec:
+    """Layers of small blobs, except every third one, whose blobs are large."""
+    return PackSpec(
+        model=model,
+        codec="native",
+        layers=tuple(
+            PackLayer(f"layers.{index}.mlp.experts", count, LARGE if index % 3 == 2 else SMALL)
+            for index, count in enumerate(experts_per_layer)
+        ),
+    )
+
+
+def mark(layer: int, expert: int) -> int:
+    """The value of every element of an expert: exact in all the dtypes of these packs."""
+    return layer * 20 + expert + 1
+
+
+def layer_tensors(spec: PackSpec, layer: int) -> dict[str, torch.Tensor]:
+    whole = spec.layers[layer]
+    values = torch.tensor([mark(layer, expert) for expert in range(whole.num_experts)])
+    return {
+        t.name: values.view(-1, *[1] * len(t.shape))
+        .expand(whole.num_experts, *t.shape)
+        .to(getattr(torch, t.dtype))
+        for t in whole.layout.tensors
+    }
+
+
+def fill_tiny(spec: PackSpec, writer: PackWriter) -> None:
+    for layer in range(len(spec.layers)):
+        writer.add_layer(layer, layer_tensors(spec, layer))
+
+
+def build_tiny(path: Path, spec: PackSpec) -> Pack:
+    return open_or_build(path, spec, lambda writer: fill_tiny(spec, writer), lambda: None, LOG)
+
+
+def assert_is(tensors: Mapping[str, torch.Tensor], spec: PackSpec, layer: int, expert: int) -> None:
+    """All tensors of the expert are there, and every element is the expert's own."""
+    layout = spec.layers[layer].layout
+    assert list(tensors) == [t.name for t in layout.tensors]
+    for t in layout.tensors:
+        found = tensors[t.name]
+        assert tuple(found.shape) == t.shape
+        assert found.dtype == getattr(torch, t.dtype)
+        assert bool((found == mark(layer, expert)).all()), f"{t.name} of {layer}, {expert}"
