@@ -1,1 +1,29 @@
 """Offline toolbox: makes checkpoints that the engine serves. Knows no request and no HTTP."""
+
+from .apply import apply_plan
+from .commands import run_evaluate, run_factorize
+from .demo import DEMO_NAME, DENSE_NAME, demo_plan, prepare_demo, prepare_dense
+from .errors import DownloadCorrupt, FactorizeError, SourceRefused
+from .evaluate import Perplexity, perplexity
+from .fit import make_plan
+from .plan import Plan, PlanFacts, SplitOptions
+
+__all__ = [
+    "DEMO_NAME",
+    "DENSE_NAME",
+    "DownloadCorrupt",
+    "FactorizeError",
+    "Perplexity",
+    "Plan",
+    "PlanFacts",
+    "SourceRefused",
+    "SplitOptions",
+    "apply_plan",
+    "demo_plan",
+    "make_plan",
+    "perplexity",
+    "prepare_demo",
+    "prepare_dense",
+    "run_evaluate",
+    "run_factorize",
+]

