@@ -248,9 +248,3 @@ def test_files_and_functions_are_short() -> None:
                 if length > MAX_FUNCTION_LINES:
                     long.append(f"{where(path, node.lineno)} {node.name} has {length} lines")
     assert not long
-
-
-def test_test_files_have_names_of_their_own() -> None:
-    # pytest's importlib mode tells two of one name apart; a person reading its report does not.
-    stems = [path.stem for path in sources() if path.stem.startswith("test_")]
-    assert len(stems) == len(set(stems))
