@@ -1,0 +1,190 @@
+"""The `moestro` command. Imports the heavy parts inside the commands, so that --help is instant."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from . import flags
+from .refusal import Refused
+
+if TYPE_CHECKING:
+    import socket
+
+    from .settings import Settings
+
+app = typer.Typer(
+    rich_markup_mode=None,  # plain help: quick, and no boxes around errors
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 refused (one line says why), 130 interrupted."""
+    try:
+        code = app(prog_name="moestro", standalone_mode=False)
+    except TyperException as error:
+        code = _refuse(f"{error.format_message()} (see moestro --help)")
+    except Refused as refusal:
+        code = _refuse(str(refusal))
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code or 0)
+
+
+def _refuse(message: str) -> int:
+    typer.echo("moestro: " + " ".join(message.split()), err=True)
+    return 2
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"moestro {version('moestro')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Serves Mixture-of-Experts language models whose experts do not fit into fast memory.
+
+    \b
+    Start here:
+      moestro serve demo                          a small real model on 127.0.0.1:8000
+      moestro serve ./my-moe --host-memory 8GiB   your own checkpoint, experts in 8 GiB
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def serve(
+    model: flags.Model,
+    host: flags.Host = None,
+    port: flags.Port = None,
+    device: flags.Device = None,
+    device_memory: flags.DeviceMemory = None,
+    host_memory: flags.HostMemory = None,
+    kv_memory: flags.KvMemory = None,
+    expert_format: flags.ExpertFormat = None,
+    experts_per_token: flags.ExpertsPerToken = None,
+    no_prefetch: flags.NoPrefetch = False,
+    threads: flags.Threads = None,
+    max_model_len: flags.MaxModelLen = None,
+    served_model_name: flags.ServedModelName = None,
+    cache_dir: flags.CacheDir = None,
+    api_key: flags.ApiKey = None,
+) -> None:
+    """Serve a model over HTTP, in the manner of OpenAI's API.
+
+    \b
+    Examples:
+      moestro serve demo
+      moestro serve demo --host-memory 16MiB --experts-per-token 6
+      moestro serve ./my-moe --host 0.0.0.0 --api-key "$KEY"
+    \b
+    Sizes are like 16MiB, 2GiB, 500MB or plain bytes. Each flag is also a variable:
+    MOESTRO_HOST_MEMORY=2GiB is --host-memory 2GiB, MOESTRO_PREFETCH=false is --no-prefetch;
+    a flag wins. Ctrl-C lets running requests finish, a second one does not.
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name != "no_prefetch"
+    }
+    if no_prefetch:
+        given["prefetch"] = False
+    from .listen import listening_socket
+    from .settings import load_settings
+
+    settings = load_settings(given)
+    raise typer.Exit(_serve(settings, listening_socket(settings.host, settings.port)))
+
+
+def _serve(settings: "Settings", listener: "socket.socket") -> int:
+    from .start import run_server  # brings torch
+
+    return run_server(settings, listener)
+
+
+@app.command()
+def factorize(
+    source: flags.Source,
+    out: flags.Out,
+    calibration: flags.Calibration = None,
+    plan: flags.PlanFile = None,
+    write_plan: flags.WritePlan = None,
+    experts: flags.Experts = 24,
+    shared: flags.Shared = 768,
+    top_k: flags.TopK = 12,
+    calibration_tokens: flags.CalibrationTokens = 32768,
+    seed: flags.Seed = 0,
+    cache_dir: flags.CacheDir = None,
+) -> None:
+    """Split the feed-forward layers of a dense model into experts.
+
+    \b
+    Example:
+      moestro factorize demo ./demo-moe --calibration text.txt --write-plan plan.safetensors
+    """
+    from moestro.engine import StartError
+    from moestro.factorize import run_factorize
+
+    from .settings import load_places
+    from .start import watched_progress
+
+    try:
+        with watched_progress() as progress:
+            report = run_factorize(
+                source,
+                out,
+                calibration=calibration or [],
+                plan=plan,
+                write_plan=write_plan,
+                experts=experts,
+                shared=shared,
+                top_k=top_k,
+                calibration_tokens=calibration_tokens,
+                seed=seed,
+                cache_dir=load_places(cache_dir).cache_dir,
+                progress=progress,
+            )
+    except StartError as error:
+        raise Refused(str(error)) from error
+    typer.echo(report)
+
+
+@app.command()
+def evaluate(
+    folder: flags.Checkpoint,
+    text: flags.Texts,
+    tokens: flags.EvaluationTokens = 8192,
+    experts_per_token: flags.EvaluationExperts = None,
+) -> None:
+    """Measure how well a checkpoint predicts a text (perplexity).
+
+    \b
+    Example:
+      moestro evaluate ./demo-moe --text book.txt --experts-per-token 6
+    """
+    from moestro.engine import StartError
+    from moestro.factorize import run_evaluate
+
+    from .start import watched_progress
+
+    try:
+        with watched_progress() as progress:
+            report = run_evaluate(folder, text, tokens, experts_per_token, progress)
+    except StartError as error:
+        raise Refused(str(error)) from error
+    typer.echo(report)

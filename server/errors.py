@@ -1,0 +1,190 @@
+"""From an exception to an answer: one table for the engine's errors, one for HTTP's own.
+
+UnknownModel          404, the request names a model that is not served
+GenerationFailed      500, one request failed in the engine, the others go on
+BodyTooLarge          413, raised by the body limit while the body is read
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from moestro.engine import (
+    Draining,
+    EngineFailed,
+    EngineState,
+    NotReady,
+    PromptTooLong,
+    QueueFull,
+    RequestError,
+    Unavailable,
+)
+
+from .schemas import UNSUPPORTED, ErrorObject, ErrorResponse
+
+log = logging.getLogger("moestro.server")
+
+MAX_MESSAGE_CHARS = 1000
+INVALID = "invalid_request_error"
+DOWN = "service_unavailable"
+BROKEN = "server_error"
+GONE = "the engine failed and will not come back; its log says why"
+
+
+class UnknownModel(Exception):
+    pass
+
+
+class GenerationFailed(Exception):
+    pass
+
+
+class BodyTooLarge(HTTPException):
+    """An HTTPException, because FastAPI lets only those out of its reading of the body."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(413, f"the request body is larger than {limit_bytes} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one error looks outside. `rejection` is its label in admission_rejections_total."""
+
+    status: int
+    type: str
+    code: str
+    retry_after_s: int | None = None
+    rejection: str | None = None
+    message: str | None = None  # instead of the error's own, which may tell too much
+
+
+# Found along the class's ancestors, so a new leaf is answered like its parent.
+ROWS: dict[type[Exception], Row] = {
+    PromptTooLong: Row(400, INVALID, "context_length_exceeded"),
+    RequestError: Row(400, INVALID, "invalid_value"),
+    UnknownModel: Row(404, INVALID, "model_not_found"),
+    NotReady: Row(503, DOWN, "model_loading", 5, "loading"),
+    QueueFull: Row(503, DOWN, "queue_full", 2, "queue_full"),
+    Draining: Row(503, DOWN, "draining", 5, "draining"),
+    EngineFailed: Row(503, DOWN, "engine_failed", 30, "engine_failed", GONE),
+    Unavailable: Row(503, DOWN, "unavailable", 5, "unavailable"),
+    GenerationFailed: Row(500, BROKEN, "generation_failed"),
+}
+HTTP_ROWS: dict[int, Row] = {
+    400: Row(400, INVALID, "invalid_body"),
+    401: Row(401, INVALID, "invalid_api_key"),
+    404: Row(404, INVALID, "not_found"),
+    405: Row(405, INVALID, "method_not_allowed"),
+    413: Row(413, INVALID, "body_too_large", rejection="body_too_large"),
+}
+INTERNAL = Row(500, BROKEN, "internal_error", message="internal error; the log has more")
+REJECTIONS = tuple(
+    row.rejection for row in (*ROWS.values(), *HTTP_ROWS.values()) if row.rejection is not None
+)
+
+# For the OpenAPI document of a route.
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "A field is missing, wrong or not supported"},
+    401: {"model": ErrorResponse, "description": "No key, or not the right one"},
+    404: {"model": ErrorResponse, "description": "No such model or path"},
+    413: {"model": ErrorResponse, "description": "The body is too large"},
+    500: {"model": ErrorResponse, "description": "The request failed inside"},
+    503: {
+        "model": ErrorResponse,
+        "description": "Loading, full, draining or failed; see Retry-After",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An error, ready to be sent."""
+
+    row: Row
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        error = ErrorObject(
+            message=self.message[:MAX_MESSAGE_CHARS],
+            type=self.row.type,
+            param=self.param,
+            code=self.row.code,
+        )
+        return ErrorResponse(error=error).model_dump()
+
+    def response(self) -> JSONResponse:
+        headers = dict(self.headers)
+        if self.row.retry_after_s is not None:
+            headers["Retry-After"] = str(self.row.retry_after_s)
+        if self.row.code == "engine_failed":
+            headers["x-should-retry"] = "false"  # this process will not come back
+        return JSONResponse(self.body(), self.row.status, headers)
+
+
+def problem_of(error: Exception) -> Problem:
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error.errors())
+    if isinstance(error, StarletteHTTPException):
+        row = HTTP_ROWS.get(error.status_code, Row(error.status_code, INVALID, "http_error"))
+        return Problem(row, str(error.detail), headers=error.headers or {})
+    row = next((ROWS[kind] for kind in type(error).__mro__ if kind in ROWS), INTERNAL)
+    return Problem(row, row.message or str(error), _param_of(error))
+
+
+def _param_of(error: Exception) -> str | None:
+    if isinstance(error, UnknownModel):
+        return "model"
+    if isinstance(error, PromptTooLong):
+        return error.param or "prompt"
+    return error.param if isinstance(error, RequestError) else None
+
+
+def _of_validation(errors: Sequence[Any]) -> Problem:
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return Problem(Row(400, INVALID, "invalid_json"), "the body is not valid JSON")
+    param = first.get("ctx", {}).get("param")
+    if param is not None:
+        code = UNSUPPORTED if first["type"] == UNSUPPORTED else "invalid_value"
+        return Problem(Row(400, INVALID, code), first["msg"], param)
+    path = [str(step) for step in first["loc"][1:]]
+    if not path:
+        message = "the body must be a JSON object sent as Content-Type: application/json"
+        return Problem(HTTP_ROWS[400], message)
+    code = {"missing": "missing_required_parameter", UNSUPPORTED: UNSUPPORTED}.get(
+        first["type"], "invalid_value"
+    )
+    return Problem(Row(400, INVALID, code), f"{'.'.join(path)}: {first['msg']}", path[0])
+
+
+def state_problem(state: EngineState) -> Problem:
+    """Why the engine in this state takes no requests (any state but READY)."""
+    reasons: dict[EngineState, Exception] = {
+        EngineState.LOADING: NotReady("the model is still loading"),
+        EngineState.DRAINING: Draining("the server is shutting down"),
+        EngineState.STOPPED: Draining("the server has shut down"),
+    }
+    return problem_of(reasons.get(state, EngineFailed(GONE)))
+
+
+async def answer(request: Request, error: Exception) -> JSONResponse:
+    """The one exception handler."""
+    problem = problem_of(error)
+    state = request.scope.get("state", {})
+    if not state.get("accepted"):  # what the engine took is counted where it ends
+        request.app.state.parts.metrics.refused(request.scope["path"], problem.row)
+    request_id = state.get("request_id", "-")
+    if problem.row.status == 500:
+        log.error("request %s failed: %s", request_id, type(error).__name__)
+    response = problem.response()
+    if problem.row is INTERNAL:  # answered outside the middleware that sets it otherwise
+        response.headers["x-request-id"] = request_id
+    return response

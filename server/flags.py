@@ -1,0 +1,181 @@
+"""The flags of the command line in words. Values are strings: `settings` reads and checks them."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Model = Annotated[
+    str,
+    Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="`demo` (a small real model, fetched at the first start) or a checkpoint's folder.",
+    ),
+]
+Host = Annotated[
+    str | None,
+    Option("--host", metavar="HOST", help="Address to listen on. [default: 127.0.0.1]"),
+]
+Port = Annotated[
+    str | None, Option("--port", metavar="PORT", help="Port; 0 takes a free one. [default: 8000]")
+]
+Device = Annotated[
+    str | None,
+    Option("--device", metavar="DEVICE", help="Where to compute: auto or cpu. [default: cpu]"),
+]
+DeviceMemory = Annotated[
+    str | None,
+    Option(
+        "--device-memory",
+        metavar="SIZE",
+        help="Room for experts on a device with its own memory; refused on cpu.",
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    Option(
+        "--host-memory",
+        metavar="SIZE",
+        help="Room for experts in host memory, such as 16MiB or 8GiB. [default: what fits]",
+    ),
+]
+KvMemory = Annotated[
+    str | None,
+    Option(
+        "--kv-memory",
+        metavar="SIZE",
+        help="Room for the attention cache of running requests. [default: what fits]",
+    ),
+]
+ExpertFormat = Annotated[
+    str | None,
+    Option(
+        "--expert-format",
+        metavar="FORMAT",
+        help="How experts are kept: native (bytes as in the checkpoint). [default: native]",
+    ),
+]
+ExpertsPerToken = Annotated[
+    str | None,
+    Option(
+        "--experts-per-token",
+        metavar="K",
+        help="Experts that each token uses. [default: the model's own]",
+    ),
+]
+NoPrefetch = Annotated[
+    bool,
+    Option("--no-prefetch", help="Load experts only when asked for. [default: guess ahead]"),
+]
+Threads = Annotated[
+    str | None,
+    Option("--threads", metavar="N", help="Threads that compute. [default: the cores]"),
+]
+MaxModelLen = Annotated[
+    str | None,
+    Option(
+        "--max-model-len",
+        metavar="TOKENS",
+        help="Longest prompt plus answer. [default: the model's own]",
+    ),
+]
+ServedModelName = Annotated[
+    str | None,
+    Option(
+        "--served-model-name",
+        metavar="NAME",
+        help="What clients call the model. [default: demo, or the folder's name]",
+    ),
+]
+CacheDir = Annotated[
+    str | None,
+    Option(
+        "--cache-dir",
+        metavar="FOLDER",
+        help="Where downloads and packs are kept. [default: ~/.cache/moestro]",
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    Option(
+        "--api-key",
+        metavar="KEY",
+        help="Clients must send it; MOESTRO_API_KEY hides it from `ps`. [default: none]",
+    ),
+]
+
+# Of `factorize` and `evaluate`.
+Source = Annotated[
+    str,
+    Argument(
+        metavar="SOURCE",
+        show_default=False,
+        help="`demo` or the folder of a dense checkpoint.",
+    ),
+]
+Out = Annotated[
+    Path, Argument(metavar="OUT", show_default=False, help="The new folder for the result.")
+]
+Calibration = Annotated[
+    list[Path] | None,
+    Option(
+        "--calibration",
+        metavar="FILE",
+        show_default=False,
+        help="Plain text to observe the model on; repeat for more files.",
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    Option(
+        "--plan", metavar="FILE", show_default=False, help="Apply this plan; nothing is measured."
+    ),
+]
+WritePlan = Annotated[
+    Path | None,
+    Option(
+        "--write-plan", metavar="FILE", show_default=False, help="Keep the plan that was measured."
+    ),
+]
+Experts = Annotated[int, Option("--experts", metavar="N", min=1, help="Routed experts per layer.")]
+Shared = Annotated[
+    int,
+    Option("--shared", metavar="N", min=0, help="Neurons that are always on."),
+]
+TopK = Annotated[int, Option("--top-k", metavar="K", min=1, help="Experts that each token uses.")]
+CalibrationTokens = Annotated[
+    int,
+    Option(
+        "--calibration-tokens",
+        metavar="N",
+        min=1,
+        help="How much of the text to use.",
+    ),
+]
+Seed = Annotated[int, Option("--seed", metavar="N", help="For all that is drawn.")]
+Checkpoint = Annotated[
+    Path, Argument(metavar="FOLDER", show_default=False, help="The checkpoint's folder.")
+]
+Texts = Annotated[
+    list[Path],
+    Option(
+        "--text",
+        metavar="FILE",
+        show_default=False,
+        help="Plain text to predict; repeat for more files.",
+    ),
+]
+EvaluationTokens = Annotated[
+    int, Option("--tokens", metavar="N", min=2, help="How much of the text.")
+]
+EvaluationExperts = Annotated[
+    int | None,
+    Option(
+        "--experts-per-token",
+        metavar="K",
+        min=1,
+        show_default=False,
+        help="Experts that each token uses. [default: the model's own]",
+    ),
+]

@@ -1,0 +1,178 @@
+"""What a user may set: flags, then MOESTRO_ variables, then defaults.
+
+The only reader of the environment. Knows no HTTP and no model: it hands an `EngineConfig` down.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .refusal import Refused
+
+if TYPE_CHECKING:
+    from moestro.engine import EngineConfig
+
+DEMO = "demo"
+ENV_PREFIX = "MOESTRO_"
+DEVICES = ("auto", "cpu")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
+_SIZE_FORM = "a size above 0 such as 16MiB, 2GiB, 500MB or a number of bytes"
+_COUNT_FORM = "a whole number above 0"
+
+
+def parse_size(value: object) -> object:
+    """'16MiB' -> 16777216; plain digits are bytes. ValueError where it is no size above 0."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None or (match[2] and not value.strip().lower().endswith("b")):
+        raise ValueError(f"{value!r} is not {_SIZE_FORM}")
+    power = " kmgt".index((match[2] or " ").lower())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0, description=_SIZE_FORM)]
+Count = Annotated[int, Field(gt=0, description=_COUNT_FORM)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, description="seconds above 0")]
+
+
+class Places(BaseSettings):
+    """What every command needs to know of this machine."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, env_ignore_empty=True)
+
+    cache_dir: Path = Field(
+        default_factory=lambda: Path.home() / ".cache" / "moestro", description="a folder"
+    )
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+
+class Settings(Places):
+    """Each field is one flag and one variable; its description is the expected form."""
+
+    model: str
+    host: str = Field("127.0.0.1", min_length=1, description="a host name or an address")
+    port: int = Field(8000, ge=0, le=65535, description="a port number from 0 to 65535")
+    device: str = "cpu"
+    device_memory: str | None = None
+    host_memory: Bytes | None = None
+    kv_memory: Bytes | None = None
+    expert_format: Literal["native"] = Field("native", description="an expert format (native)")
+    experts_per_token: Count | None = None
+    prefetch: bool = Field(True, description="true or false")
+    threads: Count | None = None
+    max_model_len: Count | None = None
+    served_model_name: str | None = Field(
+        None, min_length=1, max_length=256, description="a name of 1 to 256 characters"
+    )
+    api_key: SecretStr | None = Field(None, min_length=1, description="a key of visible characters")
+
+    # No flags: nobody needs them on the first day, an operator may.
+    max_body: Bytes = 4 << 20
+    keep_alive: Seconds = 15.0
+    stuck_after: Seconds = 60.0
+    drain_grace: Seconds = 30.0
+
+    @field_validator("model")
+    @classmethod
+    def _model_exists(cls, value: str) -> str:
+        if value != DEMO and not Path(value).expanduser().is_dir():
+            raise ValueError(f"there is no folder {value!r} ('{DEMO}' or a checkpoint's folder)")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device_exists(cls, value: str) -> str:
+        if value not in DEVICES:
+            raise ValueError(f"{value!r} is not served; what exists: {', '.join(DEVICES)}")
+        return "cpu"
+
+    @field_validator("device_memory")
+    @classmethod
+    def _no_device_tier(cls, value: str | None) -> None:
+        if value is not None:
+            raise ValueError(
+                "device cpu has no memory of its own to hold experts; they live in host memory "
+                "(--host-memory) and on disk"
+            )
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+            raise ValueError("the key must be of visible ASCII characters without spaces")
+        return value
+
+    @property
+    def is_demo(self) -> bool:
+        return self.model == DEMO
+
+    @property
+    def model_path(self) -> Path:
+        return Path(self.model).expanduser().absolute()
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model; never a path of this machine."""
+        return self.served_model_name or (DEMO if self.is_demo else self.model_path.name)
+
+    @property
+    def key(self) -> str | None:
+        return None if self.api_key is None else self.api_key.get_secret_value()
+
+    def to_engine_config(self) -> "EngineConfig":
+        from moestro.engine import EngineConfig  # brings torch: only once the start is decided
+
+        return EngineConfig(
+            model_path=self.model_path,
+            cache_dir=self.cache_dir,
+            device=self.device,
+            expert_format=self.expert_format,
+            host_memory_bytes=self.host_memory,
+            kv_memory_bytes=self.kv_memory,
+            experts_per_token=self.experts_per_token,
+            prefetch=self.prefetch,
+            threads=self.threads,
+            max_model_len_tokens=self.max_model_len,
+        )
+
+
+def load_settings(flags: Mapping[str, object]) -> Settings:
+    """Flags win over variables, variables over defaults. Refused names the first bad value."""
+    try:
+        return Settings(**flags)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise Refused(_in_one_line(error.errors()[0], flags)) from None
+
+
+def load_places(cache_dir: str | None) -> Places:
+    return Places() if cache_dir is None else Places(cache_dir=Path(cache_dir))
+
+
+def _in_one_line(error: ErrorDetails, flags: Mapping[str, object]) -> str:
+    field = str(error["loc"][0])
+    name = f"--{field.replace('_', '-')}" if field in flags else f"{ENV_PREFIX}{field.upper()}"
+    if field == "model":
+        name = "MODEL"
+    if error["type"] == "value_error":
+        return f"{name}: {error['ctx']['error']}"
+    form = Settings.model_fields[field].description or _form_of(field)
+    shown = "the value" if field == "api_key" else repr(error["input"])
+    return f"{name}: {shown} is not {form}"
+
+
+def _form_of(field: str) -> str:
+    """The form of an optional size or count, whose description sits inside its union."""
+    schema = Settings.model_json_schema()["properties"][field]
+    forms = [part["description"] for part in schema.get("anyOf", [schema]) if "description" in part]
+    return forms[0] if forms else "of the expected form"

@@ -1,0 +1,75 @@
+"""An application around a fake engine, a client that speaks to it, and a real server for both."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import httpx
+import pytest
+import uvicorn
+
+from fake_engine import FakeWorker
+from moestro.server.app import create_app
+from moestro.server.settings import Settings
+
+ClientFactory = Callable[..., httpx.AsyncClient]
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("HOST", "PORT", "API_KEY", "CACHE_DIR", "HOST_MEMORY"):
+        monkeypatch.delenv(f"MOESTRO_{name}", raising=False)
+    yield
+
+
+@pytest.fixture
+def worker() -> FakeWorker:
+    return FakeWorker()
+
+
+@pytest.fixture
+def client_for(worker: FakeWorker) -> ClientFactory:
+    """In-process; settings as keywords."""
+
+    def make(**settings: object) -> httpx.AsyncClient:
+        app = create_app(worker, Settings(model="demo", **settings))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://moestro.test")
+
+    return make
+
+
+@pytest.fixture
+def client(client_for: ClientFactory) -> httpx.AsyncClient:
+    return client_for()
+
+
+@pytest.fixture
+def serving() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
+    """`async with serving(worker) as url`: a real uvicorn on loopback."""
+
+    @contextlib.asynccontextmanager
+    async def serve(worker: FakeWorker, **settings: object) -> AsyncIterator[str]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(
+            create_app(worker, Settings(model="demo", **settings)),
+            lifespan="off",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+        )
+        server = _Quiet(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await task
+
+    return serve
+
+
+class _Quiet(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

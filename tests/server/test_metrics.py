@@ -1,0 +1,132 @@
+"""The page of metrics, read as Prometheus reads it."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fake_engine import FakeWorker, script_of
+from moestro.engine import EngineState, FinishReason, TokenEvent
+
+URL = "/v1/completions"
+
+FAMILIES = {
+    "engine_up": "gauge",
+    "engine_heartbeat_age_seconds": "gauge",
+    "engine_steps": "counter",
+    "build_info": "gauge",
+    "model_info": "gauge",
+    "model_load_seconds": "gauge",
+    "requests_running": "gauge",
+    "requests_waiting": "gauge",
+    "requests": "counter",
+    "admission_rejections": "counter",
+    "time_to_first_token_seconds": "histogram",
+    "inter_token_latency_seconds": "histogram",
+    "e2e_request_latency_seconds": "histogram",
+    "request_queue_time_seconds": "histogram",
+    "request_prefill_time_seconds": "histogram",
+    "request_decode_time_seconds": "histogram",
+    "prompt_tokens": "counter",
+    "generation_tokens": "counter",
+    "request_prompt_tokens": "histogram",
+    "request_generation_tokens": "histogram",
+    "kv_cache_usage_ratio": "gauge",
+    "kv_cache_capacity_bytes": "gauge",
+    "corrupted_requests": "counter",
+    "expert_lookups": "counter",
+    "expert_evictions": "counter",
+    "expert_prefetches": "counter",
+    "expert_loads": "counter",
+    "expert_transfer_bytes": "counter",
+    "expert_transfer_seconds": "counter",
+    "expert_stall_seconds": "counter",
+    "expert_cache_capacity_bytes": "gauge",
+    "expert_cache_used_bytes": "gauge",
+    "expert_cache_slots": "gauge",
+    "expert_blob_bytes": "gauge",
+}
+
+
+async def page_of(client) -> dict[str, float]:
+    """Sample name with its labels -> value."""
+    text = (await client.get("/metrics")).text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}"] = sample.value
+    return found
+
+
+async def test_all_families_are_there_from_the_start(client):
+    text = (await client.get("/metrics")).text
+    types = {
+        family.name.removeprefix("moestro_"): family.type
+        for family in text_string_to_metric_families(text)
+        if family.name.startswith("moestro_")
+    }
+    assert types == FAMILIES
+    assert "_created" not in text
+    assert "process_resident_memory_bytes" in text
+
+
+async def test_zero_series_are_exported(client):
+    page = await page_of(client)
+    for reason in ("stop", "length", "abort", "error", "rejected"):
+        name = f"moestro_requests_total{{endpoint=completions,finish_reason={reason}}}"
+        assert page[name] == 0
+    for reason in ("queue_full", "draining", "loading", "engine_failed", "body_too_large"):
+        assert page[f"moestro_admission_rejections_total{{reason={reason}}}"] == 0
+
+
+async def test_a_request_is_observed(client):
+    await client.post(URL, json={"prompt": "Gravity is"})
+    page = await page_of(client)
+    assert page["moestro_requests_total{endpoint=completions,finish_reason=stop}"] == 1
+    assert page["moestro_time_to_first_token_seconds_count{}"] == 1
+    assert page["moestro_inter_token_latency_seconds_count{}"] == 2
+    assert page["moestro_e2e_request_latency_seconds_count{}"] == 1
+    assert page["moestro_request_queue_time_seconds_sum{}"] == 0.25
+    assert page["moestro_request_prefill_time_seconds_sum{}"] == 0.5
+    assert page["moestro_request_decode_time_seconds_sum{}"] == 1.0
+    assert page["moestro_request_prompt_tokens_sum{}"] == 10
+    assert page["moestro_request_generation_tokens_sum{}"] == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_failures_and_refusals_are_counted_apart(client, worker, stream):
+    worker.script = script_of(TokenEvent("", (), FinishReason.ERROR, error="no"))
+    await client.post(URL, json={"prompt": "x", "stream": stream})
+    await client.post(URL, json={"prompt": "", "stream": stream})
+    worker.state = EngineState.DRAINING
+    await client.post(URL, json={"prompt": "x", "stream": stream})
+    page = await page_of(client)
+    assert page["moestro_requests_total{endpoint=completions,finish_reason=error}"] == 1
+    assert page["moestro_requests_total{endpoint=completions,finish_reason=rejected}"] == 2
+    assert page["moestro_admission_rejections_total{reason=draining}"] == 1
+    assert page["moestro_e2e_request_latency_seconds_count{}"] == 0
+
+
+async def test_engine_dying_under_a_request_is_counted_once(client, worker):
+    from moestro.engine import EngineFailed
+
+    worker.script = script_of(EngineFailed("gone"))
+    await client.post(URL, json={"prompt": "x"})
+    page = await page_of(client)
+    reasons = ("stop", "length", "abort", "error", "rejected")
+    names = [f"moestro_requests_total{{endpoint=completions,finish_reason={r}}}" for r in reasons]
+    assert [page[name] for name in names] == [0, 0, 0, 1, 0]
+
+
+async def test_labels_come_from_fixed_sets(client):
+    before = set(await page_of(client))
+    for path in ("/a", "/b", "/v1/completions/x"):
+        await client.request("BREW", path)
+    await client.post(URL, json={"prompt": "x", "model": "m1"}, headers={"x-request-id": "r"})
+    assert set(await page_of(client)) == before
+
+
+async def test_apps_do_not_share_numbers(client_for, worker: FakeWorker):
+    one, other = client_for(), client_for()
+    await one.post(URL, json={"prompt": "x"})
+    name = "moestro_requests_total{endpoint=completions,finish_reason=stop}"
+    assert ((await page_of(one))[name], (await page_of(other))[name]) == (1, 0)

@@ -1,0 +1,89 @@
+"""Ids, keys and sizes, before any route."""
+
+import pytest
+
+URL = "/v1/completions"
+BODY = {"prompt": "x"}
+KEY = {"authorization": "Bearer right"}
+
+
+async def test_a_sane_id_is_kept_and_others_are_replaced(client):
+    async def id_for(given: str) -> str:
+        response = await client.get("/health", headers={"x-request-id": given})
+        return response.headers["x-request-id"]
+
+    assert await id_for("abc-1.2_3") == "abc-1.2_3"
+    for given in ("", "a b", "x" * 129, "a/b", "{}"):
+        assert await id_for(given) != given
+    assert await id_for("") != await id_for("")
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", "Bearer righ", "Bearer right ", "Basic right"],
+)
+@pytest.mark.parametrize("path", [URL, "/v1/models", "/openapi.json", "/nowhere", "/health/"])
+async def test_everything_needs_the_key(client_for, worker, authorization, path):
+    headers = {} if authorization is None else {"authorization": authorization}
+    client = client_for(api_key="right")
+    response = await client.post(path, json=BODY, headers=headers)
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "invalid_api_key"
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["x-request-id"]
+    assert not worker.submitted
+
+
+async def test_the_key_opens(client_for):
+    client = client_for(api_key="right")
+    assert (await client.post(URL, json=BODY, headers=KEY)).status_code == 200
+
+
+async def test_two_keys_are_none(client_for):
+    headers = [("authorization", "Bearer right"), ("authorization", "Bearer wrong")]
+    response = await client_for(api_key="right").post(URL, json=BODY, headers=headers)
+    assert response.status_code == 401
+
+
+@pytest.mark.parametrize("host", ["x/?", "x#", "x/health?", "health"])
+async def test_host_header_opens_nothing(client_for, host):
+    headers = {"host": host}
+    response = await client_for(api_key="right").get("/v1/models", headers=headers)
+    assert response.status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+async def test_watchers_need_no_key(client_for, path):
+    assert (await client_for(api_key="right").get(path)).status_code == 200
+
+
+async def test_large_body_by_its_length(client_for, worker):
+    client = client_for(max_body="1KiB")
+    response = await client.post(URL, json={"prompt": "x" * 1100})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "body_too_large"
+    assert "1024 bytes" in response.json()["error"]["message"]
+    page = (await client.get("/metrics")).text
+    assert 'moestro_admission_rejections_total{reason="body_too_large"} 1.0' in page
+    assert not worker.submitted
+
+
+async def test_large_body_while_it_is_read(serving, worker):
+    async def pieces():
+        yield b'{"prompt": "'
+        for _ in range(20):
+            yield b"x" * 100
+
+    import httpx
+
+    async with serving(worker, max_body="1KiB") as url, httpx.AsyncClient(base_url=url) as client:
+        headers = {"content-type": "application/json"}
+        response = await client.post(URL, content=pieces(), headers=headers)
+    assert response.status_code == 413
+
+
+async def test_a_body_of_the_limit_passes(client_for):
+    content = b'{"prompt": "x"}'.ljust(1024)
+    headers = {"content-type": "application/json"}
+    response = await client_for(max_body=1024).post(URL, content=content, headers=headers)
+    assert response.status_code == 200

@@ -1,0 +1,133 @@
+"""Flags, variables and defaults; one clear line for every bad value."""
+
+from pathlib import Path
+
+import pytest
+
+from moestro.engine import EngineConfig
+from moestro.server.refusal import Refused
+from moestro.server.settings import Settings, load_places, load_settings, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("1024", 1024),
+        ("16MiB", 16 << 20),
+        ("2GiB", 2 << 30),
+        ("500MB", 500_000_000),
+        ("1.5 kib", 1536),
+        ("7B", 7),
+        ("1TB", 10**12),
+        (" 3gb ", 3 * 10**9),
+    ],
+)
+def test_sizes(text, size_bytes):
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "2G", "MiB", "-1MiB", "1e9", "1 2MiB", "nan", "0x10", "²"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+def test_defaults():
+    settings = load_settings({"model": "demo"})
+    assert (settings.host, settings.port, settings.device) == ("127.0.0.1", 8000, "cpu")
+    assert settings.cache_dir == Path.home() / ".cache" / "moestro"
+    assert settings.key is None
+    assert settings.prefetch
+
+
+def test_flags_win_over_variables(monkeypatch):
+    monkeypatch.setenv("MOESTRO_PORT", "9000")
+    monkeypatch.setenv("MOESTRO_HOST_MEMORY", "1GiB")
+    monkeypatch.setenv("MOESTRO_KV_MEMORY", "")
+    settings = load_settings({"model": "demo", "port": "9001"})
+    assert (settings.port, settings.host_memory, settings.kv_memory) == (9001, 1 << 30, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("port", "abc", "--port: 'abc' is not a port number from 0 to 65535"),
+        ("port", "70000", "--port: '70000' is not a port number from 0 to 65535"),
+        ("host_memory", "16 apples", "--host-memory: '16 apples' is not a size above 0 such as"),
+        ("host_memory", "0", "--host-memory: '0' is not a size above 0 such as"),
+        ("kv_memory", "2G", "--kv-memory: '2G' is not a size"),
+        ("threads", "0", "--threads: '0' is not a whole number above 0"),
+        ("experts_per_token", "x", "--experts-per-token: 'x' is not a whole number above 0"),
+        ("max_model_len", "-1", "--max-model-len: '-1' is not a whole number above 0"),
+        ("expert_format", "int4", "--expert-format: 'int4' is not an expert format (native)"),
+        ("device", "cuda", "--device: 'cuda' is not served; what exists: auto, cpu"),
+        ("device_memory", "1GiB", "--device-memory: device cpu has no memory of its own"),
+        ("model", "/no/where", "MODEL: there is no folder '/no/where'"),
+        ("served_model_name", "", "--served-model-name: '' is not a name of 1 to 256 characters"),
+    ],
+)
+def test_bad_flags(field, value, line):
+    with pytest.raises(Refused) as caught:
+        load_settings({"model": "demo", field: value})
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_variables_are_named_as_such(monkeypatch):
+    monkeypatch.setenv("MOESTRO_HOST_MEMORY", "much")
+    with pytest.raises(Refused, match="^MOESTRO_HOST_MEMORY: 'much' is not a size"):
+        load_settings({"model": "demo"})
+
+
+@pytest.mark.parametrize("key", ["", "two words", "ключ"])
+def test_bad_keys_are_not_shown(key):
+    with pytest.raises(Refused) as caught:
+        load_settings({"model": "demo", "api_key": key})
+    assert "--api-key" in str(caught.value)
+    assert not key or key not in str(caught.value)
+
+
+def test_keys_are_masked(monkeypatch):
+    monkeypatch.setenv("MOESTRO_API_KEY", "hidden")
+    settings = load_settings({"model": "demo"})
+    assert settings.key == "hidden"
+    assert "hidden" not in repr(settings)
+
+
+def test_names(tmp_path):
+    assert Settings(model="demo").served_name == "demo"
+    assert Settings(model=str(tmp_path)).served_name == tmp_path.name
+    assert Settings(model="demo", served_model_name="a/b").served_name == "a/b"
+
+
+def test_engine_config(tmp_path):
+    settings = load_settings(
+        {
+            "model": str(tmp_path),
+            "device": "auto",
+            "host_memory": "16MiB",
+            "kv_memory": "1MiB",
+            "experts_per_token": "3",
+            "prefetch": False,
+            "threads": "1",
+            "max_model_len": "100",
+            "cache_dir": str(tmp_path),
+        }
+    )
+    assert settings.to_engine_config() == EngineConfig(
+        model_path=tmp_path,
+        cache_dir=tmp_path,
+        device="cpu",
+        host_memory_bytes=16 << 20,
+        kv_memory_bytes=1 << 20,
+        experts_per_token=3,
+        prefetch=False,
+        threads=1,
+        max_model_len_tokens=100,
+    )
+
+
+def test_places(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOESTRO_CACHE_DIR", str(tmp_path))
+    assert load_places(None).cache_dir == tmp_path
+    assert load_places("~/x").cache_dir == Path.home() / "x"
