@@ -52,18 +52,10 @@ class Lease:
         self._given: set[int] = set()  # slots of residents that were given up
         self._failure: Failure | None = None
 
-        row, ready, pinned = table.where[layer], table.ready, table.pinned
+        row, ready = table.where[layer], table.ready
         self._here = [(e, slot) for e in experts if (slot := row[e]) >= 0 and ready[slot]]
-        pinned.update([slot for _, slot in self._here])
-        hits = len(self._here)
-        counters.requested[layer] += len(experts)
-        if table.guessed:
-            guessed = table.guessed & pinned
-            table.guessed -= guessed
-            counters.prefetch_hits[layer] += len(guessed)
-            counters.used += len(guessed)
-            hits -= len(guessed)
-        counters.hits[layer] += hits
+        table.pinned.update([slot for _, slot in self._here])
+        self._count_hits(len(experts))
         keys = loader.keys[layer]
         if len(self._here) == len(experts):
             policy.touched([keys[expert] for expert in experts])
@@ -130,6 +122,17 @@ class Lease:
                 else:
                     self._failure = failure
                     self._more.remove(slot)
+
+    def _count_hits(self, requested: int) -> None:
+        table, counters, layer = self._table, self._counters, self._layer
+        counters.requested[layer] += requested
+        counters.hits[layer] += len(self._here)
+        if table.guessed:
+            guessed = table.guessed & table.pinned
+            table.guessed -= guessed
+            counters.hits[layer] -= len(guessed)
+            counters.prefetch_hits[layer] += len(guessed)
+            counters.used += len(guessed)
 
     def _demand(self, experts: Sequence[int]) -> None:
         """Everything that is not here: joins the reads under way and starts those that fit."""

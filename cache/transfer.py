@@ -65,6 +65,7 @@ class DirectReader:
         self._guessed: deque[ReadRequest] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._broken = False
         self._completed: SimpleQueue[Completion] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._serve, name=f"moestro-reader-{index}", daemon=True)
@@ -77,6 +78,8 @@ class DirectReader:
         with self._changed:
             for request in requests:
                 (self._guessed if request.guessed else self._demanded).append(request)
+            if self._broken:
+                self._give_up()
             self._changed.notify(len(requests))
 
     def poll(self) -> list[Completion]:
@@ -101,8 +104,7 @@ class DirectReader:
 
     def _serve(self) -> None:
         while (request := self._next()) is not None:
-            # Stays if the thread dies of something unforeseen: the cache must not wait for ever.
-            completion = Completion(request, 0.0, ReadFailed("the reader thread died"))
+            completion = None
             started = time.perf_counter()
             try:
                 read_blobs(self._pack, request)
@@ -110,7 +112,20 @@ class DirectReader:
             except (ReadFailed, PackInvalid) as error:
                 completion = Completion(request, time.perf_counter() - started, error)
             finally:
-                self._completed.put(completion)
+                if completion is None:  # a bug: it ends this thread, and nobody may wait for it
+                    with self._changed:
+                        self._demanded.appendleft(request)
+                        self._give_up()
+                else:
+                    self._completed.put(completion)
+
+    def _give_up(self) -> None:
+        """From now on every request fails at once; called with the lock held."""
+        self._broken = True
+        for request in (*self._demanded, *self._guessed):
+            self._completed.put(Completion(request, 0.0, ReadFailed("a reader thread died")))
+        self._demanded.clear()
+        self._guessed.clear()
 
     def _next(self) -> ReadRequest | None:
         with self._changed:

@@ -4,7 +4,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from moestro.cache import DirectReader, Pack, PackInvalid, PackSpec, ReadFailed, ReadRequest
+from moestro.cache import (
+    Completion,
+    DirectReader,
+    Pack,
+    PackInvalid,
+    PackSpec,
+    ReadFailed,
+    ReadRequest,
+)
 from moestro.cache.blobfile import page_memory
 from moestro.cache.slots import blob_views
 from tiny_packs import assert_is
@@ -35,7 +43,7 @@ def test_blobs_arrive_in_their_buffers(reader: DirectReader, spec: PackSpec) -> 
         request(spec, layer, range(first, first + 3)) for layer in range(3) for first in (0, 3)
     ]
     reader.submit(asked)
-    done = []
+    done: list[Completion] = []
     while len(done) < len(asked):
         done += reader.wait()
     assert {id(each.request) for each in done} == {id(each) for each in asked}
@@ -103,7 +111,7 @@ def test_demand_goes_before_guesses(pack: Pack, spec: PackSpec, held: HeldFile) 
     reader.submit([request(spec, 0, range(1, 2), guessed=True)])
     reader.submit([request(spec, 0, range(2, 3)), request(spec, 0, range(3, 4))])
     held.gate.release(4)
-    done = []
+    done: list[Completion] = []
     while len(done) < 4:
         done += reader.wait()
     assert [each.request.experts[0] for each in done] == [0, 2, 3, 1]
@@ -127,3 +135,20 @@ def test_closing_ends_what_runs_and_forgets_what_waits(
     (done,) = reader.poll()
     assert_read(spec, done.request)
     assert not any(thread.is_alive() for thread in reader._threads)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_died(
+    pack: Pack, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(offset: int, buffers: tuple[memoryview, ...]) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pack.file, "read_into", bug)
+    reader = DirectReader(pack)
+    for guessed in (False, True):
+        reader.submit([request(spec, 0, range(1), guessed=guessed)])
+        (done,) = reader.wait()
+        assert isinstance(done.error, ReadFailed)
+        assert done.request.guessed == guessed
+    reader.close()
