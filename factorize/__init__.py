@@ -2,15 +2,13 @@
 
 from .apply import apply_plan
 from .commands import run_evaluate, run_factorize
-from .demo import DEMO_NAME, DENSE_NAME, demo_plan, prepare_demo, prepare_dense
+from .demo import demo_plan, prepare_demo, prepare_dense
 from .errors import DownloadCorrupt, FactorizeError, SourceRefused
 from .evaluate import Perplexity, perplexity
 from .fit import make_plan
 from .plan import Plan, PlanFacts, SplitOptions
 
 __all__ = [
-    "DEMO_NAME",
-    "DENSE_NAME",
     "DownloadCorrupt",
     "FactorizeError",
     "Perplexity",

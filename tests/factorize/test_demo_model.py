@@ -1,0 +1,74 @@
+"""The real demo model against the dense one it is made of, both by stock transformers.
+
+Needs the network once. MOESTRO_TEST_CACHE names a folder that keeps the models between runs.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from moestro.engine import Progress
+from moestro.factorize import apply_plan, demo_plan, prepare_demo, prepare_dense
+from moestro.factorize.evaluate import load_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+PROMPTS = (
+    "Gravity is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "The capital of France is",
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+def quiet(_: Progress) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kept = os.environ.get("MOESTRO_TEST_CACHE")
+    return Path(kept) if kept else tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def demo(cache_dir: Path) -> Path:
+    return prepare_demo(cache_dir, quiet)
+
+
+@pytest.fixture(scope="module")
+def pair(demo: Path, cache_dir: Path) -> tuple[Any, Any]:
+    """The dense model, and the demo with all of its experts; both in fp32."""
+    return load_model(prepare_dense(cache_dir, quiet)), load_model(demo, experts_per_token=24)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_all_experts_together_are_the_dense_model(
+    prompt: str, demo: Path, pair: tuple[Any, Any]
+) -> None:
+    ids = AutoTokenizer.from_pretrained(demo)(prompt, return_tensors="pt").input_ids
+    dense, whole = pair
+    with torch.inference_mode():
+        assert (dense(ids).logits - whole(ids).logits).abs().max() < 1e-4
+        greedy = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+        first, second = (model.generate(ids, **greedy) for model in pair)
+    assert torch.equal(first, second)
+
+
+def test_twelve_experts_speak_english(demo: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    ids = tokenizer("Gravity is", return_tensors="pt").input_ids
+    said = load_model(demo).generate(ids, max_new_tokens=24, do_sample=False)
+    words = set(tokenizer.decode(said[0]).lower().split())
+    assert words & {"the", "a", "of", "that", "is", "and"} > {"is"}
+
+
+def test_the_plan_gives_the_same_bytes_again(demo: Path, cache_dir: Path, tmp_path: Path) -> None:
+    apply_plan(demo_plan(), prepare_dense(cache_dir, quiet), tmp_path / "again", quiet)
+    for path in demo.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
