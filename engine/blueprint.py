@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from moestro.cache import BlobLayout, DoesNotFit, PackLayer, PackSpec, plan_slots
+from moestro.cache import BlobLayout, DoesNotFit, PackLayer, PackSpec, human_bytes, plan_slots
 
 from .checkpoint import Checkpoint, ExpertsModule
 from .config import EngineConfig
 from .errors import BudgetTooSmall, ModelRefused, StartError
 from .manifest import Manifest
-from .memory import ALLOWANCE_BYTES, Demand, MemoryPlan, human_bytes, memory_limit, settle
+from .memory import ALLOWANCE_BYTES, Demand, MemoryPlan, memory_limit, settle
 from .topology import Topology, trace
 
 log = logging.getLogger("moestro.engine")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moestro.cache import (
     ExpertCache,
     PackWriter,
+    human_bytes,
     open_or_build,
     plan_slots,
 )
@@ -29,7 +30,7 @@ from .core import Engine
 from .errors import StartError
 from .experts import OffloadedExperts, StepPhase, Widening, bind
 from .kv import PackedCache
-from .memory import MemoryPlan, human_bytes
+from .memory import MemoryPlan
 from .prefetch import next_gates
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerLimits

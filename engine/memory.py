@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from moestro.cache import human_bytes
+
 from .errors import BudgetTooSmall
 
 GIB = 1 << 30
@@ -22,16 +24,6 @@ CGROUP_FILES = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
-
-
-def human_bytes(count: int) -> str:
-    """1536 -> '1.5 KiB'."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import tiny
 from engine_kit import generate, opened
 from moestro.engine import ModelNotFound, ModelRefused, SamplingParams, StartError
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -19,9 +20,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, tmp_path: Path, kind: type[StartError], words: str) -> None:
-    with pytest.raises(kind, match=words) as caught:
-        with opened(folder, tmp_path / "cache"):
-            pass
+    with pytest.raises(kind, match=words) as caught, opened(folder, tmp_path / "cache"):
+        pass
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("cache/**/*.p*")), "a refused model left files behind"
 
@@ -128,9 +128,8 @@ def test_refusals_name_the_file_and_the_reason(
     tmp_path: Path,
 ) -> None:
     harm(folder)
-    with pytest.raises(kind, match=words) as caught:
-        with opened(folder, tmp_path / "cache"):
-            pass
+    with pytest.raises(kind, match=words) as caught, opened(folder, tmp_path / "cache"):
+        pass
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("cache/**/*.partial")), "half a pack was left behind"
 
@@ -180,9 +179,12 @@ def test_a_changed_model_gets_a_new_pack(tmp_path: Path) -> None:
 
 def test_the_experts_budget_must_hold_one_tokens_experts(tmp_path: Path) -> None:
     folder = tiny.build("mixtral", tmp_path / "model")
-    with pytest.raises(StartError, match=r"--host-memory: .*smallest value that works is 96"):
-        with opened(folder, tmp_path / "cache", host_memory_bytes=60_000):
-            pass
+    words = "--host-memory: .*smallest value that works is 96"
+    with (
+        pytest.raises(StartError, match=words),
+        opened(folder, tmp_path / "cache", host_memory_bytes=60_000),
+    ):
+        pass
     with opened(folder, tmp_path / "cache", host_memory_bytes=2 * 48 * 1024) as loaded:
         assert loaded.cache.plan.slots == 2
 
@@ -196,9 +198,8 @@ def test_context_and_choices_are_checked(tmp_path: Path) -> None:
         ({"expert_format": "int3"}, "--expert-format int3"),
         ({"experts_per_token": 9}, "--experts-per-token 9"),
     ):
-        with pytest.raises(StartError, match=words):
-            with opened(folder, tmp_path / "cache", **settings):  # type: ignore[arg-type]
-                pass
+        with pytest.raises(StartError, match=words), opened(folder, tmp_path / "c", **settings):
+            pass
     with opened(folder, tmp_path / "cache", kv_memory_bytes=64 * 1024) as loaded:
         assert loaded.info.max_model_len_tokens == 64
 

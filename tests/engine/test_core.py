@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from engine_kit import generate, opened
 from moestro.cache import ReadFailed
 from moestro.engine import BadParameter, PromptTooLong, QueueFull, SamplingParams

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from engine_kit import generate, opened, run_logits
 from moestro.engine import SamplingParams
 

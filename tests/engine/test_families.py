@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from engine_kit import KIB, generate, opened, run_logits
 from moestro.engine import ModelRefused, SamplingParams
 
@@ -86,9 +87,9 @@ def test_a_model_with_recurrent_state_is_refused_by_name(tmp_path: Path) -> None
         linear_value_head_dim=16,
     )
     folder = tiny.save(config, tmp_path / "model")
-    with pytest.raises(ModelRefused, match="'qwen3_next' are not carried yet"):
-        with opened(folder, tmp_path / "cache"):
-            pass
+    words = "'qwen3_next' are not carried yet"
+    with pytest.raises(ModelRefused, match=words), opened(folder, tmp_path / "cache"):
+        pass
 
 
 def _half(folder: Path) -> int:

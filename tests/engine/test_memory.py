@@ -1,8 +1,9 @@
 """The plan is arithmetic: every refusal carries its sums."""
 
 import pytest
+
 from moestro.engine import BudgetTooSmall
-from moestro.engine.memory import MIB, Demand, human_bytes, memory_limit, settle
+from moestro.engine.memory import MIB, Demand, memory_limit, settle
 
 DEMAND = Demand(
     interpreter_bytes=400 * MIB,
@@ -32,7 +33,7 @@ def test_a_given_budget_is_taken_as_it_is() -> None:
     plan = settle(DEMAND, 60 * MIB, 10 * MIB, (10_000 * MIB, "the machine"))
     assert (plan.experts_bytes, plan.kv_bytes, plan.kv_tokens) == (60 * MIB, 10 * MIB, 40)
     text = "\n".join(plan.lines())
-    for words in ("60.0 MiB", "--host-memory", "--kv-memory", "interpreter 400 MiB"):
+    for words in ("60 MiB", "--host-memory", "--kv-memory", "interpreter 400 MiB"):
         assert words in text
 
 
@@ -56,11 +57,3 @@ def test_kv_that_holds_no_token_is_refused() -> None:
 def test_the_limit_is_found() -> None:
     limit, name = memory_limit()
     assert limit > 100 * MIB and name
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(5, "5 B"), (1536, "1.5 KiB"), (110592, "108 KiB"), (40 * MIB, "40.0 MiB")],
-)
-def test_human_bytes(count: int, text: str) -> None:
-    assert human_bytes(count) == text

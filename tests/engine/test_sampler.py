@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moestro.engine import SamplingParams
 from moestro.engine.sampler import NonFiniteLogits, Sampler
 

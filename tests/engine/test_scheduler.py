@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from moestro.engine import QueueFull, SamplingParams
 from moestro.engine.scheduler import Scheduler, SchedulerLimits
 from moestro.engine.sequence import Batch, Sequence

@@ -1,6 +1,7 @@
 """Parameters are checked where they are made."""
 
 import pytest
+
 from moestro.engine import BadParameter, SamplingParams
 from moestro.engine.sequence import Sequence
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+
+import tiny
 from moestro.engine import BadParameter, ModelRefused, Tokenizer
 
 

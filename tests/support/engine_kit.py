@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from moestro.engine import EngineConfig, Progress, SamplingParams
 from moestro.engine.core import Engine
 from moestro.engine.loader import Loaded, load
@@ -23,7 +24,8 @@ def ignore(_: Progress) -> None:
 @contextmanager
 def opened(folder: Path, cache_dir: Path, **settings: Any) -> Iterator[Loaded]:
     """A loaded engine on one thread; closed afterwards."""
-    config = EngineConfig(folder, cache_dir, **{"kv_memory_bytes": 4 * MIB, "threads": 1} | settings)
+    defaults = {"kv_memory_bytes": 4 * MIB, "threads": 1}
+    config = EngineConfig(folder, cache_dir, **defaults | settings)
     loaded = load(config, ignore)
     try:
         yield loaded

@@ -23,3 +23,15 @@ def read_exposition(page: str) -> Exported:
             for label, value in line.labels.items():
                 sample.labels[label].add(value)
     return found
+
+
+Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]  # (name, sorted labels) -> value
+
+
+def samples(page: str) -> Values:
+    """Every sample of the page with its value."""
+    return {
+        (line.name, tuple(sorted(line.labels.items()))): line.value
+        for family in text_string_to_metric_families(page)
+        for line in family.samples
+    }
