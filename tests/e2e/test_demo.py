@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -53,7 +54,7 @@ def wanted(demo: Path, cache_dir: Path) -> list[list[int]]:
 def test_greedy_text_is_the_same_for_every_budget(
     slots: int, prefetch: bool, demo: Path, cache_dir: Path, wanted: list[list[int]]
 ) -> None:
-    settings = {"host_memory_bytes": slots * BLOB, "prefetch": prefetch}
+    settings: Any = {"host_memory_bytes": slots * BLOB, "prefetch": prefetch}
     with opened(demo, cache_dir, kv_memory_bytes=64 * MIB, **settings) as loaded:
         assert loaded.cache.plan.slots == slots
         ids = [loaded.tokenizer.encode(prompt) for prompt in PROMPTS]
@@ -96,7 +97,7 @@ def url(demo: Path, cache_dir: Path) -> Iterator[str]:
 
 def test_the_official_client_reads_sensible_text(url: str) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        fields = {"model": "demo", "prompt": "Gravity is", "max_tokens": 32, "temperature": 0}
+        fields: Any = {"model": "demo", "prompt": "Gravity is", "max_tokens": 32, "temperature": 0}
         plain = client.completions.create(**fields)
         stream = list(client.completions.create(**fields, stream=True))
         assert "".join(chunk.choices[0].text for chunk in stream) == plain.choices[0].text

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -37,7 +38,7 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 
 def test_streamed_and_plain_text_are_the_same(client: openai.OpenAI) -> None:
-    fields = {"model": "tiny-mixtral", "prompt": "Hello", "max_tokens": 24, "seed": 3}
+    fields: Any = {"model": "tiny-mixtral", "prompt": "Hello", "max_tokens": 24, "seed": 3}
     plain = client.completions.create(**fields, temperature=1.0)
     chunks = list(
         client.completions.create(

@@ -139,12 +139,12 @@ def test_a_load_can_be_stopped_and_leaves_nothing_half_written(
 ) -> None:
     def stop_while_packing(progress: Progress) -> None:
         if progress.phase == "pack" and progress.done == 2:
-            worker._stopping.set()
+            packing._stopping.set()
 
-    worker = EngineWorker(EngineConfig(folder, tmp_path), stop_while_packing)
-    worker.start()
-    assert worker.wait_loaded(60)
-    assert isinstance(worker.failure, LoadCancelled)
+    packing = EngineWorker(EngineConfig(folder, tmp_path), stop_while_packing)
+    packing.start()
+    assert packing.wait_loaded(60)
+    assert isinstance(packing.failure, LoadCancelled)
     assert [path.name for path in tmp_path.rglob("*") if path.suffix in (".pack", ".partial")] == []
 
 

@@ -32,8 +32,9 @@ def _olmoe() -> hf.PreTrainedConfig:
 
 
 def _qwen3_moe() -> hf.PreTrainedConfig:
+    wider: dict[str, Any] = {**WIDTHS, "head_dim": 16}
     return hf.Qwen3MoeConfig(
-        **WIDTHS, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, head_dim=16
+        **wider, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2
     )
 
 
@@ -89,7 +90,7 @@ def build(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path
 
 def save(config: hf.PreTrainedConfig, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config)
+    model = hf.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -106,7 +107,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS, "<bos>", "<pad>", "<unk>"])
-    wrapped = hf.PreTrainedTokenizerFast(
+    wrapped = hf.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token=EOS, bos_token="<bos>", pad_token="<pad>"
     )
     wrapped.save_pretrained(folder)
@@ -119,4 +120,4 @@ def oracle(folder: Path) -> Any:
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",
-    ).eval()
+    ).train(False)
