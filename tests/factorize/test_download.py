@@ -133,3 +133,9 @@ def test_a_cancelled_download_leaves_no_process(tmp_path: Path) -> None:
     assert time.monotonic() - started_s < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_without_pip_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pip", None)  # Python's own way to say: not there
+    with pytest.raises(FactorizeError, match=r"-m ensurepip`"):
+        pip_download(PINNED, tmp_path, quiet)
