@@ -69,6 +69,7 @@ class Loaded:
             kv_capacity_bytes=self.plan.kv_bytes,
             corrupted_requests=counters.corrupted,
             load_s=dict(self.load_s),
+            planned_bytes=self.plan.parts(),
             cache=self.cache.stats(),
         )
 

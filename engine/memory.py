@@ -61,6 +61,16 @@ class MemoryPlan:
     def kv_tokens(self) -> int:
         return self.kv_bytes // self.demand.kv_bytes_per_token
 
+    def parts(self) -> dict[str, int]:
+        """Bytes by part; they sum to the total."""
+        return {
+            "interpreter": self.demand.interpreter_bytes,
+            "dense": self.demand.dense_bytes,
+            "workspace": self.demand.workspace_bytes,
+            "experts": self.experts_bytes,
+            "kv": self.kv_bytes,
+        }
+
     def lines(self) -> list[str]:
         """The plan as the start prints it."""
         demand = self.demand

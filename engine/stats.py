@@ -47,4 +47,5 @@ class EngineStats:
     kv_capacity_bytes: int
     corrupted_requests: int  # ended because their logits were not finite
     load_s: dict[str, float]  # seconds by phase of the start
+    planned_bytes: dict[str, int]  # the memory plan by part; the process stays below the sum
     cache: CacheStats

@@ -129,6 +129,9 @@ def _of_memory(stats: EngineStats) -> Iterator[Metric]:
     yield _gauge("expert_cache_capacity_bytes", "Room for experts", capacity, tier)
     yield _gauge("expert_cache_used_bytes", "Room taken by experts", used, tier)
     yield _gauge("expert_cache_slots", "Experts that fit at once", slots, tier)
+    planned: Labelled = {(part,): size for part, size in stats.planned_bytes.items()}
+    words = "The memory plan: the process stays below the sum"
+    yield _gauge("memory_planned_bytes", words, planned, ("part",))
     yield _gauge("expert_blob_bytes", "One expert, as it is moved", cache.slot_bytes)
 
 

@@ -32,6 +32,7 @@ def test_on_a_small_machine_experts_take_what_is_left() -> None:
 def test_a_given_budget_is_taken_as_it_is() -> None:
     plan = settle(DEMAND, 60 * MIB, 10 * MIB, (10_000 * MIB, "the machine"))
     assert (plan.experts_bytes, plan.kv_bytes, plan.kv_tokens) == (60 * MIB, 10 * MIB, 40)
+    assert sum(plan.parts().values()) == plan.total_bytes
     text = "\n".join(plan.lines())
     for words in ("60 MiB", "--host-memory", "--kv-memory", "interpreter 400 MiB"):
         assert words in text

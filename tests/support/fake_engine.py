@@ -54,6 +54,7 @@ STATS = EngineStats(
     kv_capacity_bytes=100,
     corrupted_requests=0,
     load_s={"pack": 1.5, "load": 2.5},
+    planned_bytes={"interpreter": 100, "dense": 200, "experts": 300, "kv": 100},
     cache=CacheStats(
         layers=(
             LayerStats(
