@@ -43,6 +43,7 @@ FAMILIES = {
     "expert_cache_used_bytes": "gauge",
     "expert_cache_slots": "gauge",
     "expert_blob_bytes": "gauge",
+    "memory_planned_bytes": "gauge",
 }
 
 
