@@ -1,6 +1,11 @@
 """The `moestro` command. Imports the heavy parts inside the commands, so that --help is instant."""
 
+import os
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +43,16 @@ def main() -> None:
 def _refuse(message: str) -> int:
     typer.echo("moestro: " + " ".join(message.split()), err=True)
     return 2
+
+
+@contextmanager
+def _ctrl_c_at_once() -> Iterator[None]:
+    """While big libraries are imported: some of them swallow a KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _show_version(asked: bool) -> None:
@@ -112,9 +127,11 @@ def serve(
 
 
 def _serve(settings: "Settings", listener: "socket.socket") -> int:
-    from .start import run_server  # brings torch
+    began_s = time.monotonic()
+    with _ctrl_c_at_once():
+        from .start import run_server
 
-    return run_server(settings, listener)
+    return run_server(settings, listener, began_s)
 
 
 @app.command()
@@ -137,11 +154,12 @@ def factorize(
     Example:
       moestro factorize demo ./demo-moe --calibration text.txt --write-plan plan.safetensors
     """
-    from moestro.engine import StartError
-    from moestro.factorize import run_factorize
+    with _ctrl_c_at_once():
+        from moestro.engine import StartError
+        from moestro.factorize import run_factorize
 
-    from .settings import load_places
-    from .start import watched_progress
+        from .settings import load_places
+        from .start import watched_progress
 
     try:
         with watched_progress() as progress:
@@ -177,10 +195,11 @@ def evaluate(
     Example:
       moestro evaluate ./demo-moe --text book.txt --experts-per-token 6
     """
-    from moestro.engine import StartError
-    from moestro.factorize import run_evaluate
+    with _ctrl_c_at_once():
+        from moestro.engine import StartError
+        from moestro.factorize import run_evaluate
 
-    from .start import watched_progress
+        from .start import watched_progress
 
     try:
         with watched_progress() as progress:

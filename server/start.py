@@ -39,9 +39,8 @@ def watched_progress() -> Iterator[ProgressFn]:
         view.close()
 
 
-def run_server(settings: Settings, listener: socket.socket) -> int:
-    """The exit code, after the server has served."""
-    began_s = time.monotonic()
+def run_server(settings: Settings, listener: socket.socket, began_s: float) -> int:
+    """The exit code, after the server has served. `began_s`: time.monotonic() of the start."""
     console = Console(stderr=True)
     set_up_logging(console)
     view = progress_view(console)
