@@ -70,7 +70,9 @@ NoPrefetch = Annotated[
 ]
 Threads = Annotated[
     str | None,
-    Option("--threads", metavar="N", help="Threads that compute. [default: the cores]"),
+    Option(
+        "--threads", metavar="N", help="Threads that compute. [default: physical cores less one]"
+    ),
 ]
 MaxModelLen = Annotated[
     str | None,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -32,7 +33,7 @@ def worker() -> FakeWorker:
 def client_for(worker: FakeWorker) -> ClientFactory:
     """In-process; settings as keywords."""
 
-    def make(**settings: object) -> httpx.AsyncClient:
+    def make(**settings: Any) -> httpx.AsyncClient:
         app = create_app(worker, Settings(model="demo", **settings))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://moestro.test")
@@ -50,7 +51,7 @@ def serving() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
     """`async with serving(worker) as url`: a real uvicorn on loopback."""
 
     @contextlib.asynccontextmanager
-    async def serve(worker: FakeWorker, **settings: object) -> AsyncIterator[str]:
+    async def serve(worker: FakeWorker, **settings: Any) -> AsyncIterator[str]:
         listener = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(
             create_app(worker, Settings(model="demo", **settings)),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 import pytest
 
@@ -115,13 +116,13 @@ async def test_what_is_not_served_is_refused_by_name(client, worker, name, value
     assert not worker.submitted
 
 
+BAD_PROMPTS: list[Any] = ["", [], [[]], None, 3, {}, [1, "a"], [-1], [1.5], [True]]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(
-            ("prompt", value)
-            for value in ("", [], [[]], None, 3, {}, [1, "a"], [-1], [1.5], [True])
-        ),
+        *(("prompt", value) for value in BAD_PROMPTS),
         ("prompt", [999]),
         *(("max_tokens", value) for value in (0, -1, True, "3", 1.5)),
         *(("temperature", value) for value in (-1, 2.1, True, "1")),

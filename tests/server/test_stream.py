@@ -149,7 +149,8 @@ async def test_watched_hears_the_client_before_the_next_token():
 
     stream = worker.submit([1], SamplingParams())
     events = watched(stream, receive)
-    assert (await anext(events)).text == " a"
+    first = await anext(events)
+    assert first is not None and first.text == " a"
     hangs_up.set()
     with pytest.raises(ClientGone):
         await within(1, anext(events))

@@ -94,7 +94,7 @@ def save(config: hf.PreTrainedConfig, folder: Path, dtype: torch.dtype = torch.f
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype=dtype).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 

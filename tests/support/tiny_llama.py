@@ -29,7 +29,7 @@ def write_tiny_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, **change
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype=dtype).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -41,7 +41,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
 
