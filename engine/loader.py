@@ -30,7 +30,7 @@ from .core import Engine
 from .errors import StartError
 from .experts import OffloadedExperts, StepPhase, Widening, bind
 from .kv import PackedCache
-from .memory import MemoryPlan
+from .memory import MemoryPlan, release_freed_memory
 from .prefetch import next_gates
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerLimits
@@ -109,6 +109,7 @@ def load(
     if prepare is not None:
         phases.enter("prepare")
         config = replace(config, model_path=prepare(progress))
+        release_freed_memory()
     phases.enter("inspect")
     blueprint = inspect(config)
     plan = plan_memory(config, blueprint)
@@ -198,6 +199,7 @@ def _load_weights(
     packed = PackedCache()
     packed.expanded_layers = set(blueprint.topology.expanded_layers)
     install(model, packed)
+    release_freed_memory()
     phases.report(1, 1, "models")
     return model, ExpertCache(pack, slots), packed
 

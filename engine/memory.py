@@ -4,6 +4,8 @@ The fixed part (interpreter, dense weights, workspace) follows from the model; t
 (experts, KV) are the user's, or what is left. The sum is a promise: the process stays below it.
 """
 
+import ctypes
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +88,15 @@ class MemoryPlan:
             f"  kv        {human_bytes(self.kv_bytes):>10}  {self.kv_tokens} tokens of"
             f" {human_bytes(demand.kv_bytes_per_token)} (--kv-memory)",
         ]
+
+
+def release_freed_memory() -> None:
+    """Give pages that were freed back to the system, so that what is resident is what is used."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc: its own allocator decides
+        return
 
 
 def memory_limit() -> tuple[int, str]:
