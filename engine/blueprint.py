@@ -10,7 +10,9 @@ from moestro.cache import BlobLayout, DoesNotFit, PackLayer, PackSpec, human_byt
 
 from .checkpoint import Checkpoint, ExpertsModule
 from .config import EngineConfig
+from .dense import quantized_paths, saved_bytes
 from .errors import BudgetTooSmall, ModelRefused, StartError
+from .formats import Codec, codec_of
 from .manifest import Manifest
 from .memory import ALLOWANCE_BYTES, Demand, MemoryPlan, memory_limit, settle
 from .topology import Topology, trace
@@ -31,6 +33,7 @@ class Blueprint:
     manifest: Manifest | None
     experts_per_token: int
     output_scale: float
+    codec: Codec
 
     @property
     def vocab_size(self) -> int:
@@ -45,17 +48,18 @@ class Blueprint:
         """The pack that this model needs."""
         layers = []
         for entry in self.experts:
-            tensors = {
-                name: (str(dtype).removeprefix("torch."), shape[1:])
-                for name, (dtype, shape) in entry.tensors.items()
-            }
-            layers.append(PackLayer(entry.path, entry.num_experts, BlobLayout.of(tensors)))
-        return PackSpec(self.checkpoint.fingerprint(), "native", tuple(layers))
+            layout = BlobLayout.of(self.codec.layout(entry.tensors, entry.transposed))
+            layers.append(PackLayer(entry.path, entry.num_experts, layout))
+        return PackSpec(self.checkpoint.fingerprint(), self.codec.name, tuple(layers))
 
 
 def inspect(config: EngineConfig) -> Blueprint:
     """Understand the model without loading it. Raises ModelNotFound or ModelRefused."""
-    checkpoint = Checkpoint(config.model_path)
+    return understand(config, Checkpoint(config.model_path))
+
+
+def understand(config: EngineConfig, checkpoint: Checkpoint) -> Blueprint:
+    """The same from files that are already open, or from a sketch of them."""
     manifest = Manifest.read(config.model_path)
     experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
     model = checkpoint.build_meta_model(COMPUTE_DTYPE)
@@ -68,7 +72,10 @@ def inspect(config: EngineConfig) -> Blueprint:
     topology = trace(model)
     by_path = {entry.path: entry for entry in modules}
     experts = tuple(by_path[path] for path in topology.experts_paths)
-    return Blueprint(checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale)
+    codec = codec_of(config.expert_format, COMPUTE_DTYPE)
+    return Blueprint(
+        checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale, codec
+    )
 
 
 def _experts_per_token(
@@ -109,7 +116,7 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
     itemsize = COMPUTE_DTYPE.itemsize
     demand = Demand(
         interpreter_bytes=psutil.Process().memory_info().rss,
-        dense_bytes=blueprint.checkpoint.dense_bytes(blueprint.dense_keys, itemsize),
+        dense_bytes=_dense_bytes(config, blueprint),
         workspace_bytes=_workspace_bytes(config, blueprint),
         experts_total_bytes=spec.slot_bytes * spec.num_experts,
         experts_least_bytes=spec.slot_bytes * least,
@@ -130,6 +137,16 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
             f" {plan.kv_tokens}"
         )
     return plan
+
+
+def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
+    """Dense weights in the compute dtype, less what int8 saves."""
+    itemsize = COMPUTE_DTYPE.itemsize
+    whole = blueprint.checkpoint.dense_bytes(blueprint.dense_keys, itemsize)
+    if config.dense_format == "native":
+        return whole
+    model = blueprint.checkpoint.build_meta_model(COMPUTE_DTYPE)
+    return whole - saved_bytes(model, quantized_paths(model, blueprint.topology), itemsize)
 
 
 def _own_context_tokens(blueprint: Blueprint) -> int:

@@ -8,7 +8,7 @@ Knows no request, no budget and no pack.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class ExpertsModule:
     num_experts: int
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     source_keys: tuple[str, ...]
+    transposed: bool  # matrices are [in, out], not [out, in]
 
     @property
     def expert_bytes(self) -> int:
@@ -175,7 +176,8 @@ class Checkpoint:
         if not keys:
             raise ModelRefused(f"{self.folder}: the files hold no weights for {path}")
         num_experts = next(iter(tensors.values()))[1][0]
-        return ExpertsModule(path, num_experts, tensors, keys)
+        transposed = bool(module.is_transposed)
+        return ExpertsModule(path, num_experts, tensors, keys, transposed)
 
     def dense_bytes(self, keys: list[str], itemsize_bytes: int) -> int:
         """Bytes of the tensors `keys` when each number takes `itemsize_bytes`."""
@@ -204,17 +206,30 @@ class Checkpoint:
         return loaded
 
     def load_dense(
-        self, model: PreTrainedModel, keys: list[str], entries: list[ExpertsModule]
+        self,
+        model: PreTrainedModel,
+        keys: list[str],
+        entries: list[ExpertsModule],
+        after_group: Callable[[int, int], None],
     ) -> None:
-        """Give `model` everything but its experts, whose parameters it loses for good."""
+        """Give `model` everything but its experts, whose parameters it loses for good.
+
+        Layer after layer; `after_group(done, total)` may replace modules that have their weights.
+        """
         for entry in entries:
             module = model.get_submodule(entry.path)
             for name in entry.tensors:
                 del module._parameters[name]
             module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
-        load_config = _load_config(model)
-        info = self._load(model, keys)
-        model._finalize_model_loading(model, load_config, info)
+        missing, unexpected = set(model.state_dict()), set()
+        groups = _by_layer(keys)
+        for done, group in enumerate(groups, start=1):
+            info = self._load(model, group)
+            missing &= info.missing_keys
+            unexpected |= info.unexpected_keys
+            after_group(done, len(groups))
+        info.missing_keys, info.unexpected_keys = missing & set(model.state_dict()), unexpected
+        model._finalize_model_loading(model, _load_config(model), info)
         if info.missing_keys:
             raise ModelRefused(
                 f"{self.folder}: tensors are missing in the files: {_few(info.missing_keys)}"
@@ -299,6 +314,16 @@ def _check_index(folder: Path, file_of_key: dict[str, Path]) -> None:
     lost = [key for key in weight_map if key not in file_of_key]
     if lost:
         raise ModelRefused(f"{folder}: tensors of the index are in no shard: {_few(lost)}")
+
+
+def _by_layer(keys: list[str]) -> list[list[str]]:
+    """Keys of one numbered layer together, every other key alone."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        parts = key.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        found.setdefault(".".join(parts[: place + 1]), []).append(key)
+    return list(found.values())
 
 
 def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:

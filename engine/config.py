@@ -28,6 +28,7 @@ class EngineConfig:
     cache_dir: Path
     device: str = "cpu"
     expert_format: str = "native"
+    dense_format: str = "native"
     host_memory_bytes: int | None = None  # expert slots and staging
     kv_memory_bytes: int | None = None
     experts_per_token: int | None = None

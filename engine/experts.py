@@ -8,13 +8,14 @@ Shape letters: T tokens, k experts per token, E experts, H width of the experts'
 """
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.cache import ExpertCache, Phase
+
+from .formats import Codec
 
 NAME = "moestro"
 
@@ -56,24 +57,6 @@ class StepPhase:
         self.phase = Phase.DECODE
 
 
-class Widening:
-    """Weights in the compute dtype: the view itself, or a copy in one reused buffer.
-
-    A widened tensor is valid until the next one is asked for.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._buffer = torch.empty(0, dtype=dtype)
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dtype == self.dtype:
-            return weight
-        if self._buffer.numel() < weight.numel():
-            self._buffer = torch.empty(weight.numel(), dtype=self.dtype, device=weight.device)
-        return self._buffer[: weight.numel()].view(weight.shape).copy_(weight)
-
-
 class OffloadedExperts:
     """The experts of one layer, wherever their weights are."""
 
@@ -82,16 +65,17 @@ class OffloadedExperts:
         layer: int,
         cache: ExpertCache,
         step: StepPhase,
-        widen: Widening,
+        codec: Codec,
         output_scale: float = 1.0,
         after: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.layer = layer
         self.cache = cache
         self.step = step
-        self.widen = widen
+        self.codec = codec
         self.output_scale = output_scale
         self.after = after  # called with the layer's input when its experts are done: prefetch
+        self._input: Any = None  # of the call in progress, as the codec wants it
 
     def __call__(
         self,
@@ -101,42 +85,69 @@ class OffloadedExperts:
         weights: torch.Tensor,
     ) -> torch.Tensor:
         tokens, k = ids.shape
+        self._input = self.codec.begin(hidden)
+        results = hidden.new_zeros((tokens * k, hidden.shape[1]))  # [T*k, H]
+        if tokens == 1:
+            self._one_token(module, ids, weights, results)
+        else:
+            self._many_tokens(module, ids, weights, results)
+        if self.after is not None:
+            self.after(hidden)
+        if self.output_scale != 1.0:
+            weights = weights * self.output_scale
+        combined = torch.bmm(weights.float()[:, None], results.view(tokens, k, -1))  # [T, 1, H]
+        return combined[:, 0].to(hidden.dtype)
+
+    def _one_token(
+        self,
+        module: torch.nn.Module,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        results: torch.Tensor,
+    ) -> None:
+        """Decoding alone: no sorting, no gathering; place j of `results` is choice j."""
+        useful = (weights != 0).tolist()[0]
         num_experts: int = module.num_experts  # type: ignore[assignment]
+        places = {
+            expert: place
+            for place, expert in enumerate(ids.tolist()[0])
+            if useful[place] and expert < num_experts
+        }
+        with self.cache.acquire(self.layer, sorted(places), self.step.phase) as lease:
+            for expert, tensors in lease:
+                results[places[expert]] = self._compute(module, self._input, tensors)[0]
+
+    def _many_tokens(
+        self,
+        module: torch.nn.Module,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        results: torch.Tensor,
+    ) -> None:
+        """Expert-major: the tokens of each expert are gathered once and computed together."""
+        k, num_experts = ids.shape[1], int(module.num_experts)  # type: ignore[arg-type]
         order, starts = sort_by_expert(ids, weights, num_experts)
         wanted = [expert for expert in range(num_experts) if starts[expert] < starts[expert + 1]]
-        results = hidden.new_zeros((tokens * k, hidden.shape[1]))  # [T*k, H]
         with self.cache.acquire(self.layer, wanted, self.step.phase) as lease:
             for expert, tensors in lease:
                 places = order[starts[expert] : starts[expert + 1]]
-                rows = hidden if tokens == 1 else hidden.index_select(0, places // k)
+                rows = self.codec.take(self._input, places // k)
                 results.index_copy_(0, places, self._compute(module, rows, tensors))
-        if self.after is not None:
-            self.after(hidden)
-        scaled = (
-            weights.float() if self.output_scale == 1.0 else weights.float() * self.output_scale
-        )
-        combined = torch.bmm(scaled[:, None], results.view(tokens, k, -1).float())  # [T, 1, H]
-        return combined[:, 0].to(hidden.dtype)
 
     def _compute(
-        self, module: torch.nn.Module, rows: torch.Tensor, tensors: dict[str, torch.Tensor]
+        self, module: torch.nn.Module, rows: Any, tensors: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """[n, H] -> [n, H] through one expert, as the module's own flags say."""
         first = "gate_up_proj" if module.has_gate else "up_proj"
         inner = self._linear(module, rows, tensors, first)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
-        out = self._linear(module, inner, tensors, "down_proj")
+        out = self._linear(module, self.codec.begin(inner), tensors, "down_proj")
         return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
     def _linear(
-        self,
-        module: torch.nn.Module,
-        rows: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
-        name: str,
+        self, module: torch.nn.Module, rows: Any, tensors: dict[str, torch.Tensor], name: str
     ) -> torch.Tensor:
-        weight = self.widen(tensors[name])
-        out = rows @ weight if module.is_transposed else F.linear(rows, weight)
+        out = self.codec.multiply(rows, tensors, name, bool(module.is_transposed))
         if module.has_bias:
             out += tensors[f"{name}_bias"].to(out.dtype)
         return out

@@ -27,8 +27,10 @@ from .attention import install
 from .blueprint import COMPUTE_DTYPE, Blueprint, inspect, plan_memory
 from .config import EngineConfig, Progress, ProgressFn
 from .core import Engine
+from .dense import DENSE_FORMATS, load_dense, quantized_paths
 from .errors import StartError
-from .experts import OffloadedExperts, StepPhase, Widening, bind
+from .experts import OffloadedExperts, StepPhase, bind
+from .formats import FORMATS
 from .kv import PackedCache
 from .memory import MemoryPlan, release_freed_memory
 from .prefetch import next_gates
@@ -40,7 +42,6 @@ from .tokenizer import Tokenizer
 
 log = logging.getLogger("moestro.engine")
 
-FORMATS = ("native",)
 DEVICES = ("cpu",)
 
 
@@ -136,6 +137,10 @@ def _check_choices(config: EngineConfig) -> None:
         raise StartError(
             f"--expert-format {config.expert_format}: this build has {', '.join(FORMATS)}"
         )
+    if config.dense_format not in DENSE_FORMATS:
+        raise StartError(
+            f"--dense-format {config.dense_format}: this build has {', '.join(DENSE_FORMATS)}"
+        )
 
 
 def _set_threads(wanted: int | None) -> int:
@@ -185,22 +190,28 @@ def _load_weights(
         scratch = checkpoint.build_meta_model(COMPUTE_DTYPE)
         for index, entry in enumerate(blueprint.experts):
             phases.report(index, len(blueprint.experts), "layers")
-            writer.add_layer(index, checkpoint.load_experts(scratch, entry))
+            loaded = checkpoint.load_experts(scratch, entry)
+            writer.add_layer(index, blueprint.codec.encode(loaded, entry.transposed))
         phases.report(len(blueprint.experts), len(blueprint.experts), "layers")
 
     pack = open_or_build(path, spec, fill, lambda: phases.report(0, 0, "waiting"), log)
     slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
     log.info("expert cache: %s, LRU over all layers, from %s", slots, path)
     phases.enter("load")
-    phases.report(0, 1, "models")
     model = checkpoint.build_meta_model(COMPUTE_DTYPE)
-    checkpoint.load_dense(model, blueprint.dense_keys, list(blueprint.experts))
+    load_dense(
+        checkpoint,
+        model,
+        blueprint.dense_keys,
+        list(blueprint.experts),
+        quantized_paths(model, blueprint.topology) if config.dense_format == "int8" else [],
+        lambda done, total: phases.report(done, total, "groups"),
+    )
     checkpoint.close()
     packed = PackedCache()
     packed.expanded_layers = set(blueprint.topology.expanded_layers)
     install(model, packed)
     release_freed_memory()
-    phases.report(1, 1, "models")
     return model, ExpertCache(pack, slots), packed
 
 
@@ -211,7 +222,7 @@ def _bind(
     cache: ExpertCache,
     packed: PackedCache,
 ) -> Runner:
-    step, widen = StepPhase(), Widening(COMPUTE_DTYPE)
+    step = StepPhase()
     gates = next_gates(model, blueprint.topology, cache) if config.prefetch else []
     known = sum(gate is not None for gate in gates)
     if not config.prefetch:
@@ -222,7 +233,9 @@ def _bind(
         log.info("prefetch: on, next-gate guess for %d of %d layers", known, len(gates))
     for layer, path in enumerate(blueprint.topology.experts_paths):
         after = gates[layer] if gates else None
-        experts = OffloadedExperts(layer, cache, step, widen, blueprint.output_scale, after)
+        experts = OffloadedExperts(
+            layer, cache, step, blueprint.codec, blueprint.output_scale, after
+        )
         bind(model.get_submodule(path), experts)
     return Runner(model, packed, step)
 

@@ -92,6 +92,7 @@ def serve(
     host_memory: flags.HostMemory = None,
     kv_memory: flags.KvMemory = None,
     expert_format: flags.ExpertFormat = None,
+    dense_format: flags.DenseFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
     no_prefetch: flags.NoPrefetch = False,
     threads: flags.Threads = None,

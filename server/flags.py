@@ -53,7 +53,17 @@ ExpertFormat = Annotated[
     Option(
         "--expert-format",
         metavar="FORMAT",
-        help="How experts are kept: native (bytes as in the checkpoint). [default: native]",
+        help="How experts are kept: native (bytes as in the checkpoint) or int8 (one byte a weight,"
+        " W8A8). [default: native]",
+    ),
+]
+DenseFormat = Annotated[
+    str | None,
+    Option(
+        "--dense-format",
+        metavar="FORMAT",
+        help="How the other linear layers are kept: native (fp32) or int8 (a quarter of the memory,"
+        " W8A8). [default: native]",
     ),
 ]
 ExpertsPerToken = Annotated[

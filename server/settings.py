@@ -67,7 +67,12 @@ class Settings(Places):
     device_memory: str | None = None
     host_memory: Bytes | None = None
     kv_memory: Bytes | None = None
-    expert_format: Literal["native"] = Field("native", description="an expert format (native)")
+    expert_format: Literal["native", "int8"] = Field(
+        "native", description="an expert format (native, int8)"
+    )
+    dense_format: Literal["native", "int8"] = Field(
+        "native", description="a dense format (native, int8)"
+    )
     experts_per_token: Count | None = None
     prefetch: bool = Field(True, description="true or false")
     threads: Count | None = None
@@ -138,6 +143,7 @@ class Settings(Places):
             cache_dir=self.cache_dir,
             device=self.device,
             expert_format=self.expert_format,
+            dense_format=self.dense_format,
             host_memory_bytes=self.host_memory,
             kv_memory_bytes=self.kv_memory,
             experts_per_token=self.experts_per_token,

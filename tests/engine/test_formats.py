@@ -1,0 +1,82 @@
+"""What a format promises, for each of them; and what int8 promises beyond."""
+
+import pytest
+import torch
+
+from moestro.engine.formats import FORMATS, SCALE, codec_of, dtype_name, quantize_rows
+
+EXPERTS, OUT, IN = 3, 48, 32
+
+
+def source(transposed: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shape = (EXPERTS, IN, OUT) if transposed else (EXPERTS, OUT, IN)
+    return {
+        "up_proj": torch.randn(shape, dtype=dtype),
+        "up_proj_bias": torch.randn(EXPERTS, OUT, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_encoded_tensors_are_what_the_layout_says(name: str, transposed: bool) -> None:
+    codec, tensors = codec_of(name, torch.float32), source(transposed)
+    kinds = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    layout = codec.layout(kinds, transposed)
+    encoded = codec.encode(tensors, transposed)
+    assert {
+        key: (dtype_name(tensor.dtype), tuple(tensor.shape[1:])) for key, tensor in encoded.items()
+    } == layout
+    assert all(tensor.shape[0] == EXPERTS for tensor in encoded.values())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("name", "error"), [("native", 1e-6), ("int8", 0.02)])
+def test_products_are_near_those_of_the_source(name: str, error: float, transposed: bool) -> None:
+    codec, tensors = codec_of(name, torch.float32), source(transposed)
+    encoded = codec.encode(tensors, transposed)
+    rows = torch.randn(5, IN)
+    for expert in range(EXPERTS):
+        one = {key: tensor[expert] for key, tensor in encoded.items()}
+        found = codec.multiply(codec.begin(rows), one, "up_proj", transposed)
+        weight = tensors["up_proj"][expert].float()
+        wanted = rows @ (weight if transposed else weight.t())
+        assert (found - wanted).norm() <= error * wanted.norm()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_taken_rows_are_the_rows(name: str) -> None:
+    codec = codec_of(name, torch.float32)
+    one = {key: tensor[0] for key, tensor in codec.encode(source(False), False).items()}
+    rows, places = torch.randn(6, IN), torch.tensor([4, 1, 5])
+    taken = codec.multiply(codec.take(codec.begin(rows), places), one, "up_proj", False)
+    wanted = codec.multiply(codec.begin(rows[places]), one, "up_proj", False)
+    assert torch.equal(taken, wanted)
+
+
+def test_int8_company_cannot_change_a_row() -> None:
+    """One scale for a whole tensor would: a large neighbour would coarsen this row."""
+    codec = codec_of("int8", torch.float32)
+    one = {key: tensor[0] for key, tensor in codec.encode(source(False), False).items()}
+    row, giants = torch.randn(1, IN), 1000 * torch.randn(7, IN)
+    alone = codec.multiply(codec.begin(row), one, "up_proj", False)
+    company = codec.multiply(codec.begin(torch.cat([giants, row])), one, "up_proj", False)
+    assert torch.equal(company[-1:], alone)
+
+
+def test_int8_rounds_to_half_a_step_and_keeps_zeros() -> None:
+    rows = torch.cat([torch.randn(4, IN), torch.zeros(1, IN)])
+    values, scale = quantize_rows(rows)
+    assert values.dtype == torch.int8
+    assert int(values.abs().max()) == 127
+    assert ((values * scale - rows).abs() <= scale / 2 + 1e-7).all()
+    assert torch.equal(values[4], torch.zeros(IN, dtype=torch.int8))
+
+
+def test_int8_takes_half_the_bytes_of_bf16() -> None:
+    codec = codec_of("int8", torch.float32)
+    layout = codec.layout({"up_proj": (torch.bfloat16, (8, 1024, 512))}, False)
+    assert layout == {
+        "up_proj": ("int8", (1024, 512)),
+        f"up_proj.{SCALE}": ("float32", (1024,)),
+    }
