@@ -1,14 +1,22 @@
 """Where expert weights are and who may stay. Knows no request, no token, no HTTP."""
 
-from .errors import CacheError, DoesNotFit, NoDiskSpace, PackInvalid, PackUnwritable, ReadFailed
+from .errors import (
+    CacheError,
+    DoesNotFit,
+    NoDiskSpace,
+    PackInvalid,
+    PackUnwritable,
+    ReadFailed,
+)
 from .expert_cache import ExpertCache
+from .frequency import DecayedFrequency, NextUse
 from .keys import ExpertKey, Phase, SlotState
 from .layout import BlobLayout, PackLayer, PackSpec, TensorSpec
 from .lease import Lease
 from .pack import Pack
 from .pack_build import PackWriter, open_or_build
 from .plan import CacheConfig, SlotPlan, plan_slots
-from .policy import Lru, Policy
+from .policy import Lru, PerLayer, Policy
 from .stats import CacheStats, LayerStats
 from .transfer import Completion, DirectReader, Reader, ReadRequest
 from .units import human_bytes
@@ -19,6 +27,7 @@ __all__ = [
     "CacheError",
     "CacheStats",
     "Completion",
+    "DecayedFrequency",
     "DirectReader",
     "DoesNotFit",
     "ExpertCache",
@@ -26,6 +35,7 @@ __all__ = [
     "LayerStats",
     "Lease",
     "Lru",
+    "NextUse",
     "NoDiskSpace",
     "Pack",
     "PackInvalid",
@@ -33,6 +43,7 @@ __all__ = [
     "PackSpec",
     "PackUnwritable",
     "PackWriter",
+    "PerLayer",
     "Phase",
     "Policy",
     "ReadFailed",

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from .counters import Counters
 from .keys import ExpertKey, Phase
 from .lease import Lease
-from .loader import Loader, missing
+from .loader import Loader
 from .pack import Pack
 from .plan import SlotPlan
 from .policy import Lru, Policy
+from .residency import Residency, missing
 from .slots import SlotArena
 from .stats import CacheStats, LayerStats
 from .table import SlotTable, agree
@@ -31,17 +32,13 @@ class ExpertCache:
         self._pack = pack
         self._plan = plan
         self._arena = SlotArena(plan.slots, plan.slot_bytes, [layer.layout for layer in layers])
-        self._table = SlotTable(plan.slots, [layer.num_experts for layer in layers])
-        self._policy: Policy = Lru() if policy is None else policy
         self._counters = Counters(len(layers))
-        self._loader = Loader(
-            pack,
-            self._arena,
-            self._table,
-            self._policy,
-            self._counters,
-            DirectReader(pack) if reader is None else reader,
-        )
+        experts = [layer.num_experts for layer in layers]
+        self._table = SlotTable(plan.slots, experts)
+        self._policy: Policy = Lru() if policy is None else policy
+        self._residency = Residency(self._table, self._policy, self._counters, experts)
+        reader = DirectReader(pack) if reader is None else reader
+        self._loader = Loader(pack, self._arena, self._residency, reader)
         self._lease: Lease | None = None
 
     @property
@@ -58,16 +55,7 @@ class ExpertCache:
             raise RuntimeError("a lease is open: leave its block first")
         if self._loader.in_flight:
             self._loader.poll()
-        self._lease = Lease(
-            self._loader,
-            self._table,
-            self._policy,
-            self._counters,
-            self._arena,
-            layer,
-            experts,
-            phase,
-        )
+        self._lease = Lease(self._loader, self._residency, self._arena, layer, experts, phase)
         return self._lease
 
     def prefetch(self, layer: int, experts: Sequence[int], limit: int) -> int:
@@ -87,11 +75,14 @@ class ExpertCache:
             return 0
         count = 0
         if not self._loader.in_flight and (lease is None or not lease.waiting):
-            keys = self._loader.keys[layer]
+            keys = self._residency.keys[layer]
             protected = {keys[expert] for expert in experts} | self._pinned_keys()
-            count = self._loader.make_room(len(wanted), protected)
+            count = self._residency.make_room(len(wanted), protected)
         if count:
-            self._loader.start(layer, wanted[:count], guessed=True)
+            batch = sorted(wanted[:count])
+            slots = self._residency.take(layer, batch)
+            self._table.guessed.update(slots)
+            self._loader.start(layer, batch, slots, guessed=True)
         self._counters.dropped += len(wanted) - count
         return count
 
@@ -133,6 +124,8 @@ class ExpertCache:
         self._table.check()
         self._check_users()
         self._check_books()
+        passing, most = len(self._table.passing), self._residency.stream_slots
+        agree("passing experts beyond their share, none", max(0, passing - most), 0)
 
     def close(self) -> None:
         """Waits for a read under way; the views of all leases are void. Idempotent."""

@@ -1,22 +1,22 @@
 """The experts of one layer event, held while they are used.
 
-residents            yielded first, in the order of the request; pinned from the start
-missing, with room   read at once, yielded as they arrive; pinned from the start
-missing, no room     read in waves into the slots of experts that were yielded and are done
+residents              yielded first, in the order of the request; pinned from the start
+missing, with a seat   read at once, yielded as they arrive; pinned from the start
+missing, without       read in waves into slots of a rota: whose experts were yielded and are done
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from types import TracebackType
 
 import torch
 
-from .counters import Counters
 from .keys import Phase
-from .loader import MOST_BYTES_AT_ONCE, Failure, Loader, missing
-from .policy import Policy
+from .loader import MOST_BYTES_AT_ONCE, Failure, Loader
+from .residency import Residency, missing
 from .slots import SlotArena
-from .table import NOWHERE, SlotTable
+from .table import NOWHERE
 
 
 class Lease:
@@ -30,9 +30,7 @@ class Lease:
     def __init__(
         self,
         loader: Loader,
-        table: SlotTable,
-        policy: Policy,
-        counters: Counters,
+        residency: Residency,
         arena: SlotArena,
         layer: int,
         experts: Sequence[int],
@@ -41,27 +39,23 @@ class Lease:
         if len(set(experts)) != len(experts) or (experts and min(experts) < 0):
             raise ValueError(f"expert numbers must be distinct and not negative: {experts}")
         self.open = True
-        self._loader, self._table, self._counters = loader, table, counters
+        self._loader, self._residency, self._table = loader, residency, residency.table
+        self._counters = residency.counters
         self._layer, self._phase, self._views = layer, phase, arena.views[layer]
         self._iterated = False
         self._pending: list[int] = []  # experts that wait for a slot
         self._coming: set[int] = set()  # slots of this lease being read into
         self._arrived: deque[int] = deque()  # slots not yielded yet
-        self._spent: list[int] = []  # slots yielded and done, while others wait for a slot
+        self._rota: deque[int] = deque()  # slots given to those who wait, in this order
+        self._done: set[int] = set()  # slots of the rota whose expert was yielded and is done
         self._more: set[int] = set()  # slots that joined after the residents
         self._given: set[int] = set()  # slots of residents that were given up
         self._failure: Failure | None = None
 
-        row, ready = table.where[layer], table.ready
-        self._here = [(e, slot) for e in experts if (slot := row[e]) >= 0 and ready[slot]]
-        table.pinned.update([slot for _, slot in self._here])
+        self._here = residency.ask(layer, experts, phase)
         self._count_hits(len(experts))
-        keys = loader.keys[layer]
-        if len(self._here) == len(experts):
-            policy.touched([keys[expert] for expert in experts])
-        else:
+        if len(self._here) < len(experts):
             self._demand(experts)
-            policy.touched([keys[expert] for expert in experts if row[expert] != NOWHERE])
 
     @property
     def waiting(self) -> int:
@@ -71,7 +65,7 @@ class Lease:
     @property
     def held(self) -> set[int]:
         """Slots that nobody else may have now: all of this lease but those given up for others."""
-        return {slot for _, slot in self._here} - self._given | self._more
+        return set(self._here) - self._given | self._more
 
     @property
     def coming(self) -> frozenset[int]:
@@ -99,18 +93,18 @@ class Lease:
         if self._iterated:
             raise RuntimeError("a lease is iterated once")
         self._iterated = True
-        views = self._views
-        for expert, slot in self._here:
-            yield expert, views[slot]
-            if self._pending:
-                self._spend(slot)
-        while self._coming or self._arrived or self._pending or self._failure:
-            slot = self._next()
-            key = self._table.keys[slot]
+        views, keys = self._views, self._table.keys
+        for slot in self._slots():
+            key = keys[slot]
             assert key is not None, "a pinned slot has an expert"
             yield key.expert, views[slot]
             if self._pending:
                 self._spend(slot)
+
+    def _slots(self) -> Iterator[int]:
+        yield from self._here
+        while self._coming or self._arrived or self._pending or self._failure:
+            yield self._next()
 
     def collect(self, ended: Iterable[tuple[int, Failure | None]]) -> None:
         """Takes note of reads that ended, its own and others."""
@@ -145,23 +139,27 @@ class Lease:
         table.pinned.update(late)
         self._coming.update(late)
         self._more.update(late)
-        keys = self._loader.keys[self._layer]
-        event = {keys[expert] for expert in experts}
-        room = self._loader.make_room(len(self._pending), event)
-        while not (room or self._here or self._coming):
+        slots = self._seat(experts)
+        while not (slots or self._here or self._coming):
             # All slots are taken by a prefetch of other experts, which cannot be called back.
             self._loader.wait(self._phase)
-            room = self._loader.make_room(len(self._pending), event)
-        self._start(room)
+            slots = self._seat(experts)
+        if len(slots) < len(self._pending):
+            self._rota.extend(self._residency.rota([*self._here, *late], slots))
+        self._start(slots)
 
-    def _start(self, count: int) -> None:
-        """Reads the first `count` experts that wait into free slots."""
+    def _seat(self, experts: Sequence[int]) -> list[int]:
+        return self._residency.seat(self._layer, self._pending, experts, self._phase)
+
+    def _start(self, slots: Sequence[int]) -> None:
+        """Reads the first experts that wait into `slots`, which they were given."""
+        count = len(slots)
         batch, self._pending = self._pending[:count], self._pending[count:]
         if batch:
-            slots = self._loader.start(self._layer, batch, guessed=False)
             self._table.pinned.update(slots)
             self._coming.update(slots)
             self._more.update(slots)
+            self._loader.start(self._layer, batch, slots, guessed=False)
 
     def _next(self) -> int:
         """The next slot to yield, waiting for it if need be."""
@@ -169,7 +167,7 @@ class Lease:
             if self._failure is not None:
                 raise self._failure
             if not self._coming:
-                self._refill()
+                self._refill(min(len(self._rota), len(self._pending)))
             self.collect(self._loader.wait(self._phase))
         return self._arrived.popleft()
 
@@ -177,18 +175,23 @@ class Lease:
         """`slot` was yielded and is done: others wait for it."""
         if not self.open:
             raise RuntimeError("the lease's block was left")
-        self._spent.append(slot)
-        # Half of the slots at a time: one half is computed with while the other is read into.
-        half = max(1, len(self._table.pinned) // 2)
-        enough = min(half, max(1, MOST_BYTES_AT_ONCE // self._loader.strides[self._layer]))
-        if len(self._spent) >= min(enough, len(self._pending)):
-            self._refill()
+        self._done.add(slot)
+        # Half of the rota at a time: one half is computed with while the other is read into.
+        enough = min(
+            max(1, len(self._rota) // 2),
+            max(1, MOST_BYTES_AT_ONCE // self._loader.strides[self._layer]),
+            len(self._pending),
+        )
+        if all(each in self._done for each in islice(self._rota, enough)):
+            self._refill(enough)
 
-    def _refill(self) -> None:
-        count = min(len(self._spent), len(self._pending))
-        slots, self._spent = self._spent[:count], self._spent[count:]
-        self._table.pinned.difference_update(slots)
-        self._more.difference_update(slots)
-        self._given.update(slots)
-        self._loader.evict(slots)
-        self._start(count)
+    def _refill(self, count: int) -> None:
+        """Gives up the first `count` slots of the rota, all done, for those who wait."""
+        old = [self._rota.popleft() for _ in range(count)]
+        self._table.pinned.difference_update(old)
+        self._more.difference_update(old)
+        self._done.difference_update(old)
+        self._given.update(old)
+        new = self._residency.replace(self._layer, old, self._pending[:count])
+        self._rota.extend(new)
+        self._start(new)

@@ -14,7 +14,7 @@ NOWHERE = -1
 
 
 class SlotTable:
-    """Attributes are for reading, except the two sets, which their owners change directly."""
+    """Attributes are for reading, but pinned, guessed and passing: their owners change those."""
 
     def __init__(self, slots: int, experts_per_layer: Sequence[int]) -> None:
         self.where = [[NOWHERE] * count for count in experts_per_layer]  # [layer][expert] -> slot
@@ -22,6 +22,7 @@ class SlotTable:
         self.keys: list[ExpertKey | None] = [None] * slots
         self.pinned: set[int] = set()  # slots of the open lease: must stay
         self.guessed: set[int] = set()  # slots brought by a prefetch and not asked for since
+        self.passing: dict[int, None] = {}  # slots of experts that only pass, first come first
         self.loading: set[int] = set()
         self._free = list(range(slots - 1, -1, -1))
 
@@ -71,6 +72,7 @@ class SlotTable:
         self.keys[slot] = None
         self.where[key.layer][key.expert] = NOWHERE
         self.guessed.discard(slot)
+        self.passing.pop(slot, None)
         self.pinned.discard(slot)
         self._free.append(slot)
         return key
@@ -93,6 +95,7 @@ class SlotTable:
         agree("slots READY and LOADING at once, none", ready & self.loading, set())
         agree("pinned slots that are free, none", self.pinned - set(held), set())
         agree("guessed slots that are free, none", self.guessed - set(held), set())
+        agree("passing slots that are free, none", set(self.passing) - set(held), set())
 
     def _empty(self) -> list[int]:
         return [slot for slot, key in enumerate(self.keys) if key is None]

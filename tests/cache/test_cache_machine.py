@@ -3,7 +3,7 @@
 The judge is the reader's own note of which slot's bytes are whose, kept apart from the cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,11 +20,22 @@ from hypothesis.stateful import (
 )
 
 from manual_reader import ManualReader
-from moestro.cache import ExpertCache, Lease, Phase, ReadFailed, plan_slots
+from moestro.cache import (
+    ExpertCache,
+    Lease,
+    Lru,
+    NextUse,
+    PerLayer,
+    Phase,
+    Policy,
+    ReadFailed,
+    plan_slots,
+)
 from tiny_packs import assert_is, build_tiny, tiny_spec
 
 LAYERS = st.integers(0, 2)
 EXPERTS = st.lists(st.integers(0, 5), unique=True, max_size=6)
+POLICIES = st.sampled_from([NextUse, Lru, lambda: PerLayer(Lru)])
 SPEC = tiny_spec(6, 6, 6)
 
 
@@ -32,20 +43,20 @@ class CacheMachine(RuleBasedStateMachine):
     path: ClassVar[Path]
     lease: Lease | None = None
 
-    @initialize(slots=st.sampled_from([1, 2, 3, 5, 9, 18]), first=st.booleans())
-    def start(self, slots: int, first: bool) -> None:
+    @initialize(slots=st.sampled_from([1, 2, 3, 5, 9, 18]), first=st.booleans(), policy=POLICIES)
+    def start(self, slots: int, first: bool, policy: Callable[[], Policy]) -> None:
         self.pack = build_tiny(self.path, SPEC)  # opened, after the first time
         self.reader = ManualReader(self.pack, lambda count: 0 if first else count - 1)
         plan = plan_slots(slots * SPEC.slot_bytes, SPEC, 1)
-        self.cache = ExpertCache(self.pack, plan, reader=self.reader)
+        self.cache = ExpertCache(self.pack, plan, policy=policy(), reader=self.reader)
         self.requested = self.hits = 0
 
     @precondition(lambda self: self.lease is None)
-    @rule(layer=LAYERS, experts=EXPERTS)
-    def acquire(self, layer: int, experts: list[int]) -> None:
+    @rule(layer=LAYERS, experts=EXPERTS, phase=st.sampled_from(Phase))
+    def acquire(self, layer: int, experts: list[int], phase: Phase) -> None:
         # What was read but not collected yet counts as here: acquire collects first.
         here = self.here()
-        self.lease = self.cache.acquire(layer, experts, Phase.DECODE)
+        self.lease = self.cache.acquire(layer, experts, phase)
         self.layer, self.experts, self.yielded = layer, experts, list[int]()
         self.turns: Iterator[tuple[int, dict[str, torch.Tensor]]] = iter(self.lease)
         self.requested += len(experts)

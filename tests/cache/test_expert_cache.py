@@ -14,6 +14,7 @@ from moestro.cache import (
     DirectReader,
     ExpertCache,
     ExpertKey,
+    Lru,
     Pack,
     PackSpec,
     Phase,
@@ -43,7 +44,7 @@ def plan(spec: PackSpec, slots: int) -> SlotPlan:
 
 def give_away(cache: ExpertCache, key: ExpertKey) -> None:
     cache._table.pinned.clear()
-    cache._loader.evict([cache._table.where[key.layer][key.expert]])
+    cache._residency.evict([cache._table.where[key.layer][key.expert]])
 
 
 def kept(cache: ExpertCache) -> set[ExpertKey]:
@@ -204,7 +205,7 @@ def test_closing_twice_is_closing(bench: Make) -> None:
         # a slot in use is given away: the resident's, then the one that is read into
         lambda cache: (
             cache._table.pinned.clear(),
-            cache._loader.evict([cache._table.where[0][0]]),
+            cache._residency.evict([cache._table.where[0][0]]),
         ),
         lambda cache: cache._table.arrived(cache._table.where[0][2]),
         lambda cache: cache._table.failed(cache._table.where[0][2]),
@@ -218,6 +219,8 @@ def test_closing_twice_is_closing(bench: Make) -> None:
         lambda cache: setattr(cache._counters.demand, "bytes", 4096),
         lambda cache: cache._counters.evictions.__setitem__(0, 1),
         lambda cache: cache._counters.loads.__setitem__(0, 7),
+        lambda cache: cache._table.passing.update(dict.fromkeys(cache._table._free)),
+        lambda cache: cache._table.passing.update(dict.fromkeys(cache._table.where[0][:3])),
     ],
 )
 def test_planted_faults_are_found(bench: Make, plant: Callable[[ExpertCache], object]) -> None:
@@ -251,19 +254,21 @@ def test_residency_is_that_of_a_textbook_lru(
     shared: Pack, events: list[tuple[int, list[int]]], slots: int
 ) -> None:
     """Events that fit: who is here depends on the events alone, never on who was here before."""
-    cache = ExpertCache(shared, plan(shared.spec, slots), reader=ManualReader(shared))
+    reader = ManualReader(shared)
+    cache = ExpertCache(shared, plan(shared.spec, slots), policy=Lru(), reader=reader)
     book: OrderedDict[tuple[int, int], None] = OrderedDict()
     hits = 0
     for layer, experts in events:
         wanted = [(layer, expert) for expert in experts]
         hits += sum(key in book for key in wanted)
         assert sorted(run(cache, layer, experts)) == sorted(experts)
-        for key in wanted:
+        there = [key for key in wanted if key in book]
+        for key in [*there, *sorted(set(wanted) - set(there))]:
             book[key] = None
             book.move_to_end(key)
         while len(book) > slots:
             book.popitem(last=False)
-        assert list(cache._policy.keys()) == list(book)
+        assert kept(cache) == set(book)
     stats = cache.stats()
     assert stats.hits == hits
     assert stats.misses == stats.demand_loads == sum(len(each) for _, each in events) - hits

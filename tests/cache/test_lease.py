@@ -206,3 +206,33 @@ def test_a_corrupt_blob_of_a_big_pack_fails_its_first_use(
         list(lease)
     cache.check()
     assert run(cache, 2, [3]) == [3]
+
+
+def test_a_prompt_reads_into_its_share_and_leaves_the_rest_alone(bench: Make) -> None:
+    made = bench(8)
+    for layer in (0, 1):
+        run(made.cache, layer, range(4))
+    with made.cache.acquire(2, range(6), Phase.PREFILL) as lease:
+        assert [each.experts for each in made.reader.queued] == [range(2)]
+        assert sorted(expert for expert, _ in lease) == list(range(6))
+    made.cache.check()
+    where = made.cache._table.where
+    assert sum(slot >= 0 for row in where[:2] for slot in row) == 6
+    assert made.cache.stats().slots_used == 8
+
+
+def test_a_rota_is_kept_although_reads_end_in_another_order(bench: Make) -> None:
+    made = bench(8)
+    for layer in (0, 1):
+        run(made.cache, layer, range(4))
+    with made.cache.acquire(2, [0, 2, 4, 5], Phase.PREFILL) as lease:
+        turns = iter(lease)
+        assert [each.experts for each in made.reader.queued] == [range(1), range(2, 3)]
+        made.reader.finish(1)
+        assert next(turns)[0] == 2
+        made.reader.finish(0)
+        assert next(turns)[0] == 0
+        assert not made.reader.queued  # 2 is done, but 0 has to go first
+        assert [expert for expert, _ in turns] == [4, 5]
+    made.cache.check()
+    assert [expert for expert, slot in enumerate(made.cache._table.where[2]) if slot >= 0] == [4, 5]

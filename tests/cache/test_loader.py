@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.cache.loader import _runs, missing
+from moestro.cache.loader import _runs
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,3 @@ def test_runs_are_a_partition(experts: set[int], longest: int) -> None:
     runs = list(_runs(sorted(experts), longest))
     assert [expert for run in runs for expert in run] == sorted(experts)
     assert all(1 <= len(run) <= longest for run in runs)
-
-
-def test_loading_experts_are_not_missing() -> None:
-    assert missing([-1, 4, -1, 0], [0, 1, 2, 3]) == [0, 2]
