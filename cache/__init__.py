@@ -7,6 +7,7 @@ from .errors import (
     PackInvalid,
     PackUnwritable,
     ReadFailed,
+    TraceInvalid,
 )
 from .expert_cache import ExpertCache
 from .frequency import DecayedFrequency, NextUse
@@ -17,7 +18,9 @@ from .pack import Pack
 from .pack_build import PackWriter, open_or_build
 from .plan import CacheConfig, SlotPlan, plan_slots
 from .policy import Lru, PerLayer, Policy
+from .replayer import LayerReplay, Replayed, belady, replay
 from .stats import CacheStats, LayerStats
+from .tracefile import TraceEvent, TraceHeader, TraceLayer, TraceReader, TraceWriter
 from .transfer import Completion, DirectReader, Reader, ReadRequest
 from .units import human_bytes
 
@@ -32,6 +35,7 @@ __all__ = [
     "DoesNotFit",
     "ExpertCache",
     "ExpertKey",
+    "LayerReplay",
     "LayerStats",
     "Lease",
     "Lru",
@@ -49,10 +53,19 @@ __all__ = [
     "ReadFailed",
     "ReadRequest",
     "Reader",
+    "Replayed",
     "SlotPlan",
     "SlotState",
     "TensorSpec",
+    "TraceEvent",
+    "TraceHeader",
+    "TraceInvalid",
+    "TraceLayer",
+    "TraceReader",
+    "TraceWriter",
+    "belady",
     "human_bytes",
     "open_or_build",
     "plan_slots",
+    "replay",
 ]

@@ -5,6 +5,7 @@ CacheError
 ├── NoDiskSpace       the pack would not fit on its disk, or the disk filled while writing
 ├── PackUnwritable    the folder or its file system refuses the pack for another reason
 ├── PackInvalid       a pack file is missing, foreign, truncated or corrupt (the caller rebuilds)
+├── TraceInvalid      a trace file is missing, foreign or damaged
 └── ReadFailed        the operating system refused a read while serving
 """
 
@@ -31,6 +32,10 @@ class PackUnwritable(CacheError):
 
 class PackInvalid(CacheError):
     """Raised on opening a pack, or at the first read of a blob whose checksum differs."""
+
+
+class TraceInvalid(CacheError):
+    """Raised while a trace is read; the message names file and line."""
 
 
 class ReadFailed(CacheError):

@@ -13,6 +13,7 @@ from .residency import Residency, missing
 from .slots import SlotArena
 from .stats import CacheStats, LayerStats
 from .table import SlotTable, agree
+from .tracefile import TraceWriter
 from .transfer import DirectReader, Reader
 
 
@@ -40,6 +41,7 @@ class ExpertCache:
         reader = DirectReader(pack) if reader is None else reader
         self._loader = Loader(pack, self._arena, self._residency, reader)
         self._lease: Lease | None = None
+        self._trace: TraceWriter | None = None
 
     @property
     def plan(self) -> SlotPlan:
@@ -56,6 +58,8 @@ class ExpertCache:
         if self._loader.in_flight:
             self._loader.poll()
         self._lease = Lease(self._loader, self._residency, self._arena, layer, experts, phase)
+        if self._trace is not None:
+            self._trace.record(layer, experts, phase)
         return self._lease
 
     def prefetch(self, layer: int, experts: Sequence[int], limit: int) -> int:
@@ -85,6 +89,10 @@ class ExpertCache:
             self._loader.start(layer, batch, slots, guessed=True)
         self._counters.dropped += len(wanted) - count
         return count
+
+    def record(self, trace: TraceWriter | None) -> None:
+        """Writes every layer event from now on into `trace`, or into none; the caller closes it."""
+        self._trace = trace
 
     def stats(self) -> CacheStats:
         """A snapshot. `loaded_bytes` counts whole strides: what was read, padding included."""

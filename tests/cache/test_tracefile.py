@@ -1,0 +1,115 @@
+"""What is written is what is read, and what is no trace is refused with its line."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from manual_reader import Bench
+from moestro.cache import PackSpec, Phase, TraceEvent, TraceInvalid, TraceReader, TraceWriter
+
+DECODE, PREFILL = Phase.DECODE, Phase.PREFILL
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines()
+
+
+def test_a_run_is_written_as_it_was_asked(
+    bench: Callable[[int], Bench], tmp_path: Path, spec: PackSpec
+) -> None:
+    path, cache = tmp_path / "run.trace", bench(6).cache
+    with cache.acquire(0, [1], DECODE):
+        pass
+    with TraceWriter(path, spec) as writer:
+        cache.record(writer)
+        for layer, experts, phase in ((0, [3, 1], PREFILL), (2, [5], PREFILL), (0, [2], DECODE)):
+            with cache.acquire(layer, experts, phase):
+                pass
+        cache.record(None)
+        with cache.acquire(1, [1], DECODE):
+            pass
+    reader = TraceReader(path)
+    assert reader.header.model == "tiny"
+    assert [layer.name for layer in reader.header.layers] == [x.name for x in spec.layers]
+    assert reader.header.experts_per_layer == [6, 6, 6]
+    assert [layer.stride_bytes for layer in reader.header.layers] == [4096, 4096, 8192]
+    events = [
+        TraceEvent(0, PREFILL, 0, (3, 1)),
+        TraceEvent(0, PREFILL, 2, (5,)),
+        TraceEvent(1, DECODE, 0, (2,)),
+    ]
+    assert list(reader) == events
+    assert list(reader) == events
+    assert lines(path)[1] == '[0,"p",0,[3,1]]'
+
+
+def test_a_record_that_was_cut_off_is_passed_over(tmp_path: Path, spec: PackSpec) -> None:
+    path = tmp_path / "cut.trace"
+    with TraceWriter(path, spec) as writer:
+        writer.record(0, [1], DECODE)
+        writer.record(1, [1, 2], DECODE)
+    path.write_text(path.read_text("utf-8")[:-4], "utf-8")
+    assert [event.layer for event in TraceReader(path)] == [0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "7",
+        "[0]",
+        '[0,"x",0,[1]]',
+        '[0,"d",3,[1]]',
+        '[0,"d",-1,[1]]',
+        '[0,"d",0,[6]]',
+        '[0,"d",0,[1,1]]',
+        '[0,"d",0,["1"]]',
+        '[0,"d",[0],[1]]',
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, spec: PackSpec, line: str) -> None:
+    path = tmp_path / "bad.trace"
+    with TraceWriter(path, spec) as writer:
+        writer.record(0, [1], DECODE)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(TraceInvalid, match="line 3"):
+        list(TraceReader(path))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"[]\n",
+        b"{}\n",
+        b"\xff\xfe\n",
+        json.dumps({"moestro_trace": 9, "model": "", "layers": []}).encode() + b"\n",
+        json.dumps({"moestro_trace": 1, "model": "", "layers": [{"x": 1}]}).encode() + b"\n",
+    ],
+)
+def test_what_is_no_trace_is_refused(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "foreign.trace"
+    path.write_bytes(header)
+    with pytest.raises(TraceInvalid, match="line 1"):
+        TraceReader(path)
+
+
+def test_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceInvalid, match="No such file"):
+        TraceReader(tmp_path / "none.trace")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_ends_the_recording_and_nothing_else(
+    spec: PackSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = TraceWriter(Path("/dev/full"), spec)
+    with caplog.at_level(logging.WARNING, "moestro.cache"):
+        for _ in range(2000):
+            writer.record(0, [1, 2, 3], DECODE)
+        writer.close()
+    assert "/dev/full" in caplog.text
