@@ -1,5 +1,6 @@
 """From prompt ids to token events. Knows no HTTP, no JSON field, no Prometheus."""
 
+from .advice import Change, changes
 from .config import EngineConfig, Progress, ProgressFn
 from .errors import (
     BadParameter,
@@ -17,7 +18,9 @@ from .errors import (
     StartError,
     Unavailable,
 )
+from .forecast import Bound, Forecast, LinkSpeed, Outlook
 from .manifest import MANIFEST_NAME, Manifest
+from .planner import plan_model
 from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
 from .stats import EngineState, EngineStats, ModelInfo
 from .tokenizer import Tokenizer
@@ -26,7 +29,9 @@ from .worker import EngineWorker, TokenStream
 __all__ = [
     "MANIFEST_NAME",
     "BadParameter",
+    "Bound",
     "BudgetTooSmall",
+    "Change",
     "Draining",
     "EngineConfig",
     "EngineError",
@@ -35,12 +40,15 @@ __all__ = [
     "EngineStats",
     "EngineWorker",
     "FinishReason",
+    "Forecast",
+    "LinkSpeed",
     "LoadCancelled",
     "Manifest",
     "ModelInfo",
     "ModelNotFound",
     "ModelRefused",
     "NotReady",
+    "Outlook",
     "Progress",
     "ProgressFn",
     "PromptTooLong",
@@ -53,4 +61,6 @@ __all__ = [
     "TokenStream",
     "Tokenizer",
     "Unavailable",
+    "changes",
+    "plan_model",
 ]

@@ -43,7 +43,16 @@ THIRD_PARTIES = {
 # of their own room may import a tensor library.
 TORCH_FREE = {
     "cache": {"counters", "errors", "keys", "plan", "policy", "stats", "table", "units"},
-    "engine": {"config", "errors", "manifest", "scheduler", "sequence", "stats"},
+    "engine": {
+        "advice",
+        "config",
+        "errors",
+        "forecast",
+        "manifest",
+        "scheduler",
+        "sequence",
+        "stats",
+    },
     "factorize": {"errors"},
     "server": {"settings"},
 }

@@ -1,0 +1,139 @@
+"""`moestro plan`: the start's own memory plan and what to expect of it, before anything is loaded.
+
+Needs config.json; uses the weight index and the headers of the weight files where they are.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moestro.cache import human_bytes, plan_slots
+
+from .advice import flags_of, nearest_plan
+from .blueprint import COMPUTE_DTYPE, Blueprint, plan_memory, understand
+from .calibrate import Matrices, measure_link, measure_multiply
+from .checkpoint import Checkpoint
+from .config import EngineConfig
+from .errors import BudgetTooSmall
+from .forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Work
+from .formats import codec_of
+from .loader import _check_choices, _pack_path, _set_threads
+from .memory import MemoryPlan
+from .sketch import Sketch, weights_are_here
+
+
+def plan_model(config: EngineConfig, disk_bytes_per_s: float | None = None) -> Forecast:
+    """Takes about a second of measuring; `disk_bytes_per_s` spares the disk's part of it.
+
+    Raises StartError as the start would; where budgets contradict, with the nearest plan that fits.
+    """
+    _check_choices(config)
+    here = weights_are_here(config.model_path)
+    checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
+    try:
+        blueprint = understand(config, checkpoint)
+        plan = _plan(config, blueprint)
+        model = checkpoint.build_meta_model(COMPUTE_DTYPE)
+        work = _work(config, blueprint, model)
+        spec = blueprint.spec
+    finally:
+        checkpoint.close()
+    slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
+    return Forecast(
+        family=str(checkpoint.config.model_type),
+        stored_dtype=str(_matrices(blueprint)[0][0]).removeprefix("torch."),
+        expert_format=config.expert_format,
+        dense_format=config.dense_format,
+        has_weights=here,
+        factorized=blueprint.manifest is not None,
+        plan=plan,
+        slots=slots.slots,
+        slot_bytes=slots.slot_bytes,
+        work=work,
+        link=_link(config, spec.slot_bytes, disk_bytes_per_s),
+        compute=_compute(config, blueprint, work),
+    )
+
+
+def _plan(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
+    try:
+        return plan_memory(config, blueprint)
+    except BudgetTooSmall as error:
+        near = nearest_plan(config, lambda tried: plan_memory(tried, blueprint))
+        if near is None:
+            raise BudgetTooSmall(f"{error}; no budgets would fit") from error
+        total = human_bytes(plan_memory(near, blueprint).total_bytes)
+        raise BudgetTooSmall(
+            f"{error}; the nearest plan that fits: {flags_of(near)} ({total} in all)"
+        ) from error
+
+
+def _matrices(blueprint: Blueprint) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of one expert's matrices, as the files have them."""
+    tensors = blueprint.experts[0].tensors.values()
+    return [(dtype, shape[1:]) for dtype, shape in tensors if len(shape) == 3]
+
+
+def _work(config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel) -> Work:
+    """Which weights a token is multiplied with: all but the embedding, which is looked up."""
+    layers = tuple(
+        MoeLayer(
+            num_experts=entry.num_experts,
+            experts_per_token=chosen,
+            blob_bytes=packed.layout.stride_bytes,
+            numbers=sum(
+                torch.Size(shape[1:]).numel()
+                for _, shape in entry.tensors.values()
+                if len(shape) == 3
+            ),
+        )
+        for entry, packed, chosen in zip(
+            blueprint.experts,
+            blueprint.spec.layers,
+            blueprint.topology.experts_per_token,
+            strict=True,
+        )
+    )
+    table: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    both = {id(part.weight): part.weight.numel() for part in (table, head) if part is not None}
+    numbers = blueprint.checkpoint.dense_bytes(blueprint.dense_keys, 1)
+    return Work(
+        layers=layers,
+        dense_numbers=max(0, numbers - sum(both.values())),
+        head_numbers=head.weight.numel() if head is not None else 0,
+        chunk_tokens=config.max_step_tokens,
+    )
+
+
+def _link(config: EngineConfig, blob_bytes: int, said_bytes_per_s: float | None) -> LinkSpeed:
+    if said_bytes_per_s is not None:
+        return LinkSpeed(said_bytes_per_s, said_bytes_per_s, "--disk-speed")
+    files = [_pack_path(config), *sorted(config.model_path.glob("*.safetensors"))]
+    return measure_link(config.cache_dir, blob_bytes, files)
+
+
+def _compute(config: EngineConfig, blueprint: Blueprint, work: Work) -> ComputeSpeed:
+    """With the threads, shapes and formats that serving would have."""
+    threads = _set_threads(config.threads)
+    hidden = int(blueprint.checkpoint.config.get_text_config().hidden_size)
+    dense = Matrices(
+        {"dense": (COMPUTE_DTYPE, (4 * hidden, hidden))}, False, work.dense_numbers + hidden**2
+    )
+    first = blueprint.experts[0]
+    experts = Matrices(
+        {f"matrix{place}": entry for place, entry in enumerate(_matrices(blueprint))},
+        first.transposed,
+        sum(layer.num_experts * layer.numbers for layer in work.layers),
+    )
+    dense_codec = codec_of(config.dense_format, COMPUTE_DTYPE)
+    layer, tokens = work.layers[0], work.chunk_tokens
+    rows = max(1, round(tokens * layer.experts_per_token / layer.num_experts))
+    return ComputeSpeed(
+        dense_decode=measure_multiply(dense_codec, dense, 1),
+        dense_prefill=measure_multiply(dense_codec, dense, tokens),
+        expert_decode=measure_multiply(blueprint.codec, experts, 1),
+        expert_prefill=measure_multiply(blueprint.codec, experts, rows),
+        threads=threads,
+    )
