@@ -15,6 +15,7 @@ from .errors import BudgetTooSmall, ModelRefused, StartError
 from .formats import Codec, codec_of
 from .manifest import Manifest
 from .memory import ALLOWANCE_BYTES, Demand, MemoryPlan, memory_limit, settle
+from .sequence import round_up_tokens
 from .topology import Topology, trace
 
 log = logging.getLogger("moestro.engine")
@@ -130,7 +131,7 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
             raise BudgetTooSmall(f"--host-memory: {error}") from error
     plan = settle(demand, config.host_memory_bytes, config.kv_memory_bytes, memory_limit())
     if config.max_model_len_tokens is not None and plan.kv_tokens < wanted_context:
-        needed = wanted_context * demand.kv_bytes_per_token
+        needed = round_up_tokens(wanted_context) * demand.kv_bytes_per_token
         raise BudgetTooSmall(
             f"--max-model-len {wanted_context} needs {human_bytes(needed)} of KV, the budget is"
             f" {human_bytes(plan.kv_bytes)}: raise --kv-memory or lower --max-model-len to"

@@ -14,6 +14,7 @@ import psutil
 from moestro.cache import human_bytes
 
 from .errors import BudgetTooSmall
+from .sequence import ROUND_TOKENS, round_up_tokens
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -61,7 +62,9 @@ class MemoryPlan:
 
     @property
     def kv_tokens(self) -> int:
-        return self.kv_bytes // self.demand.kv_bytes_per_token
+        """Tokens that can be reserved: whole rounds only, as admission reserves them."""
+        tokens = self.kv_bytes // self.demand.kv_bytes_per_token
+        return tokens // ROUND_TOKENS * ROUND_TOKENS
 
     def parts(self) -> dict[str, int]:
         """Bytes by part; they sum to the total."""
@@ -123,7 +126,7 @@ def settle(
     left = int(limit_bytes * (1 - RESERVE_SHARE)) - demand.fixed_bytes
     kv = kv_memory_bytes
     if kv is None:
-        whole = demand.context_tokens * demand.kv_bytes_per_token
+        whole = round_up_tokens(demand.context_tokens) * demand.kv_bytes_per_token
         kv = max(0, min(whole, DEFAULT_KV_BYTES, left // 2))
     experts = host_memory_bytes
     if experts is None:
@@ -131,8 +134,9 @@ def settle(
     plan = MemoryPlan(demand, experts, kv, limit_bytes, limit_name)
     if plan.kv_tokens < 1:
         raise BudgetTooSmall(
-            f"--kv-memory {human_bytes(kv)} holds no token: one takes"
-            f" {human_bytes(demand.kv_bytes_per_token)}"
+            f"--kv-memory {human_bytes(kv)} is too small: the least is {ROUND_TOKENS} tokens of"
+            f" {human_bytes(demand.kv_bytes_per_token)},"
+            f" {human_bytes(ROUND_TOKENS * demand.kv_bytes_per_token)}"
         )
     if plan.total_bytes > limit_bytes:
         least = demand.fixed_bytes + demand.experts_least_bytes + kv

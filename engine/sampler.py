@@ -12,6 +12,8 @@ from transformers.generation.logits_process import (
 
 from .sequence import SamplingParams
 
+COLDEST = 1e-5  # below, only the largest logit has a chance: greedy
+
 
 class NonFiniteLogits(Exception):
     """The model gave NaN or infinity; this sequence cannot go on."""
@@ -21,7 +23,7 @@ class Sampler:
     """Chooses the tokens of one sequence. The same seed and logits give the same tokens."""
 
     def __init__(self, params: SamplingParams) -> None:
-        self._greedy = params.temperature == 0.0
+        self._greedy = params.temperature < COLDEST
         self._warpers = LogitsProcessorList()
         if self._greedy:
             return
@@ -42,6 +44,7 @@ class Sampler:
             raise NonFiniteLogits("the model's logits are not finite")
         if self._greedy:
             return best
-        scores = self._warpers(torch.empty((1, 0), dtype=torch.long), logits[None])  # type: ignore[arg-type]
+        # from the maximum down: dividing by a small temperature cannot overflow
+        scores = self._warpers(torch.empty((1, 0), dtype=torch.long), (logits - logits[best])[None])  # type: ignore[arg-type]
         probabilities = scores[0].softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))

@@ -7,7 +7,7 @@ nothing that runs can ever run out of room. First come, first served.
 from collections import deque
 from dataclasses import dataclass
 
-from .errors import QueueFull
+from .errors import PromptTooLong, QueueFull
 from .sequence import Batch, Part, Sequence
 
 
@@ -36,7 +36,12 @@ class Scheduler:
             raise QueueFull(f"{waiting} requests wait already; try again later")
 
     def add(self, sequence: Sequence) -> None:
-        """Raises QueueFull, and then changes nothing."""
+        """Raises QueueFull or, for what could never be admitted, PromptTooLong; changes nothing."""
+        need = self.reserve_bytes(sequence)
+        if need > self.limits.kv_capacity_bytes:
+            raise PromptTooLong(
+                f"the request needs {need} bytes of KV, there are {self.limits.kv_capacity_bytes}"
+            )
         self.refuse_when_full()
         self.waiting.append(sequence)
 

@@ -27,6 +27,8 @@ def check_packed(model: PreTrainedModel, cache: PackedCache, vocab_size: int) ->
         chunked, beside = SequenceKV(LENGTH_TOKENS), SequenceKV(LENGTH_TOKENS)
         _run(model, cache, [(beside, other), (chunked, first[:SPLIT_TOKENS])])
         packed = _run(model, cache, [(chunked, first[SPLIT_TOKENS:]), (beside, other[:1])])
+    if not bool(torch.isfinite(alone).all()):
+        raise ModelRefused("the weights give logits that are not finite: damaged or NaN tensors")
     worst = float((alone[0] - packed[0]).abs().max() / alone[0].abs().max().clamp(min=1e-6))
     if not worst <= TOLERANCE:  # NaN too
         raise ModelRefused(

@@ -97,7 +97,7 @@ class Sequence:
 
     @property
     def capacity_tokens(self) -> int:
-        """Room that its KV needs at the longest (the last token is never run), rounded up."""
+        """Room that its KV needs at the longest, rounded up; the last token is never run."""
         return round_up_tokens(self.prompt_tokens + self.params.max_tokens - 1)
 
 

@@ -1,15 +1,21 @@
 """Text to ids and back, one token at a time, never half a character or part of a stop string."""
 
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from .errors import BadParameter, ModelRefused
 
+log = logging.getLogger("moestro.engine")
+
 CONTEXT_TOKENS = 8  # tokens of the prompt that tell the decoder how the first new one joins on
+BROKEN = "\ufffd"  # what decoders write for bytes that are no character (yet)
+MOST_HELD_TOKENS = 16  # no character is longer; what is still broken then stays broken
 
 
 class Tokenizer:
@@ -17,11 +23,17 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self._slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._fast: FastTokenizer = self._slow.backend_tokenizer
+            slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._fast: FastTokenizer = slow.backend_tokenizer
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise ModelRefused(f"{folder} has no tokenizer that can be read: {error}") from error
-        self.stop_ids = frozenset(_stop_ids(folder, self._slow.eos_token_id))
+            words = " ".join(str(error).split())
+            raise ModelRefused(f"{folder} has no tokenizer that can be read: {words}") from error
+        # tokenizer.json may say how its maker cut and padded; a prompt is taken as it is
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self.stop_ids = frozenset(_stop_ids(folder, slow.eos_token_id))
+        if not self.stop_ids:
+            log.warning("%s names no end-of-sequence token: only limits end an answer", folder)
 
     def encode(self, text: str) -> list[int]:
         """Raises BadParameter for text that is not valid Unicode (lone surrogates)."""
@@ -35,7 +47,7 @@ class Tokenizer:
         return str(self._fast.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, prompt_ids: Sequence[int], stop: tuple[str, ...]) -> "TextStream":
-        return TextStream(self._fast, prompt_ids, stop)
+        return TextStream(self, prompt_ids, stop)
 
 
 class TextStream:
@@ -43,23 +55,28 @@ class TextStream:
 
     `push` returns what may be sent. Text that could still become a stop string is held back;
     after a stop string has come, `stopped` is True and nothing follows.
+
+    A token's text depends on its neighbours, so a window is decoded: [seen tokens | new tokens].
+    The new text is what the whole window has beyond the seen part. While it ends in a broken
+    character the new tokens wait for more.
     """
 
     def __init__(
-        self, tokenizer: FastTokenizer, prompt_ids: Sequence[int], stop: tuple[str, ...]
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: tuple[str, ...]
     ) -> None:
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(
-            ids=list(prompt_ids)[-CONTEXT_TOKENS:], skip_special_tokens=True
-        )
+        self._seen = list(prompt_ids)[-CONTEXT_TOKENS:]
+        self._new: list[int] = []
         self._stop = stop
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        text = self._decoder.step(self._tokenizer, token_id)
-        if text is None:
+        self._new.append(token_id)
+        text = self._window()
+        if text.endswith(BROKEN) and len(self._new) < MOST_HELD_TOKENS:
             return ""
+        self._seen, self._new = self._new, []
         self._held += text
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
@@ -68,8 +85,16 @@ class TextStream:
         return self._release(len(self._held) - self._risky_tail())
 
     def finish(self) -> str:
-        """What was held back and can no longer become a stop string."""
-        return "" if self.stopped else self._release(len(self._held))
+        """What was held back and can no longer become a stop string or a whole character."""
+        if self.stopped:
+            return ""
+        if self._new:
+            self._held += self._window().rstrip(BROKEN)
+        return self._release(len(self._held))
+
+    def _window(self) -> str:
+        before = self._tokenizer.decode(self._seen)
+        return self._tokenizer.decode(self._seen + self._new)[len(before) :]
 
     def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
@@ -86,11 +111,35 @@ class TextStream:
         return longest
 
 
-def _stop_ids(folder: Path, eos: int | list[int] | None) -> list[int]:
-    """End-of-sequence ids of the tokenizer and of the generation config, where there is one."""
-    found = [eos] if isinstance(eos, int) else list(eos or [])
-    if (folder / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        more = config.eos_token_id
-        found += [more] if isinstance(more, int) else list(more or [])
+def _stop_ids(folder: Path, own: int | list[int] | None) -> list[int]:
+    """End-of-sequence ids: the tokenizer's, and those of the generation config or the config."""
+    found = _ids(own)
+    generation = _json(folder / "generation_config.json")
+    config = _json(folder / "config.json")
+    text_config = config.get("text_config")
+    for source in (generation, config, text_config if isinstance(text_config, dict) else {}):
+        if source.get("eos_token_id") is not None:
+            return found + _ids(source["eos_token_id"])
+    return found
+
+
+def _ids(value: object) -> list[int]:
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise ModelRefused(f"eos_token_id must be a token id or a list of them, not {value!r}")
+    return ids
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """{} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelRefused(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelRefused(f"{path} holds no JSON object")
     return found

@@ -157,3 +157,32 @@ def test_tokens_are_counted_once(folder: Path) -> None:
     assert stats.generation_tokens == 24
     assert stats.requests_finished == {"stop": 0, "length": 2, "abort": 0, "error": 0}
     assert stats.kv_used_bytes == 0
+
+
+@pytest.mark.parametrize("kv_tokens", [64, 100, 130, 256])
+def test_whatever_is_accepted_is_served(kv_tokens: int, folder: Path) -> None:
+    """Reservations are rounded; the longest request that fits must still be admitted."""
+    cache_dir = folder.parent / "cache"
+    with opened(folder, cache_dir, kv_memory_bytes=kv_tokens * 1024) as loaded:
+        engine = loaded.engine
+        assert engine.max_model_len_tokens == kv_tokens // 64 * 64
+        for total in {2, 63, 64, engine.max_model_len_tokens}:
+            params = SamplingParams(max_tokens=1, temperature=0.0)
+            prompt = [1] * (total - 1)
+            engine.validate(prompt, params)
+            assert generate(engine, [prompt], params)[0].finish == "length"
+
+
+def test_a_request_that_could_never_be_admitted_is_refused(loaded: Loaded) -> None:
+    with pytest.raises(PromptTooLong, match="bytes of KV"):
+        loaded.engine.scheduler.add(Sequence(1, [1] * 100_000, GREEDY))
+    assert loaded.engine.idle
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-6, 1e-4, 0.01])
+def test_a_tiny_temperature_is_nearly_greedy_and_harms_nobody(
+    temperature: float, loaded: Loaded
+) -> None:
+    greedy = generate(loaded.engine, [[1, 2, 3]], GREEDY)[0].ids
+    cold = SamplingParams(max_tokens=12, temperature=temperature, seed=1, ignore_eos=True)
+    assert generate(loaded.engine, [[1, 2, 3]], cold)[0].ids == greedy

@@ -30,8 +30,8 @@ def test_on_a_small_machine_experts_take_what_is_left() -> None:
 
 
 def test_a_given_budget_is_taken_as_it_is() -> None:
-    plan = settle(DEMAND, 60 * MIB, 10 * MIB, (10_000 * MIB, "the machine"))
-    assert (plan.experts_bytes, plan.kv_bytes, plan.kv_tokens) == (60 * MIB, 10 * MIB, 40)
+    plan = settle(DEMAND, 60 * MIB, 17 * MIB, (10_000 * MIB, "the machine"))
+    assert (plan.experts_bytes, plan.kv_bytes, plan.kv_tokens) == (60 * MIB, 17 * MIB, 64)
     assert sum(plan.parts().values()) == plan.total_bytes
     text = "\n".join(plan.lines())
     for words in ("60 MiB", "--host-memory", "--kv-memory", "interpreter 400 MiB"):
@@ -51,7 +51,7 @@ def test_a_limit_below_the_fixed_part_names_the_least() -> None:
 
 
 def test_kv_that_holds_no_token_is_refused() -> None:
-    with pytest.raises(BudgetTooSmall, match="holds no token"):
+    with pytest.raises(BudgetTooSmall, match="the least is 64 tokens of 256 KiB, 16 MiB"):
         settle(DEMAND, None, 1000, (10_000 * MIB, "the machine"))
 
 
