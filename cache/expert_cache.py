@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from .counters import Counters
+from .frequency import NextUse
 from .keys import ExpertKey, Phase
+from .layout import PackSpec
 from .lease import Lease
 from .loader import Loader
 from .pack import Pack
 from .plan import SlotPlan
-from .policy import Lru, Policy
+from .policy import Policy
 from .residency import Residency, missing
 from .slots import SlotArena
 from .stats import CacheStats, LayerStats
@@ -28,7 +30,7 @@ class ExpertCache:
         policy: Policy | None = None,
         reader: Reader | None = None,
     ) -> None:
-        """Least recently used goes first and one thread reads, unless told otherwise."""
+        """Whoever is expected latest goes first and one thread reads, unless told otherwise."""
         layers = pack.spec.layers
         self._pack = pack
         self._plan = plan
@@ -36,7 +38,7 @@ class ExpertCache:
         self._counters = Counters(len(layers))
         experts = [layer.num_experts for layer in layers]
         self._table = SlotTable(plan.slots, experts)
-        self._policy: Policy = Lru() if policy is None else policy
+        self._policy: Policy = NextUse() if policy is None else policy
         self._residency = Residency(self._table, self._policy, self._counters, experts)
         reader = DirectReader(pack) if reader is None else reader
         self._loader = Loader(pack, self._arena, self._residency, reader)
@@ -46,6 +48,11 @@ class ExpertCache:
     @property
     def plan(self) -> SlotPlan:
         return self._plan
+
+    @property
+    def spec(self) -> PackSpec:
+        """Of the pack: what a trace's header is made from."""
+        return self._pack.spec
 
     def acquire(self, layer: int, experts: Sequence[int], phase: Phase) -> Lease:
         """One layer event: pins the residents, starts reading the others, and counts both.
