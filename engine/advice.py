@@ -41,7 +41,6 @@ def changes(forecast: Forecast) -> list[Change]:
     found = []
     if not forecast.holds_all:
         found.append(_all_resident(forecast))
-        found += _above_one_token(forecast)
         found += _fewer_experts(forecast)
     found += _whole_context(forecast)
     return found
@@ -60,15 +59,6 @@ def _all_resident(forecast: Forecast) -> Change:
         f"all experts resident would take {human_bytes(demand.experts_total_bytes)};"
         f" {plan.limit_name} leaves {human_bytes(max(0, room))} for them ({gain})",
     )
-
-
-def _above_one_token(forecast: Forecast) -> list[Change]:
-    """LRU's cliff: one expert less than a token takes, and it has always just dropped them."""
-    needed = round_up_mib(forecast.work.slots_of_one_token * forecast.slot_bytes)
-    if forecast.decode.low.hit_rate > 0 or forecast.traced is not None:
-        return []
-    effect = "a token's experts of all layers fit: from there on LRU can find some again"
-    return [Change(f"--host-memory {size_flag(needed)}", effect)]
 
 
 def _fewer_experts(forecast: Forecast) -> list[Change]:

@@ -73,11 +73,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_config(folder)
+        self.config = read_config(folder)
         self._file_of_key: dict[str, Path] = {}
         self._slices: dict[str, Any] = {}
         self._handles = []
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             handle = _open_safetensors(path)
             self._handles.append(handle)
             for key in handle.keys():  # noqa: SIM118 (not a dict)
@@ -259,7 +259,8 @@ def _load_config(model: PreTrainedModel) -> LoadStateDictConfig:
     return LoadStateDictConfig(weight_mapping=mapping)  # type: ignore[arg-type]  # as stock does
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Raises ModelNotFound or ModelRefused."""
     if not folder.is_dir():
         raise ModelNotFound(f"{folder} is not a folder; give a Hugging Face model folder or `demo`")
     path = folder / "config.json"
@@ -277,7 +278,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """At least one. Raises ModelNotFound, or ModelRefused where only pickled weights are."""
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files

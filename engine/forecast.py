@@ -4,11 +4,11 @@ Pure arithmetic over measured speeds. The results are bounds: a step takes at le
 slower side, link or compute, were both perfectly overlapped and nothing else to do.
 
 Hit rates are for uniform routing, where each token's experts are drawn evenly and independently.
-Real routing is skewed and finds more. Between two visits of a layer all other layers pass, so with
-LRU an expert last used j tokens ago is still there when everything that j tokens touch fits into
-the slots: that is the low end. The high end is the share of experts that is resident: what the
-best choice without knowledge of the future finds. A recorded trace, where there is one, replaces
-both: replayed with LRU, and with perfect knowledge of the future.
+Real routing is skewed and finds more. The low end is what LRU finds: between two visits of a layer
+all others pass, so an expert last used j tokens ago is still there if all that j tokens touch fits
+into the slots. The high end is the share of experts that is resident, which is what the best choice
+without knowledge of the future finds; the cache's own policy comes close to it. A recorded trace,
+where there is one, replaces both: replayed as the cache decides, and with perfect foresight.
 """
 
 from collections.abc import Sequence
@@ -52,11 +52,6 @@ class Work:
     @property
     def total_experts(self) -> int:
         return sum(layer.num_experts for layer in self.layers)
-
-    @property
-    def slots_of_one_token(self) -> int:
-        """With fewer, LRU has dropped a layer's experts before the next token asks again."""
-        return sum(layer.experts_per_token for layer in self.layers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,28 +3,43 @@
 Needs config.json; uses the weight index and the headers of the weight files where they are.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from moestro.cache import human_bytes, plan_slots
+from moestro.cache import (
+    NextUse,
+    PackSpec,
+    Phase,
+    TraceInvalid,
+    TraceReader,
+    belady,
+    human_bytes,
+    plan_slots,
+    replay,
+)
 
 from .advice import flags_of, nearest_plan
 from .blueprint import COMPUTE_DTYPE, Blueprint, plan_memory, understand
 from .calibrate import Matrices, measure_link, measure_multiply
 from .checkpoint import Checkpoint
 from .config import EngineConfig
-from .errors import BudgetTooSmall
-from .forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Work
+from .errors import BudgetTooSmall, StartError
+from .forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Rates, Traced, Work
 from .formats import codec_of
 from .loader import _check_choices, _pack_path, _set_threads
 from .memory import MemoryPlan
 from .sketch import Sketch, weights_are_here
 
 
-def plan_model(config: EngineConfig, disk_bytes_per_s: float | None = None) -> Forecast:
+def plan_model(
+    config: EngineConfig, disk_bytes_per_s: float | None = None, trace: Path | None = None
+) -> Forecast:
     """Takes about a second of measuring; `disk_bytes_per_s` spares the disk's part of it.
+
+    With a recorded `trace` of the model, hit rates are those of its replay in the planned slots.
 
     Raises StartError as the start would; where budgets contradict, with the nearest plan that fits.
     """
@@ -40,6 +55,7 @@ def plan_model(config: EngineConfig, disk_bytes_per_s: float | None = None) -> F
     finally:
         checkpoint.close()
     slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
+    traced = _replayed(trace, spec, slots.slots) if trace is not None else None
     return Forecast(
         family=str(checkpoint.config.model_type),
         stored_dtype=str(_matrices(blueprint)[0][0]).removeprefix("torch."),
@@ -53,6 +69,7 @@ def plan_model(config: EngineConfig, disk_bytes_per_s: float | None = None) -> F
         work=work,
         link=_link(config, spec.slot_bytes, disk_bytes_per_s),
         compute=_compute(config, blueprint, work),
+        traced=traced,
     )
 
 
@@ -67,6 +84,26 @@ def _plan(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
         raise BudgetTooSmall(
             f"{error}; the nearest plan that fits: {flags_of(near)} ({total} in all)"
         ) from error
+
+
+def _replayed(path: Path, spec: PackSpec, slots: int) -> Traced:
+    """Raises StartError where the trace is none, or one of another model."""
+    counts = [layer.num_experts for layer in spec.layers]
+    try:
+        events = TraceReader(path)
+        if events.header.experts_per_layer != counts:
+            raise StartError(f"--trace {path}: recorded on a model with other experts")
+        low, high = replay(events, counts, slots, NextUse()), belady(events, counts, slots)
+    except TraceInvalid as error:
+        raise StartError(f"--trace {error}") from error
+
+    def rates(phase: Phase, asked: int) -> Rates | None:
+        return (low.hit_rate(phase), high.hit_rate(phase)) if asked else None
+
+    return Traced(
+        decode=rates(Phase.DECODE, sum(one.hits + one.misses for one in low.decode)),
+        prefill=rates(Phase.PREFILL, sum(one.hits + one.misses for one in low.prefill)),
+    )
 
 
 def _matrices(blueprint: Blueprint) -> list[tuple[torch.dtype, tuple[int, ...]]]:

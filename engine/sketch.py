@@ -16,9 +16,9 @@ from .checkpoint import (
     PLAIN_DTYPES,
     Checkpoint,
     ExpertsModule,
-    _read_config,
-    _weight_files,
     is_experts_module,
+    read_config,
+    weight_files,
 )
 from .errors import ModelNotFound, ModelRefused
 
@@ -48,7 +48,7 @@ def weights_are_here(folder: Path) -> bool:
     if names:
         return all((folder / name).is_file() for name in names)
     try:
-        return bool(_weight_files(folder))
+        return bool(weight_files(folder))
     except ModelNotFound:
         return False
 
@@ -61,7 +61,7 @@ class Sketch(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_config(folder)
+        self.config = read_config(folder)
         self._said_dtype = getattr(self.config, "dtype", None)  # building a model sets it
         self._file_of_key = {}
         self._slices = {}

@@ -2,7 +2,7 @@
 
 from .apply import apply_plan
 from .commands import run_evaluate, run_factorize
-from .demo import demo_plan, prepare_demo, prepare_dense
+from .demo import demo_plan, find_demo, prepare_demo, prepare_dense
 from .errors import DownloadCorrupt, FactorizeError, SourceRefused
 from .evaluate import Perplexity, perplexity
 from .fit import make_plan
@@ -18,6 +18,7 @@ __all__ = [
     "SplitOptions",
     "apply_plan",
     "demo_plan",
+    "find_demo",
     "make_plan",
     "perplexity",
     "prepare_demo",

@@ -52,6 +52,12 @@ def prepare_demo(cache_dir: Path, progress: ProgressFn) -> Path:
     return prepare(SMOLLM2, demo_plan(), cache_dir, progress)
 
 
+def find_demo(cache_dir: Path) -> Path | None:
+    """The folder that `prepare_demo` would return, if it is whole; makes nothing."""
+    target = cache_dir / "models" / SMOLLM2.moe_name
+    return target if _is_ready(target, demo_plan()) else None
+
+
 def prepare_dense(
     cache_dir: Path,
     progress: ProgressFn,

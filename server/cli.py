@@ -77,6 +77,7 @@ def root(
     Start here:
       moestro serve demo                          a small real model on 127.0.0.1:8000
       moestro serve ./my-moe --host-memory 8GiB   your own checkpoint, experts in 8 GiB
+      moestro plan ./my-moe                       what that takes and gives, without loading it
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -133,6 +134,52 @@ def _serve(settings: "Settings", listener: "socket.socket") -> int:
         from .start import run_server
 
     return run_server(settings, listener, began_s)
+
+
+@app.command()
+def plan(
+    model: flags.Model,
+    device: flags.Device = None,
+    device_memory: flags.DeviceMemory = None,
+    host_memory: flags.HostMemory = None,
+    kv_memory: flags.KvMemory = None,
+    expert_format: flags.ExpertFormat = None,
+    dense_format: flags.DenseFormat = None,
+    experts_per_token: flags.ExpertsPerToken = None,
+    threads: flags.Threads = None,
+    max_model_len: flags.MaxModelLen = None,
+    cache_dir: flags.CacheDir = None,
+    disk_speed: flags.DiskSpeed = None,
+    trace: flags.Trace = None,
+    as_json: flags.AsJson = False,
+) -> None:
+    """Show what serving a model would take and give, without loading it.
+
+    \b
+    Examples:
+      moestro plan ./my-moe --host-memory 8GiB
+      moestro plan ./only-config-json --json --disk-speed 3GB
+    \b
+    A folder with config.json is enough; the weight index and the headers of weight files are used
+    where they are. Memory is what `moestro serve` prints with the same flags. Speeds are bounds
+    from a second of measuring, not promises. Budgets that contradict are refused with the nearest
+    plan that fits.
+    \b
+    --json prints one object of model, memory, experts, link, compute, decode, prefill, changes:
+    sizes in bytes (…_bytes), times in seconds (…_s), speeds per second (tokens_per_s).
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("disk_speed", "trace", "as_json")
+    }
+    from .settings import load_settings
+
+    settings = load_settings(given)
+    with _ctrl_c_at_once():
+        from .plan import run_plan
+
+    run_plan(settings, disk_speed, trace, as_json)
 
 
 @app.command()

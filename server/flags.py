@@ -117,6 +117,26 @@ ApiKey = Annotated[
     ),
 ]
 
+# Of `plan`.
+DiskSpeed = Annotated[
+    str | None,
+    Option(
+        "--disk-speed",
+        metavar="SIZE",
+        help="Bytes per second that the disk reads, such as 500MB. [default: measured]",
+    ),
+]
+Trace = Annotated[
+    Path | None,
+    Option(
+        "--trace",
+        metavar="FILE",
+        show_default=False,
+        help="Predict hits from this recorded trace. [default: every expert equally likely]",
+    ),
+]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of text.")]
+
 # Of `factorize` and `evaluate`.
 Source = Annotated[
     str,

@@ -102,7 +102,6 @@ def test_what_would_change_a_plan() -> None:
     flags = [one.flags for one in changes(forecast(15, factorized=True))]
     assert flags == [
         "--host-memory 1000MiB",
-        "--host-memory 100MiB",  # LRU's cliff
         "--experts-per-token 1",
         "--kv-memory 256MiB",
     ]

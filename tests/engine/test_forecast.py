@@ -45,7 +45,6 @@ def test_a_simulated_lru_lies_between_the_two_ends(slots: int) -> None:
 
 
 def test_lru_finds_nothing_with_less_than_one_token_takes() -> None:
-    assert WORK.slots_of_one_token == 24
     assert hit_rates(LAYERS, 23, 1) == (0.0, 23 / 96)
     assert hit_rates(LAYERS, 24, 1) == (0.25, 0.25)
 
