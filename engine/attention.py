@@ -19,6 +19,7 @@ from transformers.masking_utils import causal_mask_function
 from .kv import PackedCache, Span
 
 NAME = "moestro"
+SINK_BLOCK_BYTES = 8 << 20  # of scores at a time, where they have to be written out
 # Keywords that arrive at an attention function and change nothing here: the mask rule already
 # holds the window, the rest is bookkeeping of the caller.
 HARMLESS = frozenset(
@@ -150,18 +151,29 @@ def _attend_with_sinks(
     scaling: float | None,
     sinks: torch.Tensor,
 ) -> torch.Tensor:
-    """As `_attend`, with one learned logit per head [H] that takes part in the softmax only."""
-    repeat = rows.shape[1] // keys.shape[0]
-    keys, values = (part.repeat_interleave(repeat, dim=0)[None] for part in (keys, values))
+    """As `_attend`, with one learned logit per head [H] that takes part in the softmax only.
+
+    In blocks of query rows: the scores are written out, and would otherwise grow with n * S.
+    """
+    heads, new_tokens, length = rows.shape[1], rows.shape[2], keys.shape[1]
+    if mask is None and new_tokens > 1:
+        mask = MaskRule(causal_mask_function).evaluate(0, new_tokens, rows.device)
     scale = scaling if scaling is not None else rows.shape[-1] ** -0.5
-    scores = (rows @ keys.transpose(2, 3)) * scale  # [1, H, n, S]
-    if mask is None and rows.shape[2] > 1:
-        mask = MaskRule(causal_mask_function).evaluate(0, rows.shape[2], rows.device)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    sink = sinks.reshape(1, -1, 1, 1).expand(1, -1, rows.shape[2], 1).to(scores.dtype)
-    weights = torch.cat([scores, sink], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
-    return weights.to(values.dtype) @ values
+    sink = sinks.float().view(keys.shape[0], -1, 1, 1)  # [Hk, G, 1, 1]
+    step = max(1, SINK_BLOCK_BYTES // (4 * heads * length))
+    blocks = []
+    for start in range(0, new_tokens, step):
+        part = rows[0, :, start : start + step] * scale  # [H, b, D]
+        grouped = part.reshape(keys.shape[0], -1, *part.shape[1:])  # [Hk, G, b, D]
+        scores = (grouped @ keys[:, None].transpose(2, 3)).float()  # [Hk, G, b, S]
+        if mask is not None:
+            scores.masked_fill_(~mask[start : start + step], float("-inf"))
+        top = torch.maximum(scores.amax(-1, keepdim=True), sink)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True) + (sink - top).exp()
+        out = (weights.to(values.dtype) @ values[:, None]) / total
+        blocks.append(out.reshape(1, heads, -1, values.shape[2]).to(rows.dtype))
+    return torch.cat(blocks, dim=2)
 
 
 def register() -> None:

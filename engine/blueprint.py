@@ -151,8 +151,19 @@ def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
 
 
 def _own_context_tokens(blueprint: Blueprint) -> int:
+    """The model's own limit; for rope types that choose their frequencies by the length of the
+
+    whole row, the length up to which that choice is the same for every sequence in it.
+    """
     config = blueprint.checkpoint.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 4096)
+    longest = int(getattr(config, "max_position_embeddings", None) or 4096)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return longest
+    original = rope.get("original_max_position_embeddings")
+    original = original or getattr(config, "original_max_position_embeddings", None)
+    log.info("context: longrope is carried up to its original length, %s tokens", original)
+    return min(longest, int(original or longest))
 
 
 def _workspace_bytes(config: EngineConfig, blueprint: Blueprint) -> int:

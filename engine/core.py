@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moestro.cache import ReadFailed
+from moestro.cache import CacheError, PackInvalid
 
 from .errors import BadParameter, PromptTooLong
 from .runner import Runner
@@ -17,6 +17,8 @@ from .sequence import Batch, FinishReason, SamplingParams, Sequence, TokenEvent
 from .tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger("moestro.engine")
+
+STEP_FAILED = "this step of the engine failed; the server's log says why"
 
 Emitted = list[tuple[Sequence, TokenEvent]]
 
@@ -51,6 +53,7 @@ class Engine:
         tokenizer: Tokenizer,
         max_model_len_tokens: int,
         vocab_size: int,
+        discard_pack: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
@@ -60,6 +63,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.counters = Counters({reason.value: 0 for reason in FinishReason})
         self._clock = clock
+        self._discard_pack = discard_pack  # a damaged one: the next start builds it anew
         self._voices: dict[int, _Voice] = {}
 
     def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
@@ -94,9 +98,11 @@ class Engine:
         self._note_admission(batch)
         try:
             logits = self.runner.run(batch)
-        except ReadFailed as error:
+        except (CacheError, RuntimeError, MemoryError) as error:
             log.error("a step failed, its %d requests end: %s", len(batch.parts), error)
-            return [self._fail(part.sequence, str(error)) for part in batch.parts]
+            if isinstance(error, PackInvalid):
+                self._discard_pack()
+            return [self._fail(part.sequence, STEP_FAILED) for part in batch.parts]
         self._count(batch)
         ready = [part.sequence for part in batch.parts if part.sequence.pending_tokens == 0]
         return [self._commit(seq, row) for seq, row in zip(ready, logits, strict=True)]
@@ -144,21 +150,27 @@ class Engine:
         voice = self._voices[sequence.number]
         try:
             token = voice.sampler.choose(logits)
+            text = "" if self._stops(sequence, token) else voice.text.push(token)
         except NonFiniteLogits as error:
             self.counters.corrupted += 1
             return self._fail(sequence, str(error))
+        except Exception:
+            log.exception("the choice of a token failed, its request ends")
+            return self._fail(sequence, STEP_FAILED)
         sequence.token_ids.append(token)
         sequence.times.first_token_s = sequence.times.first_token_s or self._clock()
         self.counters.generation_tokens += 1
-        if token in self.tokenizer.stop_ids and not sequence.params.ignore_eos:
+        if self._stops(sequence, token):
             return self._end(sequence, FinishReason.STOP, voice.text.finish(), (token,))
-        text = voice.text.push(token)
         if voice.text.stopped:
             return self._end(sequence, FinishReason.STOP, text, (token,))
         if sequence.generated_tokens >= sequence.params.max_tokens:
             text += voice.text.finish()
             return self._end(sequence, FinishReason.LENGTH, text, (token,))
         return sequence, TokenEvent(text, (token,))
+
+    def _stops(self, sequence: Sequence, token: int) -> bool:
+        return token in self.tokenizer.stop_ids and not sequence.params.ignore_eos
 
     def _fail(self, sequence: Sequence, message: str) -> tuple[Sequence, TokenEvent]:
         return self._end(sequence, FinishReason.ERROR, "", (), message)

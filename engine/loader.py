@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -183,7 +184,10 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, ExpertCache, PackedCache]:
     checkpoint, spec = blueprint.checkpoint, blueprint.spec
     path = _pack_path(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"--cache-dir {config.cache_dir}: {error.strerror}") from error
     phases.enter("pack")
 
     def fill(writer: PackWriter) -> None:
@@ -263,7 +267,14 @@ def _assemble(
         plan.kv_bytes,
         plan.demand.kv_bytes_per_token,
     )
-    engine = Engine(runner, Scheduler(limits), tokenizer, context, blueprint.vocab_size)
+    engine = Engine(
+        runner,
+        Scheduler(limits),
+        tokenizer,
+        context,
+        blueprint.vocab_size,
+        lambda: _discard(_pack_path(config)),
+    )
     info = ModelInfo(
         family=blueprint.checkpoint.config.model_type,
         max_model_len_tokens=context,
@@ -283,9 +294,19 @@ def _check_once(
     blueprint: Blueprint, model: PreTrainedModel, packed: PackedCache, record: Path
 ) -> None:
     """The self-check reads experts, so its verdict on one model and one transformers is kept."""
-    verdict = f"{blueprint.spec.model} transformers {transformers.__version__}\n"
+    versions = f"moestro {version('moestro')}, transformers {transformers.__version__}"
+    verdict = f"{blueprint.spec.model} {blueprint.codec.name} {versions}\n"
     if record.is_file() and record.read_text("utf-8") == verdict:
         return
     worst = check_packed(model, packed, blueprint.vocab_size)
     log.info("self-check: packed, chunked and alone agree (relative difference %.1e)", worst)
-    record.write_text(verdict, "utf-8")
+    try:
+        record.write_text(verdict, "utf-8")
+    except OSError as error:  # the next start checks again: slower, not wrong
+        log.warning("the self-check's verdict could not be kept: %s", error)
+
+
+def _discard(path: Path) -> None:
+    """Take a damaged pack away, so that the next start builds it anew."""
+    log.error("%s is damaged and was removed: restart the server to build it anew", path)
+    path.unlink(missing_ok=True)

@@ -126,8 +126,9 @@ def _stop_ids(folder: Path, own: int | list[int] | None) -> list[int]:
 def _ids(value: object) -> list[int]:
     if value is None:
         return []
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+    given = value if isinstance(value, list) else [value]
+    ids = [one for one in given if isinstance(one, int) and not isinstance(one, bool)]
+    if len(ids) != len(given):
         raise ModelRefused(f"eos_token_id must be a token id or a list of them, not {value!r}")
     return ids
 

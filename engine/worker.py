@@ -28,7 +28,9 @@ from .tokenizer import Tokenizer
 log = logging.getLogger("moestro.engine")
 
 IDLE_BEAT_S = 0.5  # an idle engine turns this often, so that its heartbeat stays fresh
-STATS_WAIT_S = 30.0
+STATS_WAIT_S = 0.5
+STATS_TRIES = 60
+SHUTDOWN = "the server is shutting down"
 
 
 class TokenStream:
@@ -86,8 +88,9 @@ class EngineWorker:
         self._prepare = prepare
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._numbers = itertools.count(1)
-        self._streams: dict[int, TokenStream] = {}  # touched by the engine thread only
-        self._open: set[int] = set()  # numbers of requests submitted and not ended
+        self._gate = threading.Lock()  # guards the two below
+        self._streams: dict[int, TokenStream] = {}  # of requests submitted and not ended
+        self._closed = False  # nothing more may be submitted: nobody would ever answer
         self._loaded: Loaded | None = None
         self._settled = threading.Event()  # READY or FAILED
         self._stopping = threading.Event()
@@ -118,7 +121,7 @@ class EngineWorker:
     @property
     def idle(self) -> bool:
         """No request is open."""
-        return not self._open
+        return not self._streams
 
     def submit(self, prompt_ids: Ids[int], params: SamplingParams) -> TokenStream:
         """Call on the event loop that will read the stream.
@@ -127,15 +130,18 @@ class EngineWorker:
         """
         engine = self._ready().engine
         if self.state is EngineState.DRAINING:
-            raise Draining("the server is shutting down")
+            raise Draining(SHUTDOWN)
         engine.validate(list(prompt_ids), params)
         sequence = Sequence(next(self._numbers), prompt_ids, params)
         engine.scheduler.refuse_when_full(self._inbox.qsize())
         stream = TokenStream(
             sequence.prompt_tokens, lambda: self._inbox.put(lambda: self._drop(sequence))
         )
-        self._open.add(sequence.number)
-        self._inbox.put(lambda: self._take(sequence, stream))
+        with self._gate:
+            if self._closed:
+                raise Draining(SHUTDOWN)
+            self._streams[sequence.number] = stream
+        self._inbox.put(lambda: self._take(sequence))
         return stream
 
     def stats(self) -> EngineStats:
@@ -145,10 +151,13 @@ class EngineWorker:
             return loaded.stats()
         answer: Future[EngineStats] = Future()
         self._inbox.put(lambda: answer.set_result(loaded.stats()))
-        try:
-            return answer.result(STATS_WAIT_S)
-        except TimeoutError as error:
-            raise EngineFailed("the engine did not answer in time") from error
+        for _ in range(STATS_TRIES):
+            try:
+                return answer.result(STATS_WAIT_S)
+            except TimeoutError:
+                if not self._thread.is_alive():
+                    break
+        raise EngineFailed("the engine did not answer in time")
 
     def drain(self) -> None:
         """New requests are refused from now on; what runs goes on."""
@@ -180,7 +189,8 @@ class EngineWorker:
         try:
             while not self._stopping.is_set():
                 self._turn(self._loaded)
-            self._deliver(self._loaded.engine.abort_all("the server is shutting down"))
+            self._deliver(self._loaded.engine.abort_all(SHUTDOWN))
+            self._end_all(Draining(SHUTDOWN))
             self.state = EngineState.STOPPED
         except Exception as error:
             log.exception("the engine died")
@@ -201,29 +211,40 @@ class EngineWorker:
         if not self._stopping.is_set():
             self._deliver(loaded.engine.step())
 
-    def _take(self, sequence: Sequence, stream: TokenStream) -> None:
+    def _take(self, sequence: Sequence) -> None:
         assert self._loaded is not None
         try:
             self._loaded.engine.add(sequence)
         except EngineError as error:
-            self._open.discard(sequence.number)
-            stream.deliver(error)
-            return
-        self._streams[sequence.number] = stream
+            self._end(sequence.number, error)
 
     def _drop(self, sequence: Sequence) -> None:
         assert self._loaded is not None
         self._loaded.engine.cancel(sequence)
-        self._streams.pop(sequence.number, None)
-        self._open.discard(sequence.number)
+        with self._gate:
+            self._streams.pop(sequence.number, None)
 
     def _deliver(self, emitted: Emitted) -> None:
         for sequence, event in emitted:
-            if event.finish_reason is None:
-                self._streams[sequence.number].deliver(event)
-            else:
-                self._open.discard(sequence.number)
-                self._streams.pop(sequence.number).deliver(event)
+            if event.finish_reason is not None:
+                self._end(sequence.number, event)
+            elif stream := self._streams.get(sequence.number):
+                stream.deliver(event)
+
+    def _end(self, number: int, last: TokenEvent | EngineError) -> None:
+        with self._gate:
+            stream = self._streams.pop(number, None)
+        if stream is not None:
+            stream.deliver(last)
+
+    def _end_all(self, error: EngineError) -> None:
+        """Nobody submitted may wait for ever, and nobody can be submitted any more."""
+        with self._gate:
+            self._closed = True
+            streams = list(self._streams.values())
+            self._streams.clear()
+        for stream in streams:
+            stream.deliver(error)
 
     def _report(self, progress: Progress) -> None:
         """Progress out; a stop in. Raises LoadCancelled."""
@@ -236,10 +257,7 @@ class EngineWorker:
     def _fail(self, failure: EngineError) -> None:
         self.failure = failure
         self.state = EngineState.FAILED
-        for stream in self._streams.values():
-            stream.deliver(EngineFailed(str(failure)))
-        self._streams.clear()
-        self._open.clear()
+        self._end_all(EngineFailed(str(failure)))
         self._settled.set()
 
     def _ready(self) -> Loaded:

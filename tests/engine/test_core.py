@@ -1,6 +1,7 @@
 """One breath at a time: what ends a sequence, and what it leaves behind."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 import tiny
 from engine_kit import generate, opened
-from moestro.cache import ReadFailed
+from moestro.cache import PackInvalid, ReadFailed
 from moestro.engine import BadParameter, PromptTooLong, QueueFull, SamplingParams
+from moestro.engine.core import STEP_FAILED, Engine
 from moestro.engine.loader import Loaded
 from moestro.engine.sequence import Sequence
 
@@ -127,26 +129,65 @@ def test_logits_that_are_not_finite_end_one_request_alone(loaded: Loaded) -> Non
     assert engine.counters.corrupted == 1
 
 
-def test_a_failed_read_ends_its_step_and_the_engine_goes_on(loaded: Loaded) -> None:
+@pytest.mark.parametrize("error", [ReadFailed("no"), RuntimeError("no"), MemoryError("no")])
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
+    error: Exception, loaded: Loaded
+) -> None:
+    healthy = generate(loaded.engine, [[1, 2, 3]], GREEDY)[0]
+    loaded.engine.runner = FailingOnce(loaded.engine, error)  # type: ignore[assignment]
+    failed = generate(loaded.engine, [[1, 2, 3]], GREEDY)[0]
+    assert failed.finish == "error" and failed.error == STEP_FAILED
+    assert generate(loaded.engine, [[1, 2, 3]], GREEDY)[0].ids == healthy.ids
+
+
+def test_a_damaged_pack_is_taken_away_for_the_next_start(folder: Path) -> None:
+    cache_dir = folder.parent / "damaged"
+    with opened(folder, cache_dir) as loaded:
+        (pack,) = cache_dir.rglob("*.pack")
+        loaded.engine.runner = FailingOnce(loaded.engine, PackInvalid("bits"))  # type: ignore[assignment]
+        assert generate(loaded.engine, [[1, 2, 3]], GREEDY)[0].finish == "error"
+        assert not pack.exists()
+    with opened(folder, cache_dir) as loaded:
+        assert generate(loaded.engine, [[1, 2, 3]], GREEDY)[0].finish == "length"
+
+
+class FailingOnce:
+    """A real runner whose next step fails."""
+
+    def __init__(self, engine: Engine, error: Exception) -> None:
+        self._engine, self._error, self._real = engine, error, engine.runner
+        self.held_sequences = 0
+        self.forget = engine.runner.forget
+
+    def run(self, _: object) -> torch.Tensor:
+        self._engine.runner = self._real
+        raise self._error
+
+
+def test_an_error_in_one_requests_choice_ends_that_request_alone(loaded: Loaded) -> None:
     engine = loaded.engine
     healthy = generate(engine, [[1, 2, 3]], GREEDY)[0]
-    real = engine.runner
+    good, bad = Sequence(1, [1, 2, 3], GREEDY), Sequence(2, [4, 5, 6], GREEDY)
+    engine.add(good)
+    engine.add(bad)
 
-    class Failing:
-        """The real runner with a disk that fails once."""
-
-        held_sequences = 0
-        forget = staticmethod(real.forget)
+    class Broken:
+        """A text stream that fails."""
 
         @staticmethod
-        def run(_: object) -> torch.Tensor:
-            engine.runner = real
-            raise ReadFailed("the disk said no")
+        def push(_: int) -> str:
+            raise ZeroDivisionError
 
-    engine.runner = Failing()  # type: ignore[assignment]
-    failed = generate(engine, [[1, 2, 3]], GREEDY)[0]
-    assert failed.finish == "error" and failed.error == "the disk said no"
-    assert generate(engine, [[1, 2, 3]], GREEDY)[0].ids == healthy.ids
+    engine._voices[2] = replace(engine._voices[2], text=Broken())  # type: ignore[arg-type]
+    ends = {}
+    ids = []
+    while not engine.idle:
+        for sequence, event in engine.step():
+            ids += event.token_ids if sequence is good else ()
+            if event.finish_reason is not None:
+                ends[sequence.number] = event.finish_reason.value
+    assert ends == {1: "length", 2: "error"}
+    assert ids == healthy.ids
 
 
 def test_tokens_are_counted_once(folder: Path) -> None:

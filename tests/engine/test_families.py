@@ -1,6 +1,7 @@
 """Every family through the whole path equals stock transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,29 @@ def _half(folder: Path) -> int:
     """A budget for about half of the experts of a tiny model."""
     widest = 4 * 3 * (32 if "qwen3" in folder.name or "deepseek" in folder.name else 64) * 64
     return 14 * (widest + 4 * KIB)
+
+
+def test_sinks_in_blocks_equal_sinks_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moestro.engine import attention
+
+    folder = tiny.build("gpt_oss", tmp_path / "model")
+    prompt = list(range(40))
+    with opened(folder, tmp_path / "cache") as loaded:
+        whole = run_logits(loaded, [[(1, prompt)]])
+        monkeypatch.setattr(attention, "SINK_BLOCK_BYTES", 4 * 4 * 40 * 7)
+        assert (run_logits(loaded, [[(1, prompt)]]) - whole).abs().max() < 1e-5
+
+
+def test_longrope_is_carried_up_to_its_original_length(tmp_path: Path) -> None:
+    import transformers as hf
+
+    factors = {"long_factor": [4.0] * 8, "short_factor": [1.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    rope |= {"original_max_position_embeddings": 64, "factor": 8.0}
+    widths: dict[str, Any] = {**tiny.WIDTHS, "head_dim": 16, "rope_parameters": rope}
+    config = hf.MixtralConfig(**widths, num_local_experts=8, num_experts_per_tok=2)
+    folder = tiny.save(config, tmp_path / "model")
+    with opened(folder, tmp_path / "cache") as loaded:
+        assert loaded.info.max_model_len_tokens == 64

@@ -18,6 +18,7 @@ from moestro.engine import (
     LoadCancelled,
     NotReady,
     Progress,
+    QueueFull,
     SamplingParams,
     StartError,
 )
@@ -156,3 +157,39 @@ def test_prepare_runs_first_and_its_refusal_is_the_failure(folder: Path, tmp_pat
     worker.start()
     assert worker.wait_loaded(60)
     assert str(worker.failure) == "no network"
+
+
+async def test_nobody_waits_for_a_dead_engine(worker: EngineWorker) -> None:
+    """Also not who submitted while the fatal step ran, or just before a stop."""
+
+    def die() -> None:
+        raise ZeroDivisionError("planted")
+
+    worker._inbox.put(die)
+    streams = [worker.submit([1, 2], GREEDY) for _ in range(3)]
+    for stream in streams:
+        with pytest.raises(EngineFailed):
+            async for _ in stream:
+                pass
+    assert worker.idle
+
+
+async def test_nobody_waits_for_a_stopped_engine(worker: EngineWorker) -> None:
+    stopping = asyncio.create_task(asyncio.to_thread(worker.stop))
+    ended = refused = 0
+    while not stopping.done():
+        try:
+            stream = worker.submit([1, 2], GREEDY)
+        except (Draining, EngineFailed, QueueFull):
+            refused += 1
+        else:
+            try:
+                async with asyncio.timeout(10):
+                    [event async for event in stream]
+            except Draining:
+                pass
+            ended += 1
+        await asyncio.sleep(0)
+    with pytest.raises(Draining):
+        worker.submit([1, 2], GREEDY)
+    assert worker.idle and ended + refused > 0
