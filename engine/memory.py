@@ -6,8 +6,9 @@ The fixed part (interpreter, dense weights, workspace) follows from the model; t
 
 import ctypes
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 
@@ -23,10 +24,6 @@ ALLOWANCE_BYTES = 64 * MIB
 # Left alone when a budget is chosen here: the rest of the machine lives from it.
 RESERVE_SHARE = 0.15
 DEFAULT_KV_BYTES = GIB
-CGROUP_FILES = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +99,14 @@ def release_freed_memory() -> None:
         return
 
 
-def memory_limit() -> tuple[int, str]:
-    """The tightest of the machine's memory and the memory group's limit, with its name."""
+def memory_limit(root: Path = Path("/")) -> tuple[int, str]:
+    """The tightest of the machine's memory and the memory groups' limits, with its name.
+
+    A limit may sit on any ancestor of the process's own group, so all of them are asked. `root` is
+    where proc and sys are.
+    """
     limit, name = psutil.virtual_memory().total, "the machine's memory"
-    for path in CGROUP_FILES:
+    for path in _limit_files(root):
         try:
             group = int(path.read_text())
         except (OSError, ValueError):  # no such controller, or "max"
@@ -115,39 +116,87 @@ def memory_limit() -> tuple[int, str]:
     return limit, name
 
 
+def _limit_files(root: Path) -> Iterator[Path]:
+    """Of the process's own group up to the mounts' tops, for both versions of memory groups."""
+    mounts = root / "sys/fs/cgroup"
+    tops = {"v1": (mounts / "memory",), "v2": (mounts, mounts / "unified")}
+    names = {"v1": "memory.limit_in_bytes", "v2": "memory.max"}
+    for version, own in _own_groups(root):
+        # In a container the path can be the host's, which is not mounted: then the top is left.
+        inside = own.relative_to("/") if own.is_absolute() and ".." not in own.parts else None
+        for top in tops[version]:
+            for group in (inside, *inside.parents) if inside else (PurePosixPath(),):
+                yield top / group / names[version]
+
+
+def _own_groups(root: Path) -> list[tuple[str, PurePosixPath]]:
+    """Lines are number:controllers:path; version 2 is number 0 and names no controller."""
+    found = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, ValueError):
+        lines = []
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if "memory" in controllers.split(","):
+            found.append(("v1", PurePosixPath(path)))
+        elif number == "0" and not controllers:
+            found.append(("v2", PurePosixPath(path)))
+    # Without proc, the tops at least.
+    return found or [("v1", PurePosixPath("/")), ("v2", PurePosixPath("/"))]
+
+
 def settle(
     demand: Demand,
     host_memory_bytes: int | None,
     kv_memory_bytes: int | None,
     limit: tuple[int, str],
 ) -> MemoryPlan:
-    """Budgets where the user gave none, then the check. Raises BudgetTooSmall with the sums."""
+    """Budgets where the user gave none, then the check. Raises BudgetTooSmall with the sums.
+
+    Room beyond all experts is not planned: nothing would ever take it.
+    """
     limit_bytes, limit_name = limit
     left = int(limit_bytes * (1 - RESERVE_SHARE)) - demand.fixed_bytes
+    least_kv = ROUND_TOKENS * demand.kv_bytes_per_token
     kv = kv_memory_bytes
     if kv is None:
         whole = round_up_tokens(demand.context_tokens) * demand.kv_bytes_per_token
-        kv = max(0, min(whole, DEFAULT_KV_BYTES, left // 2))
+        room = limit_bytes - demand.fixed_bytes - demand.experts_least_bytes
+        kv = max(least_kv, min(whole, DEFAULT_KV_BYTES, left // 2, room))
     experts = host_memory_bytes
     if experts is None:
-        experts = max(demand.experts_least_bytes, min(demand.experts_total_bytes, left - kv))
+        experts = max(demand.experts_least_bytes, left - kv)
+    experts = min(experts, demand.experts_total_bytes)
     plan = MemoryPlan(demand, experts, kv, limit_bytes, limit_name)
     if plan.kv_tokens < 1:
         raise BudgetTooSmall(
             f"--kv-memory {human_bytes(kv)} is too small: the least is {ROUND_TOKENS} tokens of"
-            f" {human_bytes(demand.kv_bytes_per_token)},"
-            f" {human_bytes(ROUND_TOKENS * demand.kv_bytes_per_token)}"
+            f" {human_bytes(demand.kv_bytes_per_token)}, {human_bytes(least_kv)}"
         )
     if plan.total_bytes > limit_bytes:
-        least = demand.fixed_bytes + demand.experts_least_bytes + kv
-        raise BudgetTooSmall(
-            f"the plan needs {human_bytes(plan.total_bytes)} (fixed"
-            f" {human_bytes(demand.fixed_bytes)} + experts {human_bytes(experts)} + kv"
-            f" {human_bytes(kv)}), {limit_name} is {human_bytes(limit_bytes)};"
-            + (
-                f" --host-memory {(limit_bytes - demand.fixed_bytes - kv) // MIB}MiB would fit"
-                if least <= limit_bytes
-                else f" the least that works with this --kv-memory is {human_bytes(least)}"
-            )
-        )
+        raise BudgetTooSmall(_too_large(plan, kv_memory_bytes is not None))
     return plan
+
+
+def _too_large(plan: MemoryPlan, kv_is_given: bool) -> str:
+    """The sums, and what to change; or what the model needs at the least, where nothing helps."""
+    demand, limit = plan.demand, f"{plan.limit_name} is {human_bytes(plan.limit_bytes)}"
+    fixed = f"fixed {human_bytes(demand.fixed_bytes)}"
+    least = demand.fixed_bytes + demand.experts_least_bytes + plan.kv_bytes
+    if least > plan.limit_bytes and not kv_is_given:
+        return (
+            f"the model needs at least {human_bytes(least)} ({fixed} + experts of one token"
+            f" {human_bytes(demand.experts_least_bytes)} + kv of {plan.kv_tokens} tokens"
+            f" {human_bytes(plan.kv_bytes)}), {limit}"
+        )
+    experts_room = plan.limit_bytes - demand.fixed_bytes - plan.kv_bytes
+    return (
+        f"the plan needs {human_bytes(plan.total_bytes)} ({fixed} + experts"
+        f" {human_bytes(plan.experts_bytes)} + kv {human_bytes(plan.kv_bytes)}), {limit};"
+    ) + (
+        f" --host-memory {experts_room // MIB}MiB would fit"
+        if least <= plan.limit_bytes
+        else f" the least that works with this --kv-memory is {human_bytes(least)}"
+    )
