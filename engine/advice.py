@@ -10,6 +10,7 @@ from .config import EngineConfig
 from .errors import BudgetTooSmall
 from .forecast import Forecast
 from .memory import GIB, MIB, Demand, MemoryPlan
+from .sequence import round_up_tokens
 
 KIB = 1024
 
@@ -71,7 +72,7 @@ def _fewer_experts(forecast: Forecast) -> list[Change]:
 
 def _whole_context(forecast: Forecast) -> list[Change]:
     plan, demand = forecast.plan, forecast.plan.demand
-    needed = round_up_mib(demand.context_tokens * demand.kv_bytes_per_token)
+    needed = round_up_mib(round_up_tokens(demand.context_tokens) * demand.kv_bytes_per_token)
     room = plan.limit_bytes - demand.fixed_bytes - plan.experts_bytes
     if plan.kv_tokens >= demand.context_tokens or needed > room:
         return []
