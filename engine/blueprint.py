@@ -21,6 +21,7 @@ from .topology import Topology, trace
 log = logging.getLogger("moestro.engine")
 
 COMPUTE_DTYPE = torch.float32
+PACKING_COPIES = 2.5  # of one layer, while transformers converts it: 2.3 seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,8 @@ def _experts_per_token(
     return wanted, wanted / manifest.output_factor
 
 
-def plan_memory(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
-    """Raises BudgetTooSmall with the arithmetic."""
+def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = False) -> MemoryPlan:
+    """With `packing`, the pack has to be built first. Raises BudgetTooSmall with the arithmetic."""
     spec, topology = blueprint.spec, blueprint.topology
     least = max(topology.experts_per_token)
     own_context = _own_context_tokens(blueprint)
@@ -123,6 +124,7 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
         experts_least_bytes=spec.slot_bytes * least,
         kv_bytes_per_token=topology.kv_numbers_per_token * itemsize,
         context_tokens=wanted_context,
+        packing_bytes=_packing_bytes(blueprint) if packing else 0,
     )
     if config.host_memory_bytes is not None:
         try:
@@ -148,6 +150,13 @@ def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
         return whole
     model = blueprint.checkpoint.build_meta_model(COMPUTE_DTYPE)
     return whole - saved_bytes(model, quantized_paths(model, blueprint.topology), itemsize)
+
+
+def _packing_bytes(blueprint: Blueprint) -> int:
+    """One layer's experts as they come, stacked and joined, and as the pack wants them."""
+    largest = max(entry.expert_bytes * entry.num_experts for entry in blueprint.experts)
+    encoded = max(layer.total_bytes for layer in blueprint.spec.layers)
+    return int(PACKING_COPIES * largest) + encoded + ALLOWANCE_BYTES
 
 
 def _own_context_tokens(blueprint: Blueprint) -> int:

@@ -9,12 +9,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,7 +28,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
 from . import attention, experts
+from .completeness import refuse_missing
 from .errors import ModelNotFound, ModelRefused
+from .weight_files import few, one_line, open_weights, readable, weight_files
 
 log = logging.getLogger("moestro.engine")
 
@@ -38,7 +41,6 @@ PLAIN_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +76,12 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        self._file_of_key: dict[str, Path] = {}
-        self._slices: dict[str, Any] = {}
-        self._handles = []
-        for path in weight_files(folder):
-            handle = _open_safetensors(path)
-            self._handles.append(handle)
-            for key in handle.keys():  # noqa: SIM118 (not a dict)
-                self._file_of_key[key] = path
-                self._slices[key] = handle.get_slice(key)
-        _check_index(folder, self._file_of_key)
+        found = open_weights(weight_files(folder))
+        self._file_of_key = {key: path for key, (path, _) in found.items()}
+        self._slices: dict[str, Any] = {key: part for key, (_, part) in found.items()}
 
     def close(self) -> None:
-        self._slices.clear()
-        self._handles.clear()
+        self._slices.clear()  # the last that holds the files open
 
     def fingerprint(self) -> str:
         """Changes when the config or any weight file does (names, sizes, headers, times)."""
@@ -112,19 +106,15 @@ class Checkpoint:
         hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         attention.register()
         experts.register()
-        try:
-            with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    self.config,
-                    dtype=dtype,
-                    attn_implementation=attention.NAME,
-                    experts_implementation=experts.NAME,
-                )
-        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise ModelRefused(
-                f"{self.folder}: transformers cannot build a causal language model of type"
-                f" {self.config.model_type!r}: {_first_line(error)}"
-            ) from error
+        kind = self.config.model_type
+        what = f"{self.folder}: transformers cannot build a causal language model of type {kind!r}"
+        with _refusing(what), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                self.config,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                experts_implementation=experts.NAME,
+            )
         model.train(False)
         return model
 
@@ -140,10 +130,14 @@ class Checkpoint:
             if is_experts_module(module)
             for name, _ in module.named_parameters(recurse=False)
         }
+        prefix = model.base_model_prefix
+        renamed = {
+            key: rename_source_key(key, renamings, converters, prefix, meta) for key in self._slices
+        }
+        refuse_missing(self.folder, model, converters, renamed)
         keys_of_path: dict[str, dict[str, list[str]]] = {}
         dense = []
-        for key in self._slices:
-            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        for key, (target, _) in renamed.items():
             if target in parameters:
                 sources = keys_of_path.setdefault(parameters[target], {})
                 sources.setdefault(target, []).append(key)
@@ -232,10 +226,10 @@ class Checkpoint:
         model._finalize_model_loading(model, _load_config(model), info)
         if info.missing_keys:
             raise ModelRefused(
-                f"{self.folder}: tensors are missing in the files: {_few(info.missing_keys)}"
+                f"{self.folder}: tensors are missing in the files: {few(info.missing_keys)}"
             )
         if info.unexpected_keys:
-            log.info("tensors that the model does not use: %s", _few(info.unexpected_keys))
+            log.info("tensors that the model does not use: %s", few(info.unexpected_keys))
 
     def _load(self, model: PreTrainedModel, keys: list[str]) -> Any:
         load_config = _load_config(model)
@@ -243,14 +237,14 @@ class Checkpoint:
         try:
             info, _ = convert_and_load_state_dict_in_model(model, subset, load_config)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise ModelRefused(f"{self.folder}: {_first_line(error)}") from error
+            raise ModelRefused(f"{self.folder}: {one_line(error)}") from error
         if info.mismatched_keys:
             key, found, wanted = sorted(info.mismatched_keys)[0]
             raise ModelRefused(
                 f"{self.folder}: {key} is {tuple(found)} in the file, {tuple(wanted)} in the config"
             )
         if info.conversion_errors:
-            raise ModelRefused(f"{self.folder}: {_first_line(next(iter(info.conversion_errors)))}")
+            raise ModelRefused(f"{self.folder}: {one_line(next(iter(info.conversion_errors)))}")
         return info
 
 
@@ -261,61 +255,49 @@ def _load_config(model: PreTrainedModel) -> LoadStateDictConfig:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """Raises ModelNotFound or ModelRefused."""
-    if not folder.is_dir():
-        raise ModelNotFound(f"{folder} is not a folder; give a Hugging Face model folder or `demo`")
     path = folder / "config.json"
-    if not path.is_file():
-        raise ModelNotFound(f"{folder} has no config.json: not a Hugging Face model folder")
+    with readable(folder):
+        if not folder.is_dir():
+            raise ModelNotFound(
+                f"{folder} is not a folder; give a Hugging Face model folder or `demo`"
+            )
+        if not path.is_file():
+            raise ModelNotFound(f"{folder} has no config.json: not a Hugging Face model folder")
+    with readable(path):
+        text = path.read_bytes()
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        if "auto_map" in raw:
-            raise ModelRefused(f"{path} wants code of its own (auto_map); moestro runs none")
-        if raw.get("quantization_config"):
-            raise ModelRefused(f"{path}: quantized checkpoints are not carried, use bf16 or fp16")
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelRefused(f"{path}: {one_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise ModelRefused(f"{path} is not a JSON object")
+    if "auto_map" in raw:
+        raise ModelRefused(f"{path} wants code of its own (auto_map); moestro runs none")
+    if raw.get("quantization_config"):
+        raise ModelRefused(f"{path}: quantized checkpoints are not carried, use bf16 or fp16")
+    with _refusing(str(path)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelRefused(f"{path}: {_first_line(error)}") from error
     return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """At least one. Raises ModelNotFound, or ModelRefused where only pickled weights are."""
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
-    if pickled:
-        raise ModelRefused(
-            f"{folder} has only {pickled[0].name}, which can run code when it is opened;"
-            " use a version of the model with .safetensors files"
-        )
-    raise ModelNotFound(f"{folder} has no .safetensors files")
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """The one place that turns whatever transformers raises over a config into a refusal.
 
-
-def _open_safetensors(path: Path) -> Any:
+    Wrong types and numbers end in errors of every kind there: strict dataclasses, divisions by
+    zero, assertions of torch, names that are not found.
+    """
     try:
-        return safe_open(path, framework="pt", device="cpu", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ModelRefused(
-            f"{path} is not a whole safetensors file ({_first_line(error)}); fetch it again"
-        ) from error
+        yield
+    except Exception as error:
+        raise ModelRefused(f"{what}: {_named(error)}") from error
 
 
-def _check_index(folder: Path, file_of_key: dict[str, Path]) -> None:
-    """A sharded checkpoint must have every shard and tensor that its index names."""
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        return
-    try:
-        weight_map: dict[str, str] = json.loads(path.read_text("utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelRefused(f"{path} is not a weight index: {_first_line(error)}") from error
-    for name in sorted(set(weight_map.values())):
-        if not (folder / name).is_file():
-            raise ModelRefused(f"{folder}: shard {name} is missing; fetch it again")
-    lost = [key for key in weight_map if key not in file_of_key]
-    if lost:
-        raise ModelRefused(f"{folder}: tensors of the index are in no shard: {_few(lost)}")
+def _named(error: Exception) -> str:
+    """Errors whose text alone says nothing (a key, a bare assertion) with their kind."""
+    line = one_line(error)
+    plain = isinstance(error, (KeyError, AssertionError, AttributeError, ArithmeticError))
+    return f"{type(error).__name__}: {line}" if plain else line
 
 
 def _by_layer(keys: list[str]) -> list[list[str]]:
@@ -331,14 +313,3 @@ def _by_layer(keys: list[str]) -> list[list[str]]:
 def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:
     empty = torch.empty(shape, dtype=dtype, device="meta")
     return torch.nn.Parameter(empty, requires_grad=False)
-
-
-def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _few(keys: Iterator[str] | Any) -> str:
-    names = sorted(keys)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

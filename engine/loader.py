@@ -114,7 +114,7 @@ def load(
         release_freed_memory()
     phases.enter("inspect")
     blueprint = inspect(config)
-    plan = plan_memory(config, blueprint)
+    plan = plan_memory(config, blueprint, packing=not _pack_path(config).exists())
     _log_found(blueprint, config, threads)
     for line in plan.lines():
         log.info("%s", line)
@@ -200,7 +200,7 @@ def _load_weights(
 
     pack = open_or_build(path, spec, fill, lambda: phases.report(0, 0, "waiting"), log)
     slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
-    log.info("expert cache: %s, LRU over all layers, from %s", slots, path)
+    log.info("expert cache: %s, next use over all layers, from %s", slots, path)
     phases.enter("load")
     model = checkpoint.build_meta_model(COMPUTE_DTYPE)
     load_dense(

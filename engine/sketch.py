@@ -12,15 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from .checkpoint import (
-    INDEX_NAME,
     PLAIN_DTYPES,
     Checkpoint,
     ExpertsModule,
     is_experts_module,
     read_config,
-    weight_files,
 )
 from .errors import ModelNotFound, ModelRefused
+from .weight_files import INDEX_NAME, weight_files
 
 WIDE_BYTES = 3  # per number and more on average: the index speaks of fp32
 
@@ -65,7 +64,6 @@ class Sketch(Checkpoint):
         self._said_dtype = getattr(self.config, "dtype", None)  # building a model sets it
         self._file_of_key = {}
         self._slices = {}
-        self._handles = []
 
     def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
         """Like a Checkpoint's, with the model's own names."""

@@ -42,7 +42,21 @@ THIRD_PARTIES = {
 # Files that decide. They hold integers and keys, never tensors: neither they nor what they import
 # of their own room may import a tensor library.
 TORCH_FREE = {
-    "cache": {"counters", "errors", "keys", "plan", "policy", "stats", "table", "units"},
+    "cache": {
+        "counters",
+        "errors",
+        "frequency",
+        "keys",
+        "layout",
+        "plan",
+        "policy",
+        "replayer",
+        "residency",
+        "stats",
+        "table",
+        "tracefile",
+        "units",
+    },
     "engine": {
         "advice",
         "config",

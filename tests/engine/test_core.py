@@ -180,7 +180,7 @@ def test_an_error_in_one_requests_choice_ends_that_request_alone(loaded: Loaded)
 
     engine._voices[2] = replace(engine._voices[2], text=Broken())  # type: ignore[arg-type]
     ends = {}
-    ids = []
+    ids: list[int] = []
     while not engine.idle:
         for sequence, event in engine.step():
             ids += event.token_ids if sequence is good else ()

@@ -1,5 +1,6 @@
 """The plan is arithmetic: every refusal carries its sums."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -134,3 +135,15 @@ def test_without_groups_the_machine_is_the_limit(tmp_path: Path) -> None:
 def test_the_limit_is_found() -> None:
     limit, name = memory_limit()
     assert limit > 100 * MIB and name
+
+
+def test_packing_counts_where_it_takes_more_than_serving() -> None:
+    small = replace(DEMAND, packing_bytes=300 * MIB)
+    plan = settle(small, 60 * MIB, 17 * MIB, (10_000 * MIB, "the machine"))
+    assert plan.packing_excess_bytes == 0
+    large = replace(DEMAND, packing_bytes=900 * MIB)
+    plan = settle(large, 60 * MIB, 17 * MIB, (10_000 * MIB, "the machine"))
+    assert plan.total_bytes == (400 + 900) * MIB == sum(plan.parts().values())
+    assert "packing" in plan.lines()[-1] and "900 MiB" in plan.lines()[-1]
+    with pytest.raises(BudgetTooSmall, match="packing"):
+        settle(large, 60 * MIB, 17 * MIB, (1200 * MIB, "the machine"))

@@ -76,7 +76,7 @@ def byte_fallback(folder: Path) -> Tokenizer:
     fast.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    wrapped = hf.PreTrainedTokenizerFast(tokenizer_object=fast)  # type: ignore[no-untyped-call]
+    wrapped = hf.PreTrainedTokenizerFast(tokenizer_object=fast)
     wrapped.save_pretrained(folder)
     return Tokenizer(folder)
 
