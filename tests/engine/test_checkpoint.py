@@ -1,7 +1,11 @@
 """What is not a whole, plain MoE checkpoint is refused before anything is loaded."""
 
 import json
-from collections.abc import Callable
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from engine_kit import generate, opened
 from moestro.engine import ModelNotFound, ModelRefused, SamplingParams, StartError
+from moestro.engine.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -80,6 +85,10 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
     save_file(tensors, path, {"format": "pt"})
 
 
+def load_model(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
 def lost_dense(folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.norm.weight"]
@@ -102,6 +111,50 @@ def one_expert_lost(folder: Path) -> None:
     edit_tensors(folder, change)
 
 
+def several_files(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    (folder / "old.safetensors").write_bytes(path.read_bytes())
+    path.rename(folder / "new.safetensors")
+
+
+def key_in_two_shards(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    keys = list(load_file(path))
+    names = ("a.safetensors", "b.safetensors")
+    for name in names:
+        (folder / name).write_bytes(path.read_bytes())
+    weight_map = {key: names[number % 2] for number, key in enumerate(keys)}
+    write_index(folder, weight_map)
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def index_that_leaves_the_folder(folder: Path) -> None:
+    write_index(folder, {"model.norm.weight": "../model.safetensors"})
+
+
+def empty_index(folder: Path) -> None:
+    write_index(folder, {})
+
+
+def tensor_of_the_index_lost(folder: Path) -> None:
+    write_index(folder, {"model.norm.scale": "model.safetensors"})
+
+
+def config_is_a_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def config_is_deep(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def config_is_bytes(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xff\xfe{")
+
+
 @pytest.mark.parametrize(
     ("harm", "kind", "words"),
     [
@@ -115,9 +168,17 @@ def one_expert_lost(folder: Path) -> None:
         (broken_config, ModelRefused, "config.json"),
         (unknown_type, ModelRefused, "nothing_known"),
         (lost_shard, ModelRefused, "shard model-00002-of-00002.safetensors is missing"),
-        (lost_dense, ModelRefused, "model.norm.weight"),
-        (lost_experts, ModelRefused, "layers.1.mlp.experts"),
-        (one_expert_lost, ModelRefused, "layers.1"),
+        (lost_dense, ModelRefused, "missing in the files: model.norm.weight"),
+        (lost_experts, ModelRefused, "missing in the files: .*layers.1.mlp.experts"),
+        (one_expert_lost, ModelRefused, r"missing in .*layers.1.*down_proj \(7 of 8 of .*w2"),
+        (several_files, ModelRefused, "has new.safetensors, old.safetensors and no .*index.json"),
+        (key_in_two_shards, ModelRefused, "is in a.safetensors and in b.safetensors"),
+        (index_that_leaves_the_folder, ModelRefused, "'../model.safetensors' is not a file's"),
+        (empty_index, ModelRefused, "names no tensors"),
+        (tensor_of_the_index_lost, ModelRefused, "missing in its files: model.norm.scale"),
+        (config_is_a_list, ModelRefused, "config.json is not a JSON object"),
+        (config_is_deep, ModelRefused, "config.json"),
+        (config_is_bytes, ModelRefused, "config.json"),
     ],
 )
 def test_refusals_name_the_file_and_the_reason(
@@ -132,6 +193,113 @@ def test_refusals_name_the_file_and_the_reason(
         pass
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("cache/**/*.partial")), "half a pack was left behind"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_attention_heads": -4}, "negative"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": -64}, "negative"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"pad_token_id": 100_000}, "[Pp]ad"),
+        ({"num_hidden_layers": [4]}, "num_hidden_layers"),
+        ({"rope_parameters": "default"}, "rope"),
+        ({"hidden_act": "no_such"}, "no_such"),
+        ({"dtype": "float99"}, "float99"),
+        ({"model_type": 3}, "`3`"),
+        ({"model_type": None}, "`None`"),
+        ({"layer_types": ["no", "such"]}, "layer_types"),
+    ],
+)
+def test_configs_of_wrong_types_and_numbers_are_refused_in_one_line(
+    changes: dict[str, object], words: str, folder: Path, tmp_path: Path
+) -> None:
+    edit_config(folder, **changes)
+    refused(folder, tmp_path, ModelRefused, words)
+
+
+def test_stray_files_are_not_read(folder: Path, tmp_path: Path) -> None:
+    """A stale export beside the model must neither add to it nor win over it."""
+    wanted = Checkpoint(folder).fingerprint()
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in load_model(folder).items()}
+    save_file(zeros, folder / "zz_old.safetensors", {"format": "pt"})
+    assert Checkpoint(folder).fingerprint() == wanted
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    write_index(folder, dict.fromkeys(zeros, "part.safetensors"))
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    with opened(folder, tmp_path / "cache") as loaded:
+        found = generate(loaded.engine, [[5, 6, 7]], params)[0].ids
+    stock = tiny.oracle(tiny.build("mixtral", tmp_path / "same"))
+    with torch.inference_mode():
+        assert found[0] == int(stock(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
+
+
+def test_the_only_file_may_have_any_name(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with opened(folder, tmp_path / "cache"):
+        pass
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_each_tensor_that_is_missing_is_named(family: str, tmp_path: Path) -> None:
+    """One at a time, whatever the family's conversions do with it."""
+    folder = tiny.build(family, tmp_path / "model")
+    checkpoint = Checkpoint(folder)
+    model = checkpoint.build_meta_model(torch.float32)
+    checkpoint.split_keys(model)
+    whole = dict(checkpoint._slices)
+    for key in whole:
+        checkpoint._slices = {other: found for other, found in whole.items() if other != key}
+        with pytest.raises(ModelRefused, match="tensors are missing in the files: "):
+            checkpoint.split_keys(model)
+
+
+def test_tied_weights_may_be_there_once_under_either_name(tmp_path: Path) -> None:
+    folder = tiny.build("granitemoeshared", tmp_path / "model")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    edit_tensors(folder, rename)
+    checkpoint = Checkpoint(folder)
+    checkpoint.split_keys(checkpoint.build_meta_model(torch.float32))
+
+
+@contextmanager
+def somebody_else() -> Iterator[None]:
+    """Root may read everything, so for a while it is not root."""
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if me == 0:
+            os.seteuid(me)
+
+
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
+def test_what_may_not_be_read_is_said(name: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as open_to_all:
+        Path(open_to_all).chmod(0o755)
+        shared = Path(shutil.copytree(folder, Path(open_to_all) / "model"))
+        for path in (shared, *shared.iterdir()):
+            path.chmod(0o755)
+        (shared / name).chmod(0)
+        try:
+            with somebody_else(), pytest.raises(ModelRefused) as caught:
+                Checkpoint(shared)
+        finally:
+            (shared / name).chmod(0o755)
+    assert str(caught.value) == f"cannot read {shared / name}: Permission denied"
+
+
+def test_a_name_that_is_too_long_is_refused_in_one_line() -> None:
+    with pytest.raises(ModelRefused, match="cannot read .*File name too long"):
+        Checkpoint(Path("/tmp") / ("x" * 5000))
 
 
 def test_a_missing_folder_and_a_folder_without_config(tmp_path: Path) -> None:
