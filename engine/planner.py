@@ -74,13 +74,18 @@ def plan_model(
 
 
 def _plan(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
+    packing = not _pack_path(config).exists()  # as the start asks
+
+    def plan(tried: EngineConfig) -> MemoryPlan:
+        return plan_memory(tried, blueprint, packing=packing)
+
     try:
-        return plan_memory(config, blueprint)
+        return plan(config)
     except BudgetTooSmall as error:
-        near = nearest_plan(config, lambda tried: plan_memory(tried, blueprint))
+        near = nearest_plan(config, plan)
         if near is None:
             raise BudgetTooSmall(f"{error}; no budgets would fit") from error
-        total = human_bytes(plan_memory(near, blueprint).total_bytes)
+        total = human_bytes(plan(near).total_bytes)
         raise BudgetTooSmall(
             f"{error}; the nearest plan that fits: {flags_of(near)} ({total} in all)"
         ) from error

@@ -5,8 +5,9 @@ The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
     model    family, layers, experts_per_layer, experts_per_token, expert_bytes (one, as kept),
              expert_format, dense_format, stored_dtype, weights ("files", or "absent": the shapes
              are those of config.json)
-    memory   interpreter, dense, workspace, experts, kv (each with _bytes), total_bytes,
-             limit_bytes, limit, kv_tokens, max_model_len_tokens
+    memory   interpreter, dense, workspace, experts, kv, packing (each with _bytes; what only the
+             first start takes beyond the others), their total_bytes, limit_bytes, limit, kv_tokens,
+             max_model_len_tokens
     experts  slots, total, slots_per_layer (average), resident_share
     link     scattered_bytes_per_s (one expert a read, decode), ordered_bytes_per_s (neighbours
              together, prefill), source

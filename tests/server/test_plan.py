@@ -78,7 +78,7 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
         "model": "dense_format expert_bytes expert_format experts_per_layer experts_per_token"
         " family layers stored_dtype weights",
         "memory": "dense_bytes experts_bytes interpreter_bytes kv_bytes kv_tokens limit"
-        " limit_bytes max_model_len_tokens total_bytes workspace_bytes",
+        " limit_bytes max_model_len_tokens packing_bytes total_bytes workspace_bytes",
         "experts": "resident_share slots slots_per_layer total",
         "link": "ordered_bytes_per_s scattered_bytes_per_s source",
         "compute": "threads",
@@ -86,7 +86,7 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
         "prefill": "high low routing tokens",
     }
     assert found["model"]["expert_format"] == "int8"
-    names = ("interpreter", "dense", "workspace", "experts", "kv")
+    names = ("interpreter", "dense", "workspace", "experts", "kv", "packing")
     assert sum(found["memory"][f"{name}_bytes"] for name in names) == found["memory"]["total_bytes"]
     for step in (found["decode"], found["prefill"]):
         assert step["low"]["tokens_per_s"] <= step["high"]["tokens_per_s"]
