@@ -17,6 +17,8 @@ from .metrics import ServerMetrics
 from .middleware import ApiKey, BodyLimit, RequestIds
 from .settings import Settings
 
+METRICS_PATIENCE_S = 60.0  # a page of metrics does not wait for an engine in a step this long
+
 
 class Api(FastAPI):
     """FastAPI documents a 422 for every route with parameters; here they are 400s."""
@@ -33,7 +35,8 @@ class Api(FastAPI):
 
 def create_app(worker: Worker, settings: Settings) -> FastAPI:
     """The caller starts and stops the worker; the app only asks it."""
-    metrics = ServerMetrics(EngineCollector(worker, settings.served_name, settings.stuck_after))
+    patience_s = min(settings.stuck_after, METRICS_PATIENCE_S)
+    metrics = ServerMetrics(EngineCollector(worker, settings.served_name, patience_s))
     # No docs pages: theirs load scripts from elsewhere. No redirects: they trust the Host header.
     app = Api(
         title="moestro",

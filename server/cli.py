@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from . import flags
-from .refusal import Refused
+from .refusal import Refused, refusal_line
 
 if TYPE_CHECKING:
     import socket
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _refuse(message: str) -> int:
-    typer.echo("moestro: " + " ".join(message.split()), err=True)
+    typer.echo(refusal_line(message), err=True)
     return 2
 
 

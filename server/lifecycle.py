@@ -4,7 +4,8 @@ LOADING --ready--> SERVING --signal--> DRAINING --idle or grace over--> STOPPED
    |  \\--failed--> exit 2                 |
    \\--signal--> STOPPED                   \\--second signal--> the process ends at once
 
-SIGTERM: 0 after a clean drain, 1 when requests had to be cut. SIGINT: 130. Second: 143 or 130.
+SIGTERM: 0 after a clean drain, 1 when requests had to be cut or the engine had died. SIGINT: 130.
+Second: 143 or 130.
 """
 
 import asyncio
@@ -85,6 +86,8 @@ class Lifecycle:
                 await self._until_signal(web)
             if self._worker.state is EngineState.READY:
                 await self._drain()
+            if self._worker.state is EngineState.FAILED:  # maybe while it drained
+                self._code = self._code or 1
         finally:
             await self._close(web)
         return self._code

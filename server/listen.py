@@ -39,6 +39,5 @@ def is_loopback(host: str) -> bool:
 def url_of(listener: socket.socket) -> str:
     """Where a client on this machine reaches it; a wildcard address becomes loopback."""
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -40,11 +40,14 @@ class RequestIds:
 
 
 class ApiKey:
-    """Everything but OPEN_PATHS needs `Authorization: Bearer KEY`, unknown paths included."""
+    """Everything but OPEN_PATHS needs `Authorization: Bearer KEY`, unknown paths included.
+
+    The scheme's case does not count, as HTTP has it; the key's does.
+    """
 
     def __init__(self, app: ASGIApp, key: str, metrics: ServerMetrics) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key.encode()
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +60,10 @@ class ApiKey:
 
     def _allows(self, scope: Scope) -> bool:
         given = Headers(scope=scope).getlist("authorization")
-        return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), self._expected)
+        if len(given) != 1:
+            return False
+        scheme, _, key = given[0].partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(key.encode("latin-1"), self._key)
 
 
 class BodyLimit:

@@ -3,6 +3,7 @@
 The only reader of the environment. Knows no HTTP and no model: it hands an `EngineConfig` down.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ DEVICES = ("auto", "cpu")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 _SIZE_FORM = "a size above 0 such as 16MiB, 2GiB, 500MB or a number of bytes"
 _COUNT_FORM = "a whole number above 0"
+_MOST_BYTES = (1 << 63) - 1
+_SHOWN_CHARS = 100
+# More threads than this share of the logical cores is a slip of the keyboard.
+THREADS_PER_CORE = 4
 
 
 def parse_size(value: object) -> object:
@@ -32,9 +37,34 @@ def parse_size(value: object) -> object:
         return value
     match = _SIZE.fullmatch(value.strip())
     if match is None or (match[2] and not value.strip().lower().endswith("b")):
-        raise ValueError(f"{value!r} is not {_SIZE_FORM}")
+        raise ValueError(f"{_shown(value)} is not {_SIZE_FORM}")
     power = " kmgt".index((match[2] or " ").lower())
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    size_bytes = float(match[1]) * (1024 if match[3] else 1000) ** power
+    if size_bytes > _MOST_BYTES:
+        raise ValueError(f"{_shown(value)} is more than any machine has")
+    return int(size_bytes)
+
+
+def _shown(value: object) -> str:
+    """A value as a message repeats it: whole, unless it would drown the message."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
+
+
+def _expanded(path: Path) -> Path:
+    """Absolute, with ~ replaced. ValueError where there is no such user."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{_shown(str(path))}: no user here has that home folder") from None
+
+
+def _is_folder(path: Path) -> bool:
+    """ValueError where the system does not even want to look."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise ValueError(f"cannot read {_shown(str(path))}: {error.strerror}") from None
 
 
 Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0, description=_SIZE_FORM)]
@@ -47,14 +77,19 @@ class Places(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, env_ignore_empty=True)
 
-    cache_dir: Path = Field(
-        default_factory=lambda: Path.home() / ".cache" / "moestro", description="a folder"
-    )
+    cache_dir: Path = Field(Path("~/.cache/moestro"), validate_default=True, description="a folder")
 
     @field_validator("cache_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        found = _expanded(value)
+        try:
+            in_the_way = [p for p in (found, *found.parents) if p.exists() and not p.is_dir()]
+        except OSError as error:
+            raise ValueError(f"cannot read {_shown(str(found))}: {error.strerror}") from None
+        if in_the_way:
+            raise ValueError(f"{_shown(str(in_the_way[0]))} is not a folder")
+        return found
 
 
 class Settings(Places):
@@ -85,14 +120,34 @@ class Settings(Places):
     # No flags: nobody needs them on the first day, an operator may.
     max_body: Bytes = 4 << 20
     keep_alive: Seconds = 15.0
-    stuck_after: Seconds = 60.0
+    # Nothing moves within a step, and one over a slow disk can take minutes: an engine that is
+    # slow must not be taken for one that hangs.
+    stuck_after: float = Field(
+        600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds above 0 (more than the longest step takes)",
+    )
     drain_grace: Seconds = 30.0
 
     @field_validator("model")
     @classmethod
     def _model_exists(cls, value: str) -> str:
-        if value != DEMO and not Path(value).expanduser().is_dir():
-            raise ValueError(f"there is no folder {value!r} ('{DEMO}' or a checkpoint's folder)")
+        if value != DEMO and not _is_folder(_expanded(Path(value))):
+            raise ValueError(
+                f"there is no folder {_shown(value)} ('{DEMO}' or a checkpoint's folder)"
+            )
+        return value
+
+    @field_validator("threads")
+    @classmethod
+    def _threads_have_cores(cls, value: int | None) -> int | None:
+        most = THREADS_PER_CORE * (os.cpu_count() or 1)
+        if value is not None and value > most:
+            raise ValueError(
+                f"{_shown(value)} threads are too many for {os.cpu_count() or 1} logical cores;"
+                f" the most is {most}"
+            )
         return value
 
     @field_validator("device")
@@ -124,7 +179,7 @@ class Settings(Places):
 
     @property
     def model_path(self) -> Path:
-        return Path(self.model).expanduser().absolute()
+        return _expanded(Path(self.model))
 
     @property
     def served_name(self) -> str:
@@ -162,7 +217,12 @@ def load_settings(flags: Mapping[str, object]) -> Settings:
 
 
 def load_places(cache_dir: str | None) -> Places:
-    return Places() if cache_dir is None else Places(cache_dir=Path(cache_dir))
+    """Refused names the bad value."""
+    try:
+        return Places() if cache_dir is None else Places(cache_dir=Path(cache_dir))
+    except ValidationError as error:
+        flags = {} if cache_dir is None else {"cache_dir": cache_dir}
+        raise Refused(_in_one_line(error.errors()[0], flags)) from None
 
 
 def _in_one_line(error: ErrorDetails, flags: Mapping[str, object]) -> str:
@@ -173,7 +233,7 @@ def _in_one_line(error: ErrorDetails, flags: Mapping[str, object]) -> str:
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
     form = Settings.model_fields[field].description or _form_of(field)
-    shown = "the value" if field == "api_key" else repr(error["input"])
+    shown = "the value" if field == "api_key" else _shown(error["input"])
     return f"{name}: {shown} is not {form}"
 
 

@@ -22,6 +22,7 @@ from moestro.engine import EngineState, EngineWorker, ProgressFn
 from .console import progress_view, set_up_logging
 from .lifecycle import Lifecycle
 from .listen import is_loopback, url_of
+from .refusal import refusal_line
 from .settings import Settings
 
 log = logging.getLogger("moestro.server")
@@ -54,7 +55,7 @@ def run_server(settings: Settings, listener: socket.socket, began_s: float) -> i
 
     def on_failed(message: str) -> None:
         view.close()
-        typer.echo(f"moestro: {message}", err=True)
+        typer.echo(refusal_line(message), err=True)
 
     async def serve() -> int:
         return await Lifecycle(worker, settings, listener, on_ready, on_failed).run()

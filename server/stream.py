@@ -6,6 +6,8 @@ nothing.
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -23,6 +25,11 @@ from .track import Track
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+GENERIC = "the request failed in the engine"
+
+_A_PATH = re.compile(r"(?<![\w/])~?/\w")
+
+log = logging.getLogger("moestro.server")
 
 
 class ClientGone(Exception):
@@ -72,7 +79,10 @@ def _drop(task: "asyncio.Future[Any]") -> None:
 
 def failure_of(event: TokenEvent, worker: Worker) -> Exception:
     """What an event with FinishReason.ERROR means for its request."""
-    message = event.error or "the request failed in the engine"
+    message = event.error or GENERIC
+    if _A_PATH.search(message):  # of this machine, and nobody else's business
+        log.error("a request failed: %s", message)
+        message = f"{GENERIC}; its log says why"
     if worker.state is EngineState.READY:
         return GenerationFailed(message)
     return Draining(message)

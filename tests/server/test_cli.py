@@ -90,6 +90,12 @@ def test_no_arguments_teach():
         (("serve", "demo", "--device-memory", "1GiB"), ("--device-memory", "--host-memory")),
         (("serve", "/no/where"), ("MODEL", "/no/where")),
         (("serve", "demo", "--host", "no such host"), ("--host",)),
+        (("serve", "~nosuchuser/x"), ("MODEL", "~nosuchuser/x")),
+        (("serve", "x" * 5000), ("MODEL", "too long")),
+        (("serve", "demo", "--host-memory", "9" * 400), ("--host-memory", "more than any")),
+        (("serve", "demo", "--threads", "99999999999"), ("--threads", "the most is")),
+        (("serve", "demo", "--cache-dir", "~nosuchuser/x"), ("--cache-dir",)),
+        (("serve", "demo", "--cache-dir", __file__), ("--cache-dir", "is not a folder")),
     ],
 )
 def test_refusals_are_one_line(arguments, words):

@@ -218,6 +218,23 @@ async def test_one_request_fails(client, worker):
     assert error["message"] == "the logits were not finite"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "detail",
+    [
+        "reading /srv/packs/m/native.pack failed: Input/output error",
+        "OSError: [Errno 5] Input/output error: '/srv/packs/m/native.pack'",
+    ],
+)
+async def test_paths_stay_in_the_log(client, worker, caplog, stream, detail):
+    worker.script = script_of(TokenEvent("", (), FinishReason.ERROR, error=detail))
+    with caplog.at_level("ERROR", "moestro.server"):
+        response = await client.post(URL, json={"prompt": "x", "stream": stream})
+    assert "/srv" not in response.text
+    assert "the request failed in the engine; its log says why" in response.text
+    assert detail in caplog.text
+
+
 async def test_every_stream_is_let_go(client, worker):
     await client.post(URL, json={"prompt": "x"})
     await client.post(URL, json={"prompt": "x", "stream": True})

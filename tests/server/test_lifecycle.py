@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from fake_engine import FakeWorker, eventually, one_then_silence, within
-from moestro.engine import EngineState, StartError
+from moestro.engine import EngineFailed, EngineState, StartError
 from moestro.server.lifecycle import Lifecycle
 from moestro.server.listen import listening_socket, url_of
 from moestro.server.settings import Settings
@@ -90,6 +90,30 @@ async def test_a_start_that_fails_is_2():
         it.worker.fail(StartError("the model is broken"))
         assert await it.exit_code() == 2
         assert it.said == ["the model is broken"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+async def test_an_engine_that_died_is_no_clean_end(number, code):
+    async with life() as it:
+        await it.answered("/ready", 200)
+        it.worker.fail(EngineFailed("the engine died"))
+        await it.answered("/health", 503)
+        send(number)
+        assert await it.exit_code() == code
+
+
+async def test_an_engine_that_dies_while_it_drains_is_no_clean_end():
+    async with (
+        life() as it,
+        it.client.stream("POST", "/v1/completions", json=BODY) as response,
+    ):
+        lines = response.aiter_lines()
+        await within(5, anext(lines))
+        send(signal.SIGTERM)
+        await it.answered("/ready", 503)
+        it.worker.fail(EngineFailed("the engine died"))
+        it.worker.open.clear()  # as the engine does: nothing runs any more
+        assert await it.exit_code() == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])

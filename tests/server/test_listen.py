@@ -33,6 +33,11 @@ def test_url_of_ipv6():
         pytest.skip("no IPv6 here")
     with listener:
         assert url_of(listener).startswith("http://[::1]:")
+    # One that takes all of IPv6 takes nothing of IPv4: its own loopback is what works.
+    with listening_socket("::", 0) as listener:
+        assert url_of(listener) == f"http://[::1]:{listener.getsockname()[1]}"
+        with socket.create_connection(("::1", listener.getsockname()[1]), timeout=5):
+            pass
 
 
 @pytest.mark.parametrize(

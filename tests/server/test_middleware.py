@@ -39,6 +39,14 @@ async def test_the_key_opens(client_for):
     assert (await client.post(URL, json=BODY, headers=KEY)).status_code == 200
 
 
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "bEaReR"])
+async def test_the_case_of_the_scheme_does_not_count(client_for, scheme):
+    client = client_for(api_key="right")
+    for key, status in (("right", 200), ("Right", 401)):
+        headers = {"authorization": f"{scheme} {key}"}
+        assert (await client.post(URL, json=BODY, headers=headers)).status_code == status
+
+
 async def test_two_keys_are_none(client_for):
     headers = [("authorization", "Bearer right"), ("authorization", "Bearer wrong")]
     response = await client_for(api_key="right").post(URL, json=BODY, headers=headers)

@@ -2,6 +2,7 @@
 
 import threading
 
+import httpx
 import pytest
 
 from moestro.engine import EngineFailed, EngineState, Progress
@@ -36,10 +37,29 @@ async def test_ready_shows_progress(client, worker):
 
 
 async def test_a_stuck_engine_is_not_healthy(client, worker):
-    worker.heartbeat_age_s = 61.0
+    worker.heartbeat_age_s = 601.0
     response = await client.get("/health")
     assert response.status_code == 503
-    assert "61 s" in response.json()["error"]["message"]
+    assert "601 s" in response.json()["error"]["message"]
+
+
+async def test_a_slow_step_is_not_a_stuck_engine(client, worker):
+    """Minutes, when a prompt's experts come from a slow disk; but no scrape waits for its end."""
+    worker.heartbeat_age_s = 300.0
+    assert (await client.get("/health")).status_code == 200
+    assert "moestro_engine_heartbeat_age_seconds 300.0" in (await client.get("/metrics")).text
+    assert not worker.stats_threads
+
+
+@pytest.mark.parametrize("state", [EngineState.READY, EngineState.FAILED])
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_head_is_answered_like_get(serving, worker, state, path):
+    worker.state = state
+    async with serving(worker) as url, httpx.AsyncClient(base_url=url) as client:
+        whole, head = await client.get(path), await client.head(path)
+    assert head.status_code == whole.status_code
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert head.content == b""
 
 
 async def test_failure_keeps_its_details(client, worker):

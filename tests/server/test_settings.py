@@ -1,5 +1,6 @@
 """Flags, variables and defaults; one clear line for every bad value."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ from moestro.server.settings import Settings, load_places, load_settings, parse_
 )
 def test_sizes(text, size_bytes):
     assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "GiB", "9000000000TiB"])
+def test_sizes_beyond_any_machine(text):
+    with pytest.raises(ValueError, match="is more than any machine has") as caught:
+        parse_size(text)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("text", ["", "2G", "MiB", "-1MiB", "1e9", "1 2MiB", "nan", "0x10", "²"])
@@ -63,6 +71,20 @@ def test_flags_win_over_variables(monkeypatch):
         ("device", "cuda", "--device: 'cuda' is not served; what exists: auto, cpu"),
         ("device_memory", "1GiB", "--device-memory: device cpu has no memory of its own"),
         ("model", "/no/where", "MODEL: there is no folder '/no/where'"),
+        (
+            "model",
+            "~nosuchuser/x",
+            "MODEL: '~nosuchuser/x': no user here has that home folder",
+        ),
+        ("model", "x" * 5000, "MODEL: cannot read '/"),
+        ("cache_dir", "~nosuchuser/x", "--cache-dir: '~nosuchuser/x': no user here"),
+        ("cache_dir", "x" * 5000, "--cache-dir: cannot read '/"),
+        ("cache_dir", __file__, f"--cache-dir: '{__file__}' is not a folder"),
+        ("cache_dir", f"{__file__}/below", f"--cache-dir: '{__file__}' is not a folder"),
+        ("host_memory", "9" * 400, "--host-memory: '999"),
+        ("threads", "99999999999", "--threads: 99999999999 threads are too many for "),
+        ("max_model_len", "9" * 9000, "--max-model-len: '999"),
+        ("stuck_after", "0", "--stuck-after: '0' is not seconds above 0"),
         ("served_model_name", "", "--served-model-name: '' is not a name of 1 to 256 characters"),
     ],
 )
@@ -71,6 +93,7 @@ def test_bad_flags(field, value, line):
         load_settings({"model": "demo", field: value})
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_bad_variables_are_named_as_such(monkeypatch):
@@ -131,3 +154,15 @@ def test_places(monkeypatch, tmp_path):
     monkeypatch.setenv("MOESTRO_CACHE_DIR", str(tmp_path))
     assert load_places(None).cache_dir == tmp_path
     assert load_places("~/x").cache_dir == Path.home() / "x"
+    with pytest.raises(Refused, match="^--cache-dir: '~nosuchuser'"):
+        load_places("~nosuchuser")
+    monkeypatch.setenv("MOESTRO_CACHE_DIR", "~nosuchuser")
+    with pytest.raises(Refused, match="^MOESTRO_CACHE_DIR: '~nosuchuser'"):
+        load_places(None)
+
+
+def test_as_many_threads_as_make_sense():
+    most = 4 * (os.cpu_count() or 1)
+    assert load_settings({"model": "demo", "threads": str(most)}).threads == most
+    with pytest.raises(Refused, match=f"the most is {most}$"):
+        load_settings({"model": "demo", "threads": str(most + 1)})

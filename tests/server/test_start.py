@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from moestro.server.refusal import refusal_line
 from moestro.server.settings import Settings
 from moestro.server.start import prepare_of, ready_text, warn_if_open
 
@@ -23,6 +24,10 @@ def test_ready_text_never_shows_the_key():
     text = ready_text(Settings(model="demo", api_key="hidden"), "http://h:1", 1)
     assert "hidden" not in text
     assert "$MOESTRO_API_KEY" in text
+
+
+def test_a_refusal_is_one_line_whatever_its_cause_says():
+    assert refusal_line("first\n  second\t third\n") == "moestro: first second third"
 
 
 @pytest.mark.parametrize(
