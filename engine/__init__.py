@@ -24,6 +24,7 @@ from .planner import plan_model
 from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
 from .stats import EngineState, EngineStats, ModelInfo
 from .tokenizer import Tokenizer
+from .tracing import Recorded, ReplayRow, ReplayTable, record_trace, replay_trace
 from .worker import EngineWorker, TokenStream
 
 __all__ = [
@@ -53,6 +54,9 @@ __all__ = [
     "ProgressFn",
     "PromptTooLong",
     "QueueFull",
+    "Recorded",
+    "ReplayRow",
+    "ReplayTable",
     "RequestError",
     "SamplingParams",
     "StartError",
@@ -63,4 +67,6 @@ __all__ = [
     "Unavailable",
     "changes",
     "plan_model",
+    "record_trace",
+    "replay_trace",
 ]

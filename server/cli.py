@@ -182,6 +182,55 @@ def plan(
     run_plan(settings, disk_speed, trace, as_json)
 
 
+trace_app = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="Record which experts a model asks for."
+)
+app.add_typer(trace_app, name="trace")
+
+
+@trace_app.command()
+def record(
+    model: flags.Model,
+    out: flags.TraceOut,
+    prompts: flags.Prompts,
+    tokens: flags.TraceTokens = 64,
+    host_memory: flags.HostMemory = None,
+    expert_format: flags.ExpertFormat = None,
+    experts_per_token: flags.ExpertsPerToken = None,
+    threads: flags.Threads = None,
+    cache_dir: flags.CacheDir = None,
+) -> None:
+    """Run prompts, one after another, and write down which experts they asked for.
+
+    \b
+    Example:
+      moestro trace record demo demo.trace --prompts prompts.txt
+      moestro trace replay demo.trace
+      moestro plan demo --trace demo.trace
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("out", "prompts", "tokens")
+    }
+    from .settings import load_settings
+
+    settings = load_settings(given)
+    with _ctrl_c_at_once():
+        from .tracing import run_record
+
+    run_record(settings, out, prompts, tokens)
+
+
+@trace_app.command()
+def replay(trace: flags.TraceFile, as_json: flags.AsJson = False) -> None:
+    """Hit rates that a trace would have had: by budget and policy, with Belady's as the ceiling."""
+    with _ctrl_c_at_once():
+        from .tracing import run_replay
+
+    run_replay(trace, as_json)
+
+
 @app.command()
 def factorize(
     source: flags.Source,

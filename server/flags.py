@@ -137,6 +137,16 @@ Trace = Annotated[
 ]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of text.")]
 
+# Of `trace`.
+TraceOut = Annotated[Path, Argument(metavar="OUT", help="The new trace file.", show_default=False)]
+TraceFile = Annotated[Path, Argument(metavar="TRACE", help="A recorded trace.", show_default=False)]
+Prompts = Annotated[
+    Path, Option("--prompts", metavar="FILE", help="Plain text, one prompt a line.")
+]
+TraceTokens = Annotated[
+    int, Option("--tokens", metavar="N", min=1, help="New tokens for each prompt.")
+]
+
 # Of `factorize` and `evaluate`.
 Source = Annotated[
     str,

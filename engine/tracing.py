@@ -1,0 +1,128 @@
+"""Record which experts a model asks for, and replay the record over budgets and policies.
+
+A recording runs prompts one after another through a real engine, without prefetch; a replay needs
+no model. Hits of a replay are those that a live cache would have counted, event for event.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moestro.cache import (
+    CacheError,
+    DecayedFrequency,
+    Lru,
+    NextUse,
+    Phase,
+    TraceReader,
+    TraceWriter,
+    belady,
+)
+from moestro.cache import replay as replay_policy
+
+from .config import EngineConfig, Progress, ProgressFn
+from .errors import BadParameter, PromptTooLong, StartError
+from .loader import Loaded, load
+from .sequence import SamplingParams
+from .sequence import Sequence as Running
+
+SHARES = (0.05, 0.1, 0.25, 0.5, 0.75)  # of all experts: the budgets of a replay
+CEILING = "Belady (ceiling)"
+POLICIES = {"next use (default)": NextUse, "decayed frequency": DecayedFrequency, "LRU": Lru}
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a recording held."""
+
+    prompts: int
+    tokens: int  # generated
+    lookups: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRow:
+    """Hit rates of decode, 0 to 1, one per budget."""
+
+    policy: str
+    hit_rates: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayTable:
+    """One trace over all budgets and policies; the last row is what perfect foresight gets."""
+
+    steps: int
+    experts: int  # of the model
+    slots: tuple[int, ...]
+    slot_bytes: int
+    rows: tuple[ReplayRow, ...]
+
+
+def record_trace(
+    config: EngineConfig,
+    prompts: Sequence[str],
+    tokens: int,
+    out: Path,
+    progress: ProgressFn,
+    prepare: Callable[[ProgressFn], Path] | None = None,
+) -> Recorded:
+    """Run `prompts`, `tokens` new ones each, greedily; write the trace to `out`.
+
+    Raises StartError (also where a prompt does not fit) or CacheError.
+    """
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    loaded = load(replace(config, prefetch=False), progress, prepare)
+    try:
+        before = loaded.stats()
+        with TraceWriter(out, loaded.cache.spec) as writer:
+            loaded.cache.record(writer)
+            for done, prompt in enumerate(prompts):
+                progress(Progress("record", done, len(prompts), "prompts"))
+                _run(loaded, done, prompt, params)
+            loaded.cache.record(None)
+        progress(Progress("record", len(prompts), len(prompts), "prompts"))
+        after = loaded.stats()
+    except (BadParameter, PromptTooLong) as error:
+        raise StartError(f"prompt {done + 1}: {error}") from error
+    finally:
+        loaded.close()
+    lookups = after.cache.lookups - before.cache.lookups
+    return Recorded(len(prompts), after.generation_tokens, lookups)
+
+
+def replay_trace(path: Path) -> ReplayTable:
+    """Raises StartError where `path` is no trace."""
+    try:
+        reader = TraceReader(path)
+        events, per_layer = list(reader), reader.header.experts_per_layer
+        slot_bytes = max(layer.stride_bytes for layer in reader.header.layers)
+    except (CacheError, OSError) as error:
+        raise StartError(f"{path}: {error}") from error
+    if not events:
+        raise StartError(f"{path}: the trace holds no event")
+    total = sum(per_layer)
+    slots = tuple(max(1, round(total * share)) for share in SHARES)
+    rows = [
+        ReplayRow(
+            name,
+            tuple(
+                replay_policy(events, per_layer, size, make()).hit_rate(Phase.DECODE)
+                for size in slots
+            ),
+        )
+        for name, make in POLICIES.items()
+    ]
+    ceiling = tuple(belady(events, per_layer, size).hit_rate(Phase.DECODE) for size in slots)
+    rows.append(ReplayRow(CEILING, ceiling))
+    return ReplayTable(events[-1].step + 1, total, slots, slot_bytes, tuple(rows))
+
+
+def _run(loaded: Loaded, number: int, prompt: str, params: SamplingParams) -> None:
+    ids = loaded.tokenizer.encode(prompt)
+    loaded.engine.validate(ids, params)
+    loaded.engine.add(Running(number, ids, params))
+    while not loaded.engine.idle:
+        for _, event in loaded.engine.step():
+            if event.error is not None:
+                raise StartError(f"prompt {number + 1}: {event.error}")

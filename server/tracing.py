@@ -1,0 +1,60 @@
+"""`moestro trace record` and `moestro trace replay`.
+
+The object that `replay --json` prints: steps, experts (of the model), slot_bytes, slots (one number
+per budget), rows (policy, hit_rates: 0 to 1, one per budget; the last is Belady's).
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+
+from moestro.engine import ReplayTable, StartError, record_trace, replay_trace
+
+from .refusal import Refused
+from .settings import Settings
+from .start import prepare_of, watched_progress
+
+MIB = 1 << 20
+
+
+def run_record(settings: Settings, out: Path, prompts: Path, tokens: int) -> None:
+    """Raises Refused where the model cannot be run or the prompts cannot be read."""
+    try:
+        lines = [line for line in prompts.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"--prompts {prompts}: {error}") from error
+    if not lines:
+        raise Refused(f"--prompts {prompts}: no prompt in it")
+    try:
+        with watched_progress() as progress:
+            found = record_trace(
+                settings.to_engine_config(), lines, tokens, out, progress, prepare_of(settings)
+            )
+    except (StartError, OSError) as error:
+        raise Refused(str(error)) from error
+    typer.echo(f"{out}: {found.prompts} prompts, {found.tokens} tokens, {found.lookups} lookups")
+
+
+def run_replay(trace: Path, as_json: bool) -> None:
+    """Raises Refused where `trace` is none."""
+    try:
+        table = replay_trace(trace)
+    except StartError as error:
+        raise Refused(str(error)) from error
+    typer.echo(json.dumps(asdict(table)) if as_json else "\n".join(text_of(table)))
+
+
+def text_of(table: ReplayTable) -> list[str]:
+    """A heading, a line of budgets, a line per policy."""
+    widths = [f"{slots * table.slot_bytes / MIB:.1f} MiB" for slots in table.slots]
+    return [
+        f"{table.steps} steps, {table.experts} experts; hit rates of decode in percent",
+        "slots".ljust(20) + "".join(f"{slots:>12}" for slots in table.slots),
+        "--host-memory".ljust(20) + "".join(f"{width:>12}" for width in widths),
+        *(
+            row.policy.ljust(20) + "".join(f"{100 * rate:12.1f}" for rate in row.hit_rates)
+            for row in table.rows
+        ),
+    ]
