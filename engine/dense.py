@@ -1,4 +1,4 @@
-"""The dense part: loaded group by group, and with `--dense-format int8` kept as W8A8.
+"""The dense part: loaded layer by layer, and with `--dense-format int8` one byte per weight.
 
 Linear layers of the model become `Int8Linear`; embeddings, norms, routers and everything that is
 not a linear layer stay in the compute dtype. A head that is tied to the embedding gets int8 weights
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint, ExpertsModule
-from .formats import multiply_int8, quantize_rows
+from .formats import multiply_fine, quantize_rows
 from .topology import Topology
 
 DENSE_FORMATS = ("native", "int8")
@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 4096
 
 
 class Int8Linear(torch.nn.Module):
-    """y = x W^T + b with W as int8 rows [N, K], one scale each, and x quantized row by row.
+    """y = x W^T + b with W as int8 rows [N, K], one scale each, and x in two int8 digits.
 
     The tensors are plain attributes: they belong to no state dict and are never initialised.
     """
@@ -36,8 +36,7 @@ class Int8Linear(torch.nn.Module):
         self.bias_row = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        flat = quantize_rows(rows.reshape(-1, self.in_features))
-        out = multiply_int8(flat, self.values, self.scale)
+        out = multiply_fine(rows.reshape(-1, self.in_features), self.values, self.scale)
         if self.bias_row is not None:
             out += self.bias_row
         return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)

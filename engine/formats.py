@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 SCALE = "scale"  # a quantized matrix `x` has its scales beside it as `x.scale`
 LARGEST = 127.0
+SECOND_DIGIT = 254.0  # steps of the second digit in one of the first: half a step is 127
 TINIEST = 1e-30  # scale of a row of zeros: anything but 0
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape of one expert)
@@ -157,6 +158,24 @@ def multiply_int8(rows: Quantized, weight: torch.Tensor, scale: torch.Tensor) ->
     """int8 [n, K] x int8 [N, K] with their scales -> fp32 [n, N]; the sum is exact."""
     values, row_scale = rows
     return torch._int_mm(values, weight.t()).mul(scale).mul_(row_scale)
+
+
+def multiply_fine(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """fp32 [n, K] x int8 [N, K] with scales [N] -> fp32 [n, N], the rows in two int8 digits.
+
+    One digit per number is too coarse for rows with a few very large numbers. The second holds
+    what the first rounds away, in steps of 1/254 of the first's: 15 bits in one product of 2n rows.
+    """
+    count = rows.shape[0]
+    largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1, keepdim=True)
+    row_scale = largest.mul_(1 / LARGEST).clamp_(min=TINIEST)
+    exact = torch.div(rows, row_scale)
+    first = exact.round()
+    second = exact.sub_(first).mul_(SECOND_DIGIT).round_()
+    digits = torch.cat([first, second]).to(torch.int8)
+    products = torch._int_mm(digits, weight.t()).mul(scale)
+    whole = torch.add(products[:count], products[count:], alpha=1 / SECOND_DIGIT)
+    return whole.mul_(row_scale)
 
 
 FORMATS = ("native", "int8")

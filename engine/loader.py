@@ -123,7 +123,7 @@ def load(
     try:
         runner = _bind(config, blueprint, model, cache, packed)
         phases.enter("check")
-        _check_once(blueprint, model, packed, _pack_path(config).with_name("checked"))
+        _check_once(config, blueprint, model, packed)
         phases.leave()
         return _assemble(config, blueprint, plan, runner, cache, tokenizer, phases.seconds)
     except BaseException:
@@ -291,14 +291,17 @@ def _assemble(
 
 
 def _check_once(
-    blueprint: Blueprint, model: PreTrainedModel, packed: PackedCache, record: Path
+    config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel, packed: PackedCache
 ) -> None:
-    """The self-check reads experts, so its verdict on one model and one transformers is kept."""
+    """The self-check reads experts, so its verdict on model, formats and versions is kept."""
+    formats = f"{config.expert_format} {config.dense_format}"
     versions = f"moestro {version('moestro')}, transformers {transformers.__version__}"
-    verdict = f"{blueprint.spec.model} {blueprint.codec.name} {versions}\n"
+    verdict = f"{blueprint.spec.model} {formats} {versions}\n"
+    record = _pack_path(config).with_suffix(f".{config.dense_format}.checked")
     if record.is_file() and record.read_text("utf-8") == verdict:
         return
-    worst = check_packed(model, packed, blueprint.vocab_size)
+    quantized = formats != "native native"
+    worst = check_packed(model, packed, blueprint.vocab_size, quantized=quantized)
     log.info("self-check: packed, chunked and alone agree (relative difference %.1e)", worst)
     try:
         record.write_text(verdict, "utf-8")

@@ -62,8 +62,8 @@ DenseFormat = Annotated[
     Option(
         "--dense-format",
         metavar="FORMAT",
-        help="How the other linear layers are kept: native (fp32) or int8 (a quarter of the memory,"
-        " W8A8). [default: native]",
+        help="How the other linear layers are kept: native (fp32) or int8 (a quarter of the"
+        " memory). [default: native]",
     ),
 ]
 ExpertsPerToken = Annotated[

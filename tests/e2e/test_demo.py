@@ -88,6 +88,13 @@ def test_all_experts_give_the_dense_model(demo: Path, cache_dir: Path) -> None:
             assert generate(loaded.engine, [ids], GREEDY)[0].ids == text
 
 
+def test_int8_starts_checks_itself_and_speaks(demo: Path, tmp_path: Path) -> None:
+    formats = {"expert_format": "int8", "dense_format": "int8"}
+    with opened(demo, tmp_path, kv_memory_bytes=64 * MIB, **formats) as loaded:
+        prompt = loaded.tokenizer.encode("The capital of France is")
+        assert "Paris" in generate(loaded.engine, [prompt], GREEDY)[0].text
+
+
 @pytest.fixture(scope="module")
 def url(demo: Path, cache_dir: Path) -> Iterator[str]:
     flags = ("--host-memory", "16MiB", "--kv-memory", "64MiB", "--threads", "1")

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from moestro.engine.formats import FORMATS, SCALE, codec_of, dtype_name, quantize_rows
+from moestro.engine.formats import (
+    FORMATS,
+    SCALE,
+    codec_of,
+    dtype_name,
+    multiply_fine,
+    multiply_int8,
+    quantize_rows,
+)
 
 EXPERTS, OUT, IN = 3, 48, 32
 
@@ -71,6 +79,22 @@ def test_int8_rounds_to_half_a_step_and_keeps_zeros() -> None:
     assert int(values.abs().max()) == 127
     assert ((values * scale - rows).abs() <= scale / 2 + 1e-7).all()
     assert torch.equal(values[4], torch.zeros(IN, dtype=torch.int8))
+
+
+def test_two_digits_keep_small_numbers_beside_large_ones() -> None:
+    """One int8 digit loses everything below 1/254 of a row's largest number; two do not."""
+    torch.manual_seed(1)
+    rows = torch.randn(3, IN)
+    rows[:, 5] = 500.0
+    weight, scale = quantize_rows(torch.randn(OUT, IN))
+    exact = rows @ (weight * scale).t()
+    fine = multiply_fine(rows, weight, scale[:, 0])
+    coarse = multiply_int8(quantize_rows(rows), weight, scale[:, 0])
+    assert (fine - exact).abs().max() < 2e-4 * exact.abs().max()
+    assert (fine - exact).norm() < (coarse - exact).norm() / 50
+    alone = multiply_fine(rows[1:2], weight, scale[:, 0])
+    assert torch.equal(alone, fine[1:2]), "company cannot change a row"
+    assert torch.equal(multiply_fine(torch.zeros(1, IN), weight, scale[:, 0]), torch.zeros(1, OUT))
 
 
 def test_int8_takes_half_the_bytes_of_bf16() -> None:

@@ -1,0 +1,59 @@
+"""The mirror: rounding passes, a state that leaks between sequences does not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from engine_kit import opened
+from moestro.engine import ModelRefused
+from moestro.engine.loader import Loaded
+from moestro.engine.selfcheck import check_packed
+
+
+def look(loaded: Loaded, *, quantized: bool) -> float:
+    runner = loaded.engine.runner
+    vocab_size = loaded.info.vocab_size
+    return check_packed(runner._model, runner._cache, vocab_size, quantized=quantized)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoeshared"])
+@pytest.mark.parametrize("name", ["native", "int8"])
+def test_a_carried_model_passes(family: str, name: str, tmp_path: Path) -> None:
+    folder = tiny.build(family, tmp_path / family)
+    formats = {"expert_format": name, "dense_format": name}
+    with opened(folder, tmp_path / "cache", **formats) as loaded:
+        assert look(loaded, quantized=name != "native") < (1e-4 if name == "native" else 0.1)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_state_that_leaks_is_refused(quantized: bool, tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    with opened(folder, tmp_path / "cache") as loaded:
+        layer = loaded.engine.runner._model.get_submodule("model.layers.1")
+
+        def leak(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+            return output + output.cumsum(dim=1).roll(1, dims=1)  # every row sees those before it
+
+        layer.register_forward_hook(leak)
+        with pytest.raises(ModelRefused, match="in company gives other logits"):
+            look(loaded, quantized=quantized)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    with opened(folder, tmp_path / "cache") as loaded:
+        norm = loaded.engine.runner._model.get_submodule("model.norm")
+        torch.nn.init.constant_(next(norm.parameters()), float("nan"))
+        with pytest.raises(ModelRefused, match="not finite"):
+            look(loaded, quantized=False)
+
+
+def test_the_verdict_is_kept_for_each_format(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    for name in ("native", "int8"):
+        with opened(folder, tmp_path / "cache", expert_format=name):
+            pass
+    kept = sorted(path.name for path in (tmp_path / "cache").rglob("*.checked"))
+    assert kept == ["int8.native.checked", "native.native.checked"]
