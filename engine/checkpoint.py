@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -280,16 +281,30 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
     """The one place that turns whatever transformers raises over a config into a refusal.
 
-    Wrong types and numbers end in errors of every kind there: strict dataclasses, divisions by
+    Wrong types and numbers end in errors of many kinds there: strict dataclasses, divisions by
     zero, assertions of torch, names that are not found.
     """
     try:
         yield
-    except Exception as error:
+    except CONFIG_ERRORS as error:
         raise ModelRefused(f"{what}: {_named(error)}") from error
 
 

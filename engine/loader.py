@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -120,15 +121,15 @@ def load(
         log.info("%s", line)
     tokenizer = Tokenizer(config.model_path)
     model, cache, packed = _load_weights(config, blueprint, plan, phases)
-    try:
+    with ExitStack() as undo:
+        undo.callback(cache.close)
         runner = _bind(config, blueprint, model, cache, packed)
         phases.enter("check")
         _check_once(config, blueprint, model, packed)
         phases.leave()
-        return _assemble(config, blueprint, plan, runner, cache, tokenizer, phases.seconds)
-    except BaseException:
-        cache.close()
-        raise
+        loaded = _assemble(config, blueprint, plan, runner, cache, tokenizer, phases.seconds)
+        undo.pop_all()
+    return loaded
 
 
 def _check_choices(config: EngineConfig) -> None:

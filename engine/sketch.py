@@ -4,7 +4,6 @@ For planning before anything large is fetched. The shapes are those of the model
 meta device, so its tensors have the names of the model, not those of the files.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from .checkpoint import (
     read_config,
 )
 from .errors import ModelNotFound, ModelRefused
-from .weight_files import INDEX_NAME, weight_files
+from .weight_files import INDEX_NAME, json_object, weight_files
 
 WIDE_BYTES = 3  # per number and more on average: the index speaks of fp32
 
@@ -112,25 +111,12 @@ def _experts_names(model: PreTrainedModel) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _index(folder: Path) -> dict[str, object]:
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelRefused(f"{path} is not a weight index: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelRefused(f"{path} is not a weight index: no JSON object")
-    return found
-
-
 def _names_in_index(folder: Path) -> set[str]:
-    weight_map = _index(folder).get("weight_map")
+    weight_map = json_object(folder / INDEX_NAME, "a weight index").get("weight_map")
     return set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
 
 
 def _total_bytes_in_index(folder: Path) -> float:
-    metadata = _index(folder).get("metadata")
+    metadata = json_object(folder / INDEX_NAME, "a weight index").get("metadata")
     found = metadata.get("total_size") if isinstance(metadata, dict) else None
     return float(found) if isinstance(found, int | float) else 0.0

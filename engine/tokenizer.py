@@ -1,15 +1,14 @@
 """Text to ids and back, one token at a time, never half a character or part of a stop string."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from .errors import BadParameter, ModelRefused
+from .weight_files import json_object
 
 log = logging.getLogger("moestro.engine")
 
@@ -114,8 +113,8 @@ class TextStream:
 def _stop_ids(folder: Path, own: int | list[int] | None) -> list[int]:
     """End-of-sequence ids: the tokenizer's, and those of the generation config or the config."""
     found = _ids(own)
-    generation = _json(folder / "generation_config.json")
-    config = _json(folder / "config.json")
+    generation = json_object(folder / "generation_config.json", "a generation config")
+    config = json_object(folder / "config.json", "a config")
     text_config = config.get("text_config")
     for source in (generation, config, text_config if isinstance(text_config, dict) else {}):
         if source.get("eos_token_id") is not None:
@@ -131,16 +130,3 @@ def _ids(value: object) -> list[int]:
     if len(ids) != len(given):
         raise ModelRefused(f"eos_token_id must be a token id or a list of them, not {value!r}")
     return ids
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelRefused(f"{path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelRefused(f"{path} holds no JSON object")
-    return found

@@ -79,6 +79,19 @@ def weight_map(folder: Path) -> dict[str, str]:
     return found
 
 
+def json_object(path: Path, what: str) -> dict[str, Any]:
+    """{} where there is no such file. Raises ModelRefused, naming `what` it should have been."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelRefused(f"{path} is not {what}: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ModelRefused(f"{path} is not {what}: no JSON object")
+    return found
+
+
 def open_weights(paths: list[Path]) -> dict[str, tuple[Path, Any]]:
     """{key: (file, slice)} of all files. Raises ModelRefused, also where two have the same key."""
     found: dict[str, tuple[Path, Any]] = {}

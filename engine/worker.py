@@ -176,27 +176,25 @@ class EngineWorker:
     def _live(self) -> None:
         try:
             self._loaded = load(self.config, self._report, self._prepare)
+            self.state = EngineState.READY
+            self._settled.set()
+            self._serve(self._loaded)
         except (StartError, CacheError) as error:
-            failure = error if isinstance(error, EngineError) else StartError(str(error))
-            self._fail(failure)
-            return
-        except Exception as error:
-            log.exception("the load failed unexpectedly")
-            self._fail(StartError(f"unexpected {type(error).__name__}: {error}"))
-            return
-        self.state = EngineState.READY
-        self._settled.set()
-        try:
-            while not self._stopping.is_set():
-                self._turn(self._loaded)
-            self._deliver(self._loaded.engine.abort_all(SHUTDOWN))
-            self._end_all(Draining(SHUTDOWN))
-            self.state = EngineState.STOPPED
-        except Exception as error:
-            log.exception("the engine died")
-            self._fail(EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
+            self._fail(error if isinstance(error, EngineError) else StartError(str(error)))
+        except Exception as error:  # the thread's boundary: nobody may wait for ever
+            log.exception("the engine's thread died")
+            kind = StartError if self._loaded is None else EngineFailed
+            self._fail(kind(f"unexpected {type(error).__name__}: {error}"))
         finally:
-            self._loaded.close()
+            if self._loaded is not None:
+                self._loaded.close()
+
+    def _serve(self, loaded: Loaded) -> None:
+        while not self._stopping.is_set():
+            self._turn(loaded)
+        self._deliver(loaded.engine.abort_all(SHUTDOWN))
+        self._end_all(Draining(SHUTDOWN))
+        self.state = EngineState.STOPPED
 
     def _turn(self, loaded: Loaded) -> None:
         """Requests in, one step, events out."""

@@ -23,7 +23,15 @@ LAZY_DOORS = {"server": {"factorize"}}
 
 THIRD_PARTIES = {
     "cache": {"torch", "safetensors", "numpy"},
-    "engine": {"torch", "transformers", "tokenizers", "safetensors", "numpy", "psutil"},
+    "engine": {
+        "huggingface_hub",
+        "numpy",
+        "psutil",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+    },
     "factorize": {"torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf"},
     "server": {
         "fastapi",

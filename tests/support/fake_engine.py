@@ -139,16 +139,15 @@ class FakeStream:
 
     async def __anext__(self) -> TokenEvent:
         step: asyncio.Future[TokenEvent] = asyncio.ensure_future(_next(self._events))
+        goes_on = False
         try:
             await asyncio.wait({step, self._cut}, return_when=asyncio.FIRST_COMPLETED)
             event = step.result() if step.done() else self._cut.result()
-        except BaseException:
-            self._worker.open.discard(self)
-            raise
+            goes_on = event.finish_reason is None
         finally:
             step.cancel()
-        if event.finish_reason is not None:
-            self._worker.open.discard(self)
+            if not goes_on:
+                self._worker.open.discard(self)
         return event
 
     def cancel(self) -> None:
