@@ -24,7 +24,8 @@ class Lease:
 
     `for expert, tensors in lease` yields every expert once. `tensors` maps names to views into
     the expert's slot, to be read only, and valid until the next turn of the loop or the end of
-    the block. Raises ReadFailed or PackInvalid when an expert cannot be had.
+    the block. `groups` yields the same, those together that are here together. Raises ReadFailed
+    or PackInvalid when an expert cannot be had.
     """
 
     def __init__(
@@ -89,10 +90,34 @@ class Lease:
         self._table.pinned.clear()
         self.open = False
 
-    def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def groups(self) -> Iterator[list[tuple[int, dict[str, torch.Tensor]]]]:
+        """All residents at once, in the order of the request, then whoever has arrived since."""
+        self._once()
+        if self._here:
+            yield self._lent(self._here)
+            if self._pending:
+                for slot in self._here:
+                    self._spend(slot)
+        while self._coming or self._arrived or self._pending or self._failure:
+            slots = [self._next(), *self._arrived]
+            self._arrived.clear()
+            yield self._lent(slots)
+            if self._pending:
+                for slot in slots:
+                    self._spend(slot)
+
+    def _lent(self, slots: Sequence[int]) -> list[tuple[int, dict[str, torch.Tensor]]]:
+        views, keys = self._views, self._table.keys
+        # A pinned slot has an expert.
+        return [(keys[slot].expert, views[slot]) for slot in slots]  # type: ignore[union-attr]
+
+    def _once(self) -> None:
         if self._iterated:
             raise RuntimeError("a lease is iterated once")
         self._iterated = True
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        self._once()
         views, keys = self._views, self._table.keys
         for slot in self._slots():
             key = keys[slot]

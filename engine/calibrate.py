@@ -156,7 +156,8 @@ class _Product:
         packed = codec.encode(ones, matrices.transposed)
         self.numbers = sum(tensor.numel() for tensor in ones.values())
         self._codec, self._transposed = codec, matrices.transposed
-        self._packed = {name: tensor[0] for name, tensor in packed.items()}
+        self._names = list(ones)
+        self._hold({name: tensor[0] for name, tensor in packed.items()})
         inputs = 0 if matrices.transposed else 1
         self._rows = {name: torch.ones(rows, shape[inputs]) for name, (_, shape) in shapes.items()}
 
@@ -167,12 +168,18 @@ class _Product:
     def copy(self) -> "_Product":
         """The same in other memory."""
         other = copy.copy(self)
-        other._packed = {name: tensor.clone() for name, tensor in self._packed.items()}
+        other._hold({name: tensor.clone() for name, tensor in self._packed.items()})
         return other
+
+    def _hold(self, packed: dict[str, torch.Tensor]) -> None:
+        self._packed = packed
+        self._matrices = {
+            name: self._codec.open(packed, name, self._transposed) for name in self._names
+        }
 
     def run(self) -> None:
         for name, rows in self._rows.items():
-            self._codec.multiply(self._codec.begin(rows), self._packed, name, self._transposed)
+            self._codec.multiply(self._codec.begin(rows), self._matrices[name])
 
 
 def _shrunk(

@@ -7,15 +7,16 @@ k is taken once, in fixed order, in fp32. So neither arrival order nor cache siz
 Shape letters: T tokens, k experts per token, E experts, H width of the experts' input and output.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.cache import ExpertCache, Phase
 
-from .formats import Codec
+from .formats import Codec, Span, per_row
 
 NAME = "moestro"
 
@@ -57,6 +58,103 @@ class StepPhase:
         self.phase = Phase.DECODE
 
 
+FEW_TOKENS = 16
+"""Up to so many, experts that are here together share every operation but the products.
+
+With more tokens the rows of one expert fill the caches, and are better taken through it alone.
+"""
+VECTOR = 32  # numbers: an activation of rows of whole vectors does not depend on their company
+
+
+class _Expert(NamedTuple):
+    """One expert's weights as the codec wants them: views into its slot, valid as those are."""
+
+    first: Any
+    first_bias: torch.Tensor | None
+    down: Any
+    down_bias: torch.Tensor | None
+    tensors: dict[str, torch.Tensor]  # keeps the identity that this was found by
+
+
+class ExpertMath:
+    """What experts modules with the same flags compute, whatever the layer."""
+
+    def __init__(self, module: torch.nn.Module, codec: Codec) -> None:
+        self.codec = codec
+        self._gated = bool(module.has_gate)
+        self._first = "gate_up_proj" if self._gated else "up_proj"
+        self._biased, self._transposed = bool(module.has_bias), bool(module.is_transposed)
+        self._normed = bool(module.has_post_expert_norm)
+        self._opened: dict[int, _Expert] = {}  # by the identity of a slot's views, which stay
+
+    def open(self, tensors: dict[str, torch.Tensor]) -> _Expert:
+        """Views are made once per slot: each would cost a microsecond."""
+        found = self._opened.get(id(tensors))
+        if found is None:
+            first, down = self._first, "down_proj"
+            found = self._opened[id(tensors)] = _Expert(
+                self.codec.open(tensors, first, self._transposed),
+                tensors[f"{first}_bias"] if self._biased else None,
+                self.codec.open(tensors, down, self._transposed),
+                tensors[f"{down}_bias"] if self._biased else None,
+                tensors,
+            )
+        return found
+
+    def one(self, module: torch.nn.Module, rows: Any, expert: _Expert) -> torch.Tensor:
+        """[n, H] -> [n, H] through one expert, as the module's own flags say."""
+        inner = self.codec.multiply(rows, expert.first)
+        if expert.first_bias is not None:
+            inner += expert.first_bias
+        inner = self._activate(module, inner)
+        out = self.codec.multiply(self.codec.begin(inner), expert.down)
+        if expert.down_bias is not None:
+            out += expert.down_bias
+        return module.post_expert_norm(out) if self._normed else out  # type: ignore[operator]
+
+    def each(
+        self, module: torch.nn.Module, rows: Any, spans: Sequence[Span], experts: Sequence[_Expert]
+    ) -> torch.Tensor:
+        """Like `one`, the rows of each span through an expert of their own -> [n, H].
+
+        `spans` as `Codec.multiply_each` wants them. A row's result does not depend on who else is
+        in the call by a bit: whoever is resident, the sum must be the same.
+        """
+        inner = self.codec.multiply_each(rows, spans, [expert.first for expert in experts])
+        counts = [end - start for start, end in spans]
+        if self._biased:
+            inner += per_row([expert.first_bias for expert in experts], counts)  # type: ignore[misc]
+        if inner.shape[1] % (2 * VECTOR) == 0:
+            inner = self._activate(module, inner)
+        else:
+            inner = torch.cat([self._activate(module, part) for part in torch.split(inner, counts)])
+        below = list(accumulate(counts, initial=0))
+        out = self.codec.multiply_each(
+            self.codec.begin(inner), list(pairwise(below)), [expert.down for expert in experts]
+        )
+        if self._biased:
+            out += per_row([expert.down_bias for expert in experts], counts)  # type: ignore[misc]
+        return module.post_expert_norm(out) if self._normed else out  # type: ignore[operator]
+
+    def _activate(self, module: torch.nn.Module, inner: torch.Tensor) -> torch.Tensor:
+        return module._apply_gate(inner) if self._gated else module.act_fn(inner)  # type: ignore[no-any-return,operator]
+
+
+class MathByFlags:
+    """One ExpertMath for all modules of the same flags: they borrow the same slots."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._made: dict[tuple[object, ...], ExpertMath] = {}
+
+    def of(self, module: torch.nn.Module) -> ExpertMath:
+        names = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+        flags = tuple(getattr(module, name) for name in names)
+        if flags not in self._made:
+            self._made[flags] = ExpertMath(module, self._codec)
+        return self._made[flags]
+
+
 class OffloadedExperts:
     """The experts of one layer, wherever their weights are."""
 
@@ -65,17 +163,16 @@ class OffloadedExperts:
         layer: int,
         cache: ExpertCache,
         step: StepPhase,
-        codec: Codec,
+        math: ExpertMath,
         output_scale: float = 1.0,
         after: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.layer = layer
         self.cache = cache
         self.step = step
-        self.codec = codec
+        self.math = math
         self.output_scale = output_scale
         self.after = after  # called with the layer's input when its experts are done: prefetch
-        self._input: Any = None  # of the call in progress, as the codec wants it
 
     def __call__(
         self,
@@ -85,12 +182,8 @@ class OffloadedExperts:
         weights: torch.Tensor,
     ) -> torch.Tensor:
         tokens, k = ids.shape
-        self._input = self.codec.begin(hidden)
-        results = hidden.new_zeros((tokens * k, hidden.shape[1]))  # [T*k, H]
-        if tokens == 1:
-            self._one_token(module, ids, weights, results)
-        else:
-            self._many_tokens(module, ids, weights, results)
+        run = self._few_tokens if tokens <= FEW_TOKENS else self._many_tokens
+        results = run(module, hidden, ids, weights)
         if self.after is not None:
             self.after(hidden)
         if self.output_scale != 1.0:
@@ -98,59 +191,86 @@ class OffloadedExperts:
         combined = torch.bmm(weights.float()[:, None], results.view(tokens, k, -1))  # [T, 1, H]
         return combined[:, 0].to(hidden.dtype)
 
-    def _one_token(
+    def _few_tokens(
         self,
         module: torch.nn.Module,
+        hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        results: torch.Tensor,
-    ) -> None:
-        """Decoding alone: no sorting, no gathering; place j of `results` is choice j."""
-        useful = (weights != 0).tolist()[0]
+    ) -> torch.Tensor:
+        """Decoding: experts that are here together run together; place by place [T*k, H]."""
+        tokens, k = ids.shape
         num_experts: int = module.num_experts  # type: ignore[assignment]
-        places = {
-            expert: place
-            for place, expert in enumerate(ids.tolist()[0])
-            if useful[place] and expert < num_experts
-        }
-        with self.cache.acquire(self.layer, sorted(places), self.step.phase) as lease:
-            for expert, tensors in lease:
-                results[places[expert]] = self._compute(module, self._input, tensors)[0]
+        wanted = places_by_expert(ids.tolist(), weights.tolist(), num_experts)
+        rows, results = self.math.codec.begin(hidden), None
+        with self.cache.acquire(self.layer, list(wanted), self.step.phase) as lease:
+            for group in lease.groups():
+                places = [wanted[expert] for expert, _ in group]
+                out = self._together(module, rows, tokens, k, places, [who for _, who in group])
+                flat = list(chain.from_iterable(places))
+                if flat == list(range(tokens * k)):
+                    return out  # all at once and in order already
+                if results is None:
+                    results = hidden.new_zeros((tokens * k, hidden.shape[1]))
+                results.index_copy_(0, torch.tensor(flat), out)
+        return hidden.new_zeros((tokens * k, hidden.shape[1])) if results is None else results
+
+    def _together(
+        self,
+        module: torch.nn.Module,
+        rows: Any,
+        tokens: int,
+        k: int,
+        places: Sequence[Sequence[int]],
+        tensors: Sequence[dict[str, torch.Tensor]],
+    ) -> torch.Tensor:
+        """The rows of all `places`, one below the other, each through its own expert."""
+        experts = [self.math.open(each) for each in tensors]
+        if tokens == 1:
+            return self.math.each(module, rows, [(0, 1)] * len(places), experts)
+        of_token = [place // k for some in places for place in some]
+        below = accumulate((len(some) for some in places), initial=0)
+        chosen = self.math.codec.take(rows, torch.tensor(of_token))
+        return self.math.each(module, chosen, list(pairwise(below)), experts)
 
     def _many_tokens(
         self,
         module: torch.nn.Module,
+        hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        results: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
         """Expert-major: the tokens of each expert are gathered once and computed together."""
-        k, num_experts = ids.shape[1], int(module.num_experts)  # type: ignore[arg-type]
+        (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
+        results = hidden.new_zeros((tokens * k, hidden.shape[1]))
         order, starts = sort_by_expert(ids, weights, num_experts)
         wanted = [expert for expert in range(num_experts) if starts[expert] < starts[expert + 1]]
+        codec = self.math.codec
+        rows = codec.begin(hidden)
         with self.cache.acquire(self.layer, wanted, self.step.phase) as lease:
             for expert, tensors in lease:
                 places = order[starts[expert] : starts[expert + 1]]
-                rows = self.codec.take(self._input, places // k)
-                results.index_copy_(0, places, self._compute(module, rows, tensors))
+                chosen = codec.take(rows, places // k)
+                out = self.math.one(module, chosen, self.math.open(tensors))
+                results.index_copy_(0, places, out)
+        return results
 
-    def _compute(
-        self, module: torch.nn.Module, rows: Any, tensors: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """[n, H] -> [n, H] through one expert, as the module's own flags say."""
-        first = "gate_up_proj" if module.has_gate else "up_proj"
-        inner = self._linear(module, rows, tensors, first)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
-        out = self._linear(module, self.codec.begin(inner), tensors, "down_proj")
-        return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
-    def _linear(
-        self, module: torch.nn.Module, rows: Any, tensors: dict[str, torch.Tensor], name: str
-    ) -> torch.Tensor:
-        out = self.codec.multiply(rows, tensors, name, bool(module.is_transposed))
-        if module.has_bias:
-            out += tensors[f"{name}_bias"].to(out.dtype)
-        return out
+def places_by_expert(
+    ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], num_experts: int
+) -> dict[int, list[int]]:
+    """Places t * k + j of each expert of `ids` [T][k]; what `sort_by_expert` leaves out is not in.
+
+    Experts come in the order of their first place.
+    """
+    found: dict[int, list[int]] = {}
+    place = 0
+    for row, shares in zip(ids, weights, strict=True):
+        for expert, share in zip(row, shares, strict=True):
+            if share != 0 and expert < num_experts:
+                found.setdefault(expert, []).append(place)
+            place += 1
+    return found
 
 
 def sort_by_expert(

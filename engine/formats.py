@@ -7,11 +7,10 @@ is taken in integers, so company in the batch cannot change a row by a bit.
 Shape letters: E experts, N outputs, K inputs, n rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 SCALE = "scale"  # a quantized matrix `x` has its scales beside it as `x.scale`
 LARGEST = 127.0
@@ -19,11 +18,12 @@ SECOND_DIGIT = 254.0  # steps of the second digit in one of the first: half a st
 TINIEST = 1e-30  # scale of a row of zeros: anything but 0
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape of one expert)
+Span = tuple[int, int]  # rows [start, end)
 Source = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> (dtype, [E, ...])
 
 
 class Codec(Protocol):
-    """`begin` prepares rows once for all experts of a layer; `take` picks some of them."""
+    """`begin` prepares rows once for all experts of a layer; the products pick theirs."""
 
     name: str
 
@@ -35,16 +35,26 @@ class Codec(Protocol):
     ) -> dict[str, torch.Tensor]:
         """{name: [E, ...]} of a checkpoint -> {name: [E, ...]} of the pack, as in `layout`."""
 
+    def open(self, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool) -> Any:
+        """The matrix `name` of one expert as the products want it: views only, valid as these."""
+
     def begin(self, rows: torch.Tensor) -> Any:
-        """[n, K] in the compute dtype -> what `take` and `multiply` want."""
+        """[n, K] in the compute dtype -> what the products want."""
 
     def take(self, rows: Any, places: torch.Tensor) -> Any:
         """Rows `places` of what `begin` gave."""
 
-    def multiply(
-        self, rows: Any, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool
+    def multiply(self, rows: Any, matrix: Any) -> torch.Tensor:
+        """Rows [n, K] times one matrix -> [n, N] in the compute dtype."""
+
+    def multiply_each(
+        self, rows: Any, spans: Sequence[Span], matrices: Sequence[Any]
     ) -> torch.Tensor:
-        """rows [n, K] times the matrix `name` -> [n, N] in the compute dtype."""
+        """Rows [start, end) of each span times its own matrix, one below the other -> [n, N].
+
+        The spans are the whole of `rows`, in order; or there is one row, and each is (0, 1). For
+        few rows. What a row becomes does not depend on the other spans by a bit.
+        """
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -73,32 +83,43 @@ class NativeCodec:
     ) -> dict[str, torch.Tensor]:
         return dict(tensors)
 
+    def open(
+        self, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool
+    ) -> torch.Tensor:
+        """[K, N]"""
+        return tensors[name] if transposed else tensors[name].t()
+
     def begin(self, rows: torch.Tensor) -> torch.Tensor:
         return rows
 
     def take(self, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         return rows.index_select(0, places)
 
-    def multiply(
-        self,
-        rows: torch.Tensor,
-        tensors: Mapping[str, torch.Tensor],
-        name: str,
-        transposed: bool,
+    def multiply(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return rows @ self._widen(matrix)
+
+    def multiply_each(
+        self, rows: torch.Tensor, spans: Sequence[Span], matrices: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        weight = self._widen(tensors[name])
-        return rows @ weight if transposed else F.linear(rows, weight)
+        count = sum(end - start for start, end in spans)
+        out, at = rows.new_empty((count, matrices[0].shape[1])), 0
+        for (start, end), matrix in zip(spans, matrices, strict=True):
+            below = at + end - start
+            torch.mm(rows[start:end], self._widen(matrix), out=out[at:below])
+            at = below
+        return out
 
-    def _widen(self, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dtype == self._dtype:
-            return weight
-        count = weight.numel()
+    def _widen(self, matrix: torch.Tensor) -> torch.Tensor:
+        if matrix.dtype == self._dtype:
+            return matrix
+        count = matrix.numel()
         if self._buffer.numel() < count:
-            self._buffer = torch.empty(count, dtype=self._dtype, device=weight.device)
-        return self._buffer[:count].view(weight.shape).copy_(weight)
+            self._buffer = torch.empty(count, dtype=self._dtype, device=matrix.device)
+        return self._buffer.as_strided(matrix.shape, matrix.stride()).copy_(matrix)
 
 
-Quantized = tuple[torch.Tensor, torch.Tensor]  # int8 [n, K], fp32 [n, 1]
+Quantized = tuple[torch.Tensor, torch.Tensor]  # rows: int8 [n, K], fp32 [n, 1]
+Int8Matrix = tuple[torch.Tensor, torch.Tensor]  # int8 [K, N], fp32 [N]
 
 
 class Int8Codec:
@@ -135,16 +156,39 @@ class Int8Codec:
             found[f"{name}.{SCALE}"] = scales
         return found
 
+    def open(self, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool) -> Int8Matrix:
+        return tensors[name].t(), tensors[f"{name}.{SCALE}"]
+
     def begin(self, rows: torch.Tensor) -> Quantized:
         return quantize_rows(rows)
 
     def take(self, rows: Quantized, places: torch.Tensor) -> Quantized:
         return rows[0].index_select(0, places), rows[1].index_select(0, places)
 
-    def multiply(
-        self, rows: Quantized, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool
+    def multiply(self, rows: Quantized, matrix: Int8Matrix) -> torch.Tensor:
+        return multiply_int8(rows, matrix)
+
+    def multiply_each(
+        self, rows: Quantized, spans: Sequence[Span], matrices: Sequence[Int8Matrix]
     ) -> torch.Tensor:
-        return multiply_int8(rows, tensors[name], tensors[f"{name}.{SCALE}"])
+        values, row_scales = rows
+        count = sum(end - start for start, end in spans)
+        products = values.new_empty((count, matrices[0][0].shape[1]), dtype=torch.int32)
+        at = 0
+        for (start, end), (weight, _) in zip(spans, matrices, strict=True):
+            below = at + end - start
+            torch._int_mm(values[start:end], weight, out=products[at:below])
+            at = below
+        scales = per_row([scale for _, scale in matrices], [end - start for start, end in spans])
+        return products.mul(scales).mul_(row_scales)
+
+
+def per_row(each: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
+    """Tensors [N], each repeated as often as its count says, one below the other -> [n, N]."""
+    stacked = torch.stack(tuple(each))
+    if max(counts) == 1:
+        return stacked
+    return stacked.repeat_interleave(torch.tensor(counts), dim=0)
 
 
 def quantize_rows(rows: torch.Tensor) -> Quantized:
@@ -154,10 +198,10 @@ def quantize_rows(rows: torch.Tensor) -> Quantized:
     return torch.div(rows, scale).round_().to(torch.int8), scale
 
 
-def multiply_int8(rows: Quantized, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 [n, K] x int8 [N, K] with their scales -> fp32 [n, N]; the sum is exact."""
-    values, row_scale = rows
-    return torch._int_mm(values, weight.t()).mul(scale).mul_(row_scale)
+def multiply_int8(rows: Quantized, matrix: Int8Matrix) -> torch.Tensor:
+    """Rows times a matrix, both with their scales -> fp32 [n, N]; the sum is exact."""
+    (values, row_scale), (weight, scale) = rows, matrix
+    return torch._int_mm(values, weight).mul(scale).mul_(row_scale)
 
 
 def multiply_fine(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

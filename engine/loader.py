@@ -31,7 +31,7 @@ from .config import EngineConfig, Progress, ProgressFn
 from .core import Engine
 from .dense import DENSE_FORMATS, load_dense, quantized_paths
 from .errors import StartError
-from .experts import OffloadedExperts, StepPhase, bind
+from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
 from .formats import FORMATS
 from .kv import PackedCache
 from .memory import MemoryPlan, release_freed_memory
@@ -236,12 +236,12 @@ def _bind(
         log.info("prefetch: off, no layer's router could be found as a module of its own")
     else:
         log.info("prefetch: on, next-gate guess for %d of %d layers", known, len(gates))
+    maths = MathByFlags(blueprint.codec)
     for layer, path in enumerate(blueprint.topology.experts_paths):
         after = gates[layer] if gates else None
-        experts = OffloadedExperts(
-            layer, cache, step, blueprint.codec, blueprint.output_scale, after
-        )
-        bind(model.get_submodule(path), experts)
+        module = model.get_submodule(path)
+        math = maths.of(module)
+        bind(module, OffloadedExperts(layer, cache, step, math, blueprint.output_scale, after))
     return Runner(model, packed, step)
 
 

@@ -71,6 +71,42 @@ def test_a_union_larger_than_the_slots_comes_in_waves(bench: Make, slots: int, l
     assert stats.slots_used == slots
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_groups_are_the_residents_and_then_whoever_has_come(
+    bench: Make, slots: int, layer: int
+) -> None:
+    made = bench(slots)
+    residents = run(made.cache, layer, [3, 1])
+    found: list[list[int]] = []
+    with made.cache.acquire(layer, [1, 0, 5, 3, 2], DECODE) as lease:
+        for group in lease.groups():
+            made.cache.check()
+            for expert, tensors in group:
+                assert_is(tensors, made.cache._pack.spec, layer, expert)
+            found.append([expert for expert, _ in group])
+            if made.reader.queued:
+                made.reader.finish(0)
+    made.cache.check()
+    assert sorted(expert for group in found for expert in group) == [0, 1, 2, 3, 5]
+    if slots >= 5:
+        assert sorted(residents) == sorted(found[0])
+        assert found[0] == [1, 3], "residents in the order of the request"
+    with pytest.raises(RuntimeError, match="once"):
+        next(lease.groups())
+
+
+def test_a_group_is_whole_until_the_next_one(bench: Make) -> None:
+    """Slots of a group are given to those who wait when the whole group is done, not before."""
+    made = bench(3)
+    with made.cache.acquire(0, range(6), DECODE) as lease:
+        for group in lease.groups():
+            while made.reader.queued:
+                made.reader.finish(0)
+            for expert, tensors in group:
+                assert_is(tensors, made.cache._pack.spec, 0, expert)
+
+
 def test_waves_never_take_what_was_not_yielded(bench: Make) -> None:
     made = bench(3)
     run(made.cache, 0, [0, 1, 2])

@@ -46,7 +46,7 @@ def test_products_are_near_those_of_the_source(name: str, error: float, transpos
     rows = torch.randn(5, IN)
     for expert in range(EXPERTS):
         one = {key: tensor[expert] for key, tensor in encoded.items()}
-        found = codec.multiply(codec.begin(rows), one, "up_proj", transposed)
+        found = codec.multiply(codec.begin(rows), codec.open(one, "up_proj", transposed))
         weight = tensors["up_proj"][expert].float()
         wanted = rows @ (weight if transposed else weight.t())
         assert (found - wanted).norm() <= error * wanted.norm()
@@ -56,19 +56,45 @@ def test_products_are_near_those_of_the_source(name: str, error: float, transpos
 def test_taken_rows_are_the_rows(name: str) -> None:
     codec = codec_of(name, torch.float32)
     one = {key: tensor[0] for key, tensor in codec.encode(source(False), False).items()}
+    matrix = codec.open(one, "up_proj", False)
     rows, places = torch.randn(6, IN), torch.tensor([4, 1, 5])
-    taken = codec.multiply(codec.take(codec.begin(rows), places), one, "up_proj", False)
-    wanted = codec.multiply(codec.begin(rows[places]), one, "up_proj", False)
+    taken = codec.multiply(codec.take(codec.begin(rows), places), matrix)
+    wanted = codec.multiply(codec.begin(rows[places]), matrix)
     assert torch.equal(taken, wanted)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_matrices_at_once_are_each_alone_bit_for_bit(name: str) -> None:
+    codec = codec_of(name, torch.float32)
+    encoded = codec.encode(source(False), False)
+    matrices = [
+        codec.open({key: tensor[expert] for key, tensor in encoded.items()}, "up_proj", False)
+        for expert in (2, 0, 1)
+    ]
+    rows = codec.begin(torch.randn(6, IN))
+    spans = [(0, 3), (3, 4), (4, 6)]
+    together = codec.multiply_each(rows, spans, matrices)
+    for (start, end), matrix in zip(spans, matrices, strict=True):
+        alone = codec.take(rows, torch.arange(start, end))
+        assert torch.equal(
+            together[start:end], codec.multiply_each(alone, [(0, end - start)], [matrix])
+        )
+        near = codec.multiply(alone, matrix)
+        assert (together[start:end] - near).abs().max() <= 1e-5 * near.abs().max()
+    shared = codec.take(rows, torch.tensor([2]))
+    each = codec.multiply_each(shared, [(0, 1)] * 3, matrices)
+    for index, matrix in enumerate(matrices):
+        assert torch.equal(each[index : index + 1], codec.multiply_each(shared, [(0, 1)], [matrix]))
 
 
 def test_int8_company_cannot_change_a_row() -> None:
     """One scale for a whole tensor would: a large neighbour would coarsen this row."""
     codec = codec_of("int8", torch.float32)
     one = {key: tensor[0] for key, tensor in codec.encode(source(False), False).items()}
+    matrix = codec.open(one, "up_proj", False)
     row, giants = torch.randn(1, IN), 1000 * torch.randn(7, IN)
-    alone = codec.multiply(codec.begin(row), one, "up_proj", False)
-    company = codec.multiply(codec.begin(torch.cat([giants, row])), one, "up_proj", False)
+    alone = codec.multiply(codec.begin(row), matrix)
+    company = codec.multiply(codec.begin(torch.cat([giants, row])), matrix)
     assert torch.equal(company[-1:], alone)
 
 
@@ -89,7 +115,7 @@ def test_two_digits_keep_small_numbers_beside_large_ones() -> None:
     weight, scale = quantize_rows(torch.randn(OUT, IN))
     exact = rows @ (weight * scale).t()
     fine = multiply_fine(rows, weight, scale[:, 0])
-    coarse = multiply_int8(quantize_rows(rows), weight, scale[:, 0])
+    coarse = multiply_int8(quantize_rows(rows), (weight.t(), scale[:, 0]))
     assert (fine - exact).abs().max() < 2e-4 * exact.abs().max()
     assert (fine - exact).norm() < (coarse - exact).norm() / 50
     alone = multiply_fine(rows[1:2], weight, scale[:, 0])
