@@ -5,16 +5,18 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from moestro.cache import BlobLayout, DoesNotFit, PackLayer, PackSpec, human_bytes, plan_slots
 
 from .checkpoint import Checkpoint, ExpertsModule
 from .config import EngineConfig
-from .dense import quantized_paths, saved_bytes
+from .dense import Replacement, replacements, saved_bytes
 from .errors import BudgetTooSmall, ModelRefused, StartError
-from .formats import Codec, codec_of
+from .formats import Codec
 from .manifest import Manifest
 from .memory import ALLOWANCE_BYTES, Demand, MemoryPlan, memory_limit, settle
+from .named_codecs import codec_of
 from .sequence import round_up_tokens
 from .topology import Topology, trace
 
@@ -115,16 +117,17 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = F
         raise BudgetTooSmall(
             f"--max-model-len {wanted_context}: the model's own limit is {own_context} tokens"
         )
-    itemsize = COMPUTE_DTYPE.itemsize
+    itemsize, dense_bytes = COMPUTE_DTYPE.itemsize, _dense_bytes(config, blueprint)
+    loading_bytes = _loading_bytes(blueprint, dense_bytes)
     demand = Demand(
         interpreter_bytes=psutil.Process().memory_info().rss,
-        dense_bytes=_dense_bytes(config, blueprint),
+        dense_bytes=dense_bytes,
         workspace_bytes=_workspace_bytes(config, blueprint),
         experts_total_bytes=spec.slot_bytes * spec.num_experts,
         experts_least_bytes=spec.slot_bytes * least,
         kv_bytes_per_token=topology.kv_numbers_per_token * itemsize,
         context_tokens=wanted_context,
-        packing_bytes=_packing_bytes(blueprint) if packing else 0,
+        packing_bytes=max(_packing_bytes(blueprint) if packing else 0, loading_bytes),
     )
     if config.host_memory_bytes is not None:
         try:
@@ -146,10 +149,24 @@ def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
     """Dense weights in the compute dtype, less what int8 saves."""
     itemsize = COMPUTE_DTYPE.itemsize
     whole = blueprint.checkpoint.dense_bytes(blueprint.dense_keys, itemsize)
-    if config.dense_format == "native":
-        return whole
     model = blueprint.checkpoint.build_meta_model(COMPUTE_DTYPE)
-    return whole - saved_bytes(model, quantized_paths(model, blueprint.topology), itemsize)
+    return whole - saved_bytes(model, compact_modules(config, blueprint, model), itemsize)
+
+
+def compact_modules(
+    config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel
+) -> list[Replacement]:
+    """Modules of `model` that take fewer bytes than the compute dtype would."""
+    return replacements(model, blueprint.topology, config.dense_format, blueprint.checkpoint)
+
+
+def _loading_bytes(blueprint: Blueprint, dense_bytes: int) -> int:
+    """The dense weights while the largest one is there in two forms."""
+    checkpoint = blueprint.checkpoint
+    largest = max(
+        checkpoint.dense_bytes([key], COMPUTE_DTYPE.itemsize) for key in blueprint.dense_keys
+    )
+    return dense_bytes + 2 * largest
 
 
 def _packing_bytes(blueprint: Blueprint) -> int:

@@ -191,6 +191,6 @@ def _shrunk(
     for name, (dtype, shape) in matrices.shapes.items():
         outputs = shape[1] if matrices.transposed else shape[0]
         inputs = shape[0] if matrices.transposed else shape[1]
-        fewer = max(8, int(outputs * factor) // 8 * 8) if factor < 1 else outputs
+        fewer = max(16, int(outputs * factor) // 16 * 16) if factor < 1 else outputs
         found[name] = (dtype, (inputs, fewer) if matrices.transposed else (fewer, inputs))
     return found

@@ -101,6 +101,10 @@ class Checkpoint:
             )
         return PLAIN_DTYPES[name]
 
+    def stored_dtype(self, key: str) -> torch.dtype | None:
+        """Of a tensor that has the same name in the files; None where conversion renames it."""
+        return self.dtype_of(key) if key in self._slices else None
+
     def build_meta_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model's own class without weights; both of moestro's hooks are selected."""
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,72 +1,79 @@
 """The dense part: loaded layer by layer, and with `--dense-format int8` one byte per weight.
 
-Linear layers of the model become `Int8Linear`; embeddings, norms, routers and everything that is
-not a linear layer stay in the compute dtype. A head that is tied to the embedding gets int8 weights
-of its own (the embedding is looked up, not multiplied).
+Linear layers of the model become `CompactLinear`; norms, routers and everything that is not a
+linear layer stay in the compute dtype. A head that is tied to the embedding gets weights of its
+own (the embedding is looked up, not multiplied), and stays int8 when the rest is int4. An embedding
+that nothing multiplies with keeps the checkpoint's dtype.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint, ExpertsModule
-from .formats import multiply_fine, quantize_rows
+from .formats_int4 import fits_int4
+from .linears import CompactLinear, Int4Weights, Int8Weights, LastRows, StoredEmbedding
 from .topology import Topology
 
-DENSE_FORMATS = ("native", "int8")
-ROWS_AT_ONCE = 4096
+DENSE_FORMATS = ("native", "int8", "int4")
 
 
-class Int8Linear(torch.nn.Module):
-    """y = x W^T + b with W as int8 rows [N, K], one scale each, and x in two int8 digits.
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What becomes of one module when its weights are there."""
 
-    The tensors are plain attributes: they belong to no state dict and are never initialised.
+    path: str
+    kind: str  # "int8", "int4", or the dtype that an embedding is stored in
+    bytes: int  # that it will take
+    numbers: int
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.kind not in DENSE_FORMATS
+
+
+def replacements(
+    model: PreTrainedModel, topology: Topology, dense_format: str, checkpoint: Checkpoint
+) -> list[Replacement]:
+    """Which modules of `model` (on meta) are kept in fewer bytes than its own dtype takes.
+
+    Not the routers: there, one bit picks another expert.
     """
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        self.out_features, self.in_features = linear.out_features, linear.in_features
-        self.values = torch.empty(linear.weight.shape, dtype=torch.int8)
-        self.scale = torch.empty(linear.out_features)
-        for start in range(0, linear.out_features, ROWS_AT_ONCE):  # a head has many rows
-            rows = slice(start, start + ROWS_AT_ONCE)
-            values, scale = quantize_rows(linear.weight.detach()[rows].float())
-            self.values[rows], self.scale[rows] = values, scale[:, 0]
-        self.bias_row = None if linear.bias is None else linear.bias.detach()
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        out = multiply_fine(rows.reshape(-1, self.in_features), self.values, self.scale)
-        if self.bias_row is not None:
-            out += self.bias_row
-        return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+    routers = tuple(f"{place.path}." for place in topology.routers if place is not None)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    found = []
+    for path, module in model.named_modules():
+        if type(module) is torch.nn.Linear and dense_format != "native":
+            if not f"{path}.".startswith(routers):
+                small = dense_format == "int4" and module is not head and fits_int4(module.weight)
+                found.append(_linear(path, module, "int4" if small else "int8"))
+        elif type(module) is torch.nn.Embedding and not (tied and dense_format == "native"):
+            stored, count = checkpoint.stored_dtype(f"{path}.weight"), module.weight.numel()
+            if stored is not None and stored.itemsize < module.weight.dtype.itemsize:
+                kind = str(stored).removeprefix("torch.")
+                found.append(Replacement(path, kind, stored.itemsize * count, count))
+    return found
 
 
-def quantized_paths(model: PreTrainedModel, topology: Topology) -> list[str]:
-    """Linear layers that int8 may hold: all but the routers, where one bit picks another expert."""
-    kept = [place.path for place in topology.routers if place is not None]
-    return [
-        path
-        for path, module in model.named_modules()
-        if type(module) is torch.nn.Linear
-        and not any(path == one or path.startswith(f"{one}.") for one in kept)
-    ]
+def _linear(path: str, linear: torch.nn.Linear, kind: str) -> Replacement:
+    count = linear.weight.numel()
+    size = count * 9 // 16 if kind == "int4" else count + 4 * linear.out_features
+    return Replacement(path, kind, size, count)
 
 
-def saved_bytes(model: PreTrainedModel, paths: Iterable[str], itemsize_bytes: int) -> int:
-    """What int8 weights at `paths` take less than `itemsize_bytes` per number would.
+def saved_bytes(model: PreTrainedModel, found: Iterable[Replacement], itemsize_bytes: int) -> int:
+    """What `found` take less than `itemsize_bytes` per number would.
 
     A tied head takes more, not less: its weights are in memory once more.
     """
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    saved = 0
-    for path in paths:
-        linear = model.get_submodule(path)
-        assert isinstance(linear, torch.nn.Linear)
-        count = linear.weight.numel()
-        kept = 0 if f"{path}.weight" in tied else itemsize_bytes * count
-        saved += kept - count - 4 * linear.out_features
-    return saved
+    return sum(
+        (0 if f"{each.path}.weight" in tied else itemsize_bytes * each.numbers) - each.bytes
+        for each in found
+    )
 
 
 def load_dense(
@@ -74,33 +81,45 @@ def load_dense(
     model: PreTrainedModel,
     keys: list[str],
     experts: list[ExpertsModule],
-    quantized: list[str],
+    found: Iterable[Replacement],
+    last: LastRows | None,
     report: Callable[[int, int], None],
 ) -> None:
-    """Give `model` its dense weights; linear layers at the paths `quantized` become Int8Linear.
+    """Give `model` its dense weights, and replace the modules of `found` as soon as they have them.
 
     Only the layer that is being loaded is in memory in two forms.
     """
-    left = set(quantized)
+    left = {each.path: each for each in found}
+    # Until the end a tied layer takes its weights from the embedding.
+    tied = bool(getattr(model, "all_tied_weights_keys", {}))
 
     def after_group(done: int, total: int) -> None:
-        ready = [path for path in left if _is_loaded(model, path)]
+        ready = [
+            path
+            for path, each in left.items()
+            if _is_loaded(model, path) and not (tied and each.is_embedding)
+        ]
         for path in ready:
-            _replace(model, path)
-        left.difference_update(ready)
+            _replace(model, left.pop(path), last)
         report(done, total)
 
     checkpoint.load_dense(model, keys, experts, after_group)
-    for path in left:  # tied to another tensor: it has its weights only now
-        _replace(model, path)
+    for each in left.values():  # tied to another tensor: it has its weights only now
+        _replace(model, each, last)
 
 
 def _is_loaded(model: PreTrainedModel, path: str) -> bool:
     return all(not parameter.is_meta for parameter in model.get_submodule(path).parameters())
 
 
-def _replace(model: PreTrainedModel, path: str) -> None:
-    linear = model.get_submodule(path)
-    assert isinstance(linear, torch.nn.Linear)
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, Int8Linear(linear))
+def _replace(model: PreTrainedModel, what: Replacement, last: LastRows | None) -> None:
+    old = model.get_submodule(what.path)
+    parent, _, name = what.path.rpartition(".")
+    new: torch.nn.Module
+    if isinstance(old, torch.nn.Embedding):
+        new = StoredEmbedding(old, getattr(torch, what.kind))
+    else:
+        assert isinstance(old, torch.nn.Linear)
+        kind = Int4Weights if what.kind == "int4" else Int8Weights
+        new = CompactLinear(old, kind(old.weight.detach()), last)
+    setattr(model.get_submodule(parent), name, new)

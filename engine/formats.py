@@ -2,7 +2,8 @@
 
 `native` keeps the checkpoint's dtype and computes in fp32. `int8` keeps one byte per weight, with
 one scale per output row, and quantizes every activation row by its own maximum (W8A8): the product
-is taken in integers, so company in the batch cannot change a row by a bit.
+is taken in integers, so company in the batch cannot change a row by a bit. `int4` is next door
+(formats_int4.py); named_codecs.py has all names.
 
 Shape letters: E experts, N outputs, K inputs, n rows.
 """
@@ -204,27 +205,30 @@ def multiply_int8(rows: Quantized, matrix: Int8Matrix) -> torch.Tensor:
     return torch._int_mm(values, weight).mul(scale).mul_(row_scale)
 
 
-def multiply_fine(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """fp32 [n, K] x int8 [N, K] with scales [N] -> fp32 [n, N], the rows in two int8 digits.
+Fine = tuple[torch.Tensor, torch.Tensor]  # two digits: int8 [2n, K], fp32 [n, 1]
+
+
+def quantize_fine(rows: torch.Tensor) -> Fine:
+    """fp32 [n, K] -> two int8 digits: n rows of the first, then n of the second.
 
     One digit per number is too coarse for rows with a few very large numbers. The second holds
-    what the first rounds away, in steps of 1/254 of the first's: 15 bits in one product of 2n rows.
+    what the first rounds away, in steps of 1/254 of the first's: 15 bits.
     """
     count = rows.shape[0]
     largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1, keepdim=True)
     row_scale = largest.mul_(1 / LARGEST).clamp_(min=TINIEST)
     exact = torch.div(rows, row_scale)
+    digits = torch.empty((2 * count, rows.shape[1]), dtype=torch.int8)
     first = exact.round()
-    second = exact.sub_(first).mul_(SECOND_DIGIT).round_()
-    digits = torch.cat([first, second]).to(torch.int8)
-    products = torch._int_mm(digits, weight.t()).mul(scale)
-    whole = torch.add(products[:count], products[count:], alpha=1 / SECOND_DIGIT)
-    return whole.mul_(row_scale)
+    digits[:count] = first
+    digits[count:] = exact.sub_(first).mul_(SECOND_DIGIT).round_()
+    return digits, row_scale
 
 
-FORMATS = ("native", "int8")
-
-
-def codec_of(name: str, compute_dtype: torch.dtype) -> Codec:
-    """The codec that `--expert-format` names (one of FORMATS)."""
-    return NativeCodec(compute_dtype) if name == "native" else Int8Codec()
+def multiply_fine(rows: Fine, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Rows of two digits x int8 [K, N] with scales [N] -> fp32 [n, N]: one product of 2n rows."""
+    digits, row_scale = rows
+    count = row_scale.shape[0]
+    products = torch._int_mm(digits, weight)
+    whole = products[count:].mul(1 / SECOND_DIGIT).add_(products[:count])
+    return whole.mul_(scale).mul_(row_scale)

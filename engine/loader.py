@@ -26,15 +26,16 @@ from moestro.cache import (
 )
 
 from .attention import install
-from .blueprint import COMPUTE_DTYPE, Blueprint, inspect, plan_memory
+from .blueprint import COMPUTE_DTYPE, Blueprint, compact_modules, inspect, plan_memory
 from .config import EngineConfig, Progress, ProgressFn
 from .core import Engine
-from .dense import DENSE_FORMATS, load_dense, quantized_paths
+from .dense import DENSE_FORMATS, load_dense
 from .errors import StartError
 from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
-from .formats import FORMATS
 from .kv import PackedCache
+from .linears import LastRows
 from .memory import MemoryPlan, release_freed_memory
+from .named_codecs import FORMATS
 from .prefetch import next_gates
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerLimits
@@ -209,7 +210,8 @@ def _load_weights(
         model,
         blueprint.dense_keys,
         list(blueprint.experts),
-        quantized_paths(model, blueprint.topology) if config.dense_format == "int8" else [],
+        compact_modules(config, blueprint, model),
+        LastRows() if blueprint.topology.inputs_stay else None,
         lambda done, total: phases.report(done, total, "groups"),
     )
     checkpoint.close()

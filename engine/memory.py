@@ -37,7 +37,7 @@ class Demand:
     experts_least_bytes: int  # what one step must hold
     kv_bytes_per_token: int
     context_tokens: int  # the longest sequence asked for
-    packing_bytes: int = 0  # taken once, before the weights: one layer of experts, converted
+    packing_bytes: int = 0  # taken once, at the start: one layer of experts, or one tensor, twice
 
     @property
     def fixed_bytes(self) -> int:
@@ -106,8 +106,8 @@ class MemoryPlan:
         if not self.packing_excess_bytes:
             return []
         return [
-            f"  packing   {human_bytes(self.packing_excess_bytes):>10}  at this first start alone,"
-            f" beyond the rest: one layer of experts takes {human_bytes(self.demand.packing_bytes)}"
+            f"  packing   {human_bytes(self.packing_excess_bytes):>10}  at the start alone, beyond"
+            f" the rest: what is converted takes {human_bytes(self.demand.packing_bytes)} at once"
         ]
 
 

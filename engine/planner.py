@@ -28,9 +28,9 @@ from .checkpoint import Checkpoint
 from .config import EngineConfig
 from .errors import BudgetTooSmall, StartError
 from .forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Rates, Traced, Work
-from .formats import codec_of
 from .loader import _check_choices, _pack_path, _set_threads
 from .memory import MemoryPlan
+from .named_codecs import codec_of
 from .sketch import Sketch, weights_are_here
 
 

@@ -40,6 +40,7 @@ class Topology:
     expanded_layers: frozenset[int]
     kv_numbers_per_token: int  # numbers (not bytes) that all layers keep for one token
     attention_layers: int
+    inputs_stay: bool  # no layer changes a tensor in place that a linear layer after it reads
 
 
 class _Watch:
@@ -50,6 +51,8 @@ class _Watch:
         self.made_by: dict[int, tuple[str, int]] = {}  # storage -> (module path, output index)
         self.read_by: dict[str, int] = {}  # module path -> storage of its only input
         self.runs: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # experts path, hidden, ids
+        self.inputs_stay = True
+        self._versions: dict[int, int] = {}  # of linear layers' inputs, by identity
         self._alive: list[torch.Tensor] = []  # keeps storages from being reused under our keys
 
     def hook(self, path: str) -> Callable[..., None]:
@@ -64,6 +67,13 @@ class _Watch:
                 self.read_by[path] = _storage(inputs[0])
 
         return after
+
+    def before_linear(self, _: torch.nn.Module, inputs: tuple[object, ...]) -> None:
+        for read in inputs:
+            if isinstance(read, torch.Tensor):
+                self._alive.append(read)
+                version = self._versions.setdefault(id(read), read._version)
+                self.inputs_stay &= version == read._version
 
     def experts(
         self,
@@ -107,6 +117,8 @@ def trace(model: PreTrainedModel) -> Topology:
             bind(module, watch.experts)
         elif path:
             handles.append(module.register_forward_hook(watch.hook(path)))
+        if isinstance(module, torch.nn.Linear):
+            handles.append(module.register_forward_pre_hook(watch.before_linear))
     first, second = SequenceKV(TRACE_TOKENS), SequenceKV(TRACE_TOKENS)
     try:
         cache.begin([(first, TRACE_TOKENS), (second, TRACE_TOKENS)])
@@ -150,6 +162,7 @@ def _facts(model: PreTrainedModel, watch: _Watch, cache: PackedCache, kv: Sequen
         expanded_layers=frozenset(cache.expanded_layers),
         kv_numbers_per_token=kv.numbers_per_token,
         attention_layers=kv.num_layers,
+        inputs_stay=watch.inputs_stay,
     )
 
 

@@ -53,8 +53,8 @@ ExpertFormat = Annotated[
     Option(
         "--expert-format",
         metavar="FORMAT",
-        help="How experts are kept: native (bytes as in the checkpoint) or int8 (one byte a weight,"
-        " W8A8). [default: native]",
+        help="How experts are kept: native (bytes as in the checkpoint), int8 (one byte a weight,"
+        " W8A8) or int4 (half a byte, in groups of 64). [default: native]",
     ),
 ]
 DenseFormat = Annotated[
@@ -62,8 +62,8 @@ DenseFormat = Annotated[
     Option(
         "--dense-format",
         metavar="FORMAT",
-        help="How the other linear layers are kept: native (fp32) or int8 (a quarter of the"
-        " memory). [default: native]",
+        help="How the other linear layers are kept: native (fp32), int8 (a quarter of the"
+        " memory) or int4 (an eighth; the head stays int8). [default: native]",
     ),
 ]
 ExpertsPerToken = Annotated[

@@ -102,11 +102,11 @@ class Settings(Places):
     device_memory: str | None = None
     host_memory: Bytes | None = None
     kv_memory: Bytes | None = None
-    expert_format: Literal["native", "int8"] = Field(
-        "native", description="an expert format (native, int8)"
+    expert_format: Literal["native", "int8", "int4"] = Field(
+        "native", description="an expert format (native, int8, int4)"
     )
-    dense_format: Literal["native", "int8"] = Field(
-        "native", description="a dense format (native, int8)"
+    dense_format: Literal["native", "int8", "int4"] = Field(
+        "native", description="a dense format (native, int8, int4)"
     )
     experts_per_token: Count | None = None
     prefetch: bool = Field(True, description="true or false")

@@ -22,7 +22,13 @@ from moestro.engine.topology import run_packed
 from moestro.factorize import prepare_demo
 
 WINDOW_TOKENS, WINDOWS = 512, 8
-FORMATS = [("native", "native"), ("int8", "native"), ("native", "int8"), ("int8", "int8")]
+FORMATS = [
+    ("native", "native"),
+    ("int8", "native"),
+    ("native", "int8"),
+    ("int8", "int8"),
+    ("int4", "native"),
+]
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from moestro.engine import StartError
 from moestro.engine.calibrate import Matrices, measure_link, measure_multiply
-from moestro.engine.formats import FORMATS, codec_of
+from moestro.engine.named_codecs import FORMATS, codec_of
 
 
 def test_the_disk_is_measured_where_the_cache_will_be(tmp_path: Path) -> None:

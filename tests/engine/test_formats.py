@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from moestro.engine.formats import (
-    FORMATS,
     SCALE,
-    codec_of,
     dtype_name,
     multiply_fine,
     multiply_int8,
+    quantize_fine,
     quantize_rows,
 )
+from moestro.engine.named_codecs import FORMATS, codec_of
 
 EXPERTS, OUT, IN = 3, 48, 32
 
@@ -39,7 +39,7 @@ def test_encoded_tensors_are_what_the_layout_says(name: str, transposed: bool) -
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("name", "error"), [("native", 1e-6), ("int8", 0.02)])
+@pytest.mark.parametrize(("name", "error"), [("native", 1e-6), ("int8", 0.02), ("int4", 0.12)])
 def test_products_are_near_those_of_the_source(name: str, error: float, transposed: bool) -> None:
     codec, tensors = codec_of(name, torch.float32), source(transposed)
     encoded = codec.encode(tensors, transposed)
@@ -114,13 +114,14 @@ def test_two_digits_keep_small_numbers_beside_large_ones() -> None:
     rows[:, 5] = 500.0
     weight, scale = quantize_rows(torch.randn(OUT, IN))
     exact = rows @ (weight * scale).t()
-    fine = multiply_fine(rows, weight, scale[:, 0])
+    fine = multiply_fine(quantize_fine(rows), weight.t(), scale[:, 0])
     coarse = multiply_int8(quantize_rows(rows), (weight.t(), scale[:, 0]))
     assert (fine - exact).abs().max() < 2e-4 * exact.abs().max()
     assert (fine - exact).norm() < (coarse - exact).norm() / 50
-    alone = multiply_fine(rows[1:2], weight, scale[:, 0])
+    alone = multiply_fine(quantize_fine(rows[1:2]), weight.t(), scale[:, 0])
     assert torch.equal(alone, fine[1:2]), "company cannot change a row"
-    assert torch.equal(multiply_fine(torch.zeros(1, IN), weight, scale[:, 0]), torch.zeros(1, OUT))
+    nothing = quantize_fine(torch.zeros(1, IN))
+    assert torch.equal(multiply_fine(nothing, weight.t(), scale[:, 0]), torch.zeros(1, OUT))
 
 
 def test_int8_takes_half_the_bytes_of_bf16() -> None:

@@ -67,7 +67,11 @@ def test_flags_win_over_variables(monkeypatch):
         ("threads", "0", "--threads: '0' is not a whole number above 0"),
         ("experts_per_token", "x", "--experts-per-token: 'x' is not a whole number above 0"),
         ("max_model_len", "-1", "--max-model-len: '-1' is not a whole number above 0"),
-        ("expert_format", "int4", "--expert-format: 'int4' is not an expert format (native, int8)"),
+        (
+            "expert_format",
+            "int3",
+            "--expert-format: 'int3' is not an expert format (native, int8, int4)",
+        ),
         ("device", "cuda", "--device: 'cuda' is not served; what exists: auto, cpu"),
         ("device_memory", "1GiB", "--device-memory: device cpu has no memory of its own"),
         ("model", "/no/where", "MODEL: there is no folder '/no/where'"),

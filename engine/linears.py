@@ -1,0 +1,119 @@
+"""What linear layers and embeddings become when they are kept in fewer bytes.
+
+The tensors are plain attributes: they belong to no state dict and are never initialised.
+
+Shape letters: N outputs, K inputs, n rows.
+"""
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from .formats import Fine, multiply_fine, quantize_fine, quantize_rows
+from .formats_int4 import Int4Matrix, Int4Rows, encode_int4, group_of, multiply_int4
+
+ROWS_AT_ONCE = 4096  # of a matrix, widened to be encoded: a head has many
+BLOCK_ROWS = 128
+"""Rows multiplied together: what lies between two operations stays in the caches."""
+
+
+class Weights(Protocol):
+    """One matrix in some format. `begin` prepares up to BLOCK_ROWS rows."""
+
+    size_bytes: int
+
+    def begin(self, rows: torch.Tensor) -> Any: ...
+
+    def multiply(self, rows: Any) -> torch.Tensor:
+        """[n, K], as `begin` made them, -> fp32 [n, N]."""
+
+
+class Int8Weights:
+    """int8 rows [N, K], one scale each; the other side in two int8 digits."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.values = torch.empty(weight.shape, dtype=torch.int8)
+        self.scale = torch.empty(weight.shape[0])
+        for start in range(0, weight.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            values, scale = quantize_rows(weight[rows].float())
+            self.values[rows], self.scale[rows] = values, scale[:, 0]
+        self._transposed = self.values.t()
+        self.size_bytes = self.values.nbytes + self.scale.nbytes
+
+    def begin(self, rows: torch.Tensor) -> Fine:
+        return quantize_fine(rows)
+
+    def multiply(self, rows: Fine) -> torch.Tensor:
+        return multiply_fine(rows, self._transposed, self.scale)
+
+
+class Int4Weights:
+    """Groups of int4 (formats_int4.py)."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        packed, grid = encode_int4(weight)
+        self._matrix = Int4Matrix(packed, grid, group_of(weight.shape[1]))
+        self.size_bytes = packed.nbytes + grid.nbytes
+
+    def begin(self, rows: torch.Tensor) -> Int4Rows:
+        return Int4Rows(rows)
+
+    def multiply(self, rows: Int4Rows) -> torch.Tensor:
+        return multiply_int4(rows, self._matrix)
+
+
+class LastRows:
+    """The rows last prepared, for the next layer that reads the very same tensor (q, k and v do).
+
+    Knows a tensor by its identity, so it is for models whose layers do not change an input that
+    another one reads after them (`Topology.inputs_stay`).
+    """
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[torch.Tensor] | None = None
+        self._kind: type[Weights] | None = None
+        self._blocks: list[Any] = []
+
+    def blocks(self, rows: torch.Tensor, weights: Weights) -> list[Any]:
+        """`rows` [..., K] in blocks, prepared for `weights`."""
+        if self._of is None or self._of() is not rows or self._kind is not type(weights):
+            flat = rows.reshape(-1, rows.shape[-1])
+            self._blocks = [weights.begin(block) for block in torch.split(flat, BLOCK_ROWS)]
+            self._of, self._kind = weakref.ref(rows), type(weights)
+        return self._blocks
+
+
+class CompactLinear(torch.nn.Module):
+    """y = x W^T + b with W in fewer bytes."""
+
+    def __init__(self, linear: torch.nn.Linear, weights: Weights, last: LastRows | None) -> None:
+        """Without `last`, every call prepares its rows itself."""
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.weights = weights
+        self.bias_row = None if linear.bias is None else linear.bias.detach()
+        self._last = last
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        last = LastRows() if self._last is None else self._last
+        products = [self.weights.multiply(block) for block in last.blocks(rows, self.weights)]
+        out = products[0] if len(products) == 1 else torch.cat(products)
+        if self.bias_row is not None:
+            out += self.bias_row
+        return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+
+
+class StoredEmbedding(torch.nn.Module):
+    """Looks rows up in the checkpoint's own dtype and widens those alone: no bit is lost."""
+
+    def __init__(self, embedding: torch.nn.Embedding, stored: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.rows = embedding.weight.detach().to(stored)
+        self._dtype = embedding.weight.dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.rows).to(self._dtype)
