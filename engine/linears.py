@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .formats import Fine, multiply_fine, quantize_fine, quantize_rows
 from .formats_int4 import Int4Matrix, Int4Rows, encode_int4, group_of, multiply_int4
 
-ROWS_AT_ONCE = 4096  # of a matrix, widened to be encoded: a head has many
+ROWS_AT_ONCE = 128  # of a matrix, encoded together: their fp32 copies stay in the caches
 BLOCK_ROWS = 128
 """Rows multiplied together: what lies between two operations stays in the caches."""
 
