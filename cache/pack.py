@@ -33,11 +33,20 @@ def encode_header(spec: PackSpec, checksums: Checksums) -> bytes:
     """Preamble, JSON and padding. Its length depends on `spec` alone, not on the checksums."""
     header = _describe(spec)
     for layer, sums in zip(header["layers"], checksums, strict=True):
-        layer["checksums"] = "".join(f"{value:0{_CHECKSUM_DIGITS}x}" for value in sums)
+        layer["checksums"] = encode_checksums(sums)
     text = json.dumps(header, separators=(",", ":")).encode()
     preamble = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, zlib.crc32(text), len(text))
     whole = preamble + text
     return whole.ljust(round_up(len(whole), PAGE_BYTES), b"\0")
+
+
+def encode_checksums(sums: Sequence[int]) -> str:
+    return "".join(f"{value:0{_CHECKSUM_DIGITS}x}" for value in sums)
+
+
+def decode_checksums(digits: str) -> list[int]:
+    step = _CHECKSUM_DIGITS
+    return [int(digits[at : at + step], 16) for at in range(0, len(digits), step)]
 
 
 def header_bytes(spec: PackSpec) -> int:
@@ -117,16 +126,8 @@ class Pack:
 
     def _verify_all(self) -> None:
         for index, layer in enumerate(self.spec.layers):
-            stride = layer.layout.stride_bytes
-            step = max(1, min(layer.num_experts, _CHUNK_BYTES // stride))
-            memory = memoryview(page_memory(step * stride))
-            for first in range(0, layer.num_experts, step):
-                experts = range(first, min(first + step, layer.num_experts))
-                self.file.read_into(self.offset(index, first), [memory[: len(experts) * stride]])
-                for place, expert in enumerate(experts):
-                    found = memory[place * stride : (place + 1) * stride]
-                    prove(found, self._unproved[index][expert], layer.name, expert)
-                    self.proved(index, expert)
+            prove_layer(self.file, self.offset(index, 0), layer, self._unproved[index])
+            self._unproved[index] = [None] * layer.num_experts
 
     def close(self) -> None:
         self.file.close()
@@ -136,6 +137,21 @@ def prove(blob: memoryview, checksum: int | None, layer: str, expert: int) -> No
     """Raises PackInvalid unless `blob` (a whole stride) has `checksum`; None is not compared."""
     if checksum is not None and zlib.crc32(blob) != checksum:
         raise PackInvalid(f"corrupt: expert {expert} of {layer} does not match its checksum")
+
+
+def prove_layer(
+    file: BlobFile, start: int, layer: PackLayer, checksums: Sequence[int | None]
+) -> None:
+    """Reads the blobs of `layer`, which begin at `start`. Raises PackInvalid or ReadFailed."""
+    stride = layer.layout.stride_bytes
+    step = max(1, min(layer.num_experts, _CHUNK_BYTES // stride))
+    memory = memoryview(page_memory(step * stride))
+    for first in range(0, layer.num_experts, step):
+        experts = range(first, min(first + step, layer.num_experts))
+        file.read_into(start + first * stride, [memory[: len(experts) * stride]])
+        for place, expert in enumerate(experts):
+            found = memory[place * stride : (place + 1) * stride]
+            prove(found, checksums[expert], layer.name, expert)
 
 
 def _describe(spec: PackSpec) -> dict[str, Any]:
@@ -203,5 +219,4 @@ def _match(header: dict[str, Any], spec: PackSpec) -> Checksums:
     digits: Sequence[str] = [layer.pop("checksums", "") for layer in header["layers"]]
     if header != wanted:
         raise PackInvalid("foreign: its layers or tensors are laid out differently")
-    step = _CHECKSUM_DIGITS
-    return [[int(line[at : at + step], 16) for at in range(0, len(line), step)] for line in digits]
+    return [decode_checksums(line) for line in digits]

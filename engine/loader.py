@@ -192,15 +192,26 @@ def _load_weights(
         raise StartError(f"--cache-dir {config.cache_dir}: {error.strerror}") from error
     phases.enter("pack")
 
+    layers = len(blueprint.experts)
+
     def fill(writer: PackWriter) -> None:
         scratch = checkpoint.build_meta_model(COMPUTE_DTYPE)
-        for index, entry in enumerate(blueprint.experts):
-            phases.report(index, len(blueprint.experts), "layers")
+        missing = writer.missing
+        for place, index in enumerate(missing):
+            phases.report(layers - len(missing) + place, layers, "layers")
+            entry = blueprint.experts[index]
             loaded = checkpoint.load_experts(scratch, entry)
             writer.add_layer(index, blueprint.codec.encode(loaded, entry.transposed))
-        phases.report(len(blueprint.experts), len(blueprint.experts), "layers")
+        phases.report(layers, layers, "layers")
 
-    pack = open_or_build(path, spec, fill, lambda: phases.report(0, 0, "waiting"), log)
+    pack = open_or_build(
+        path,
+        spec,
+        fill,
+        lambda: phases.report(0, 0, "waiting"),
+        log,
+        on_proof=lambda done, total: phases.report(done, total, "layers compared"),
+    )
     slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
     log.info("expert cache: %s, next use over all layers, from %s", slots, path)
     phases.enter("load")

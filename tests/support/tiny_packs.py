@@ -43,7 +43,7 @@ def layer_tensors(spec: PackSpec, layer: int) -> dict[str, torch.Tensor]:
 
 
 def fill_tiny(spec: PackSpec, writer: PackWriter) -> None:
-    for layer in range(len(spec.layers)):
+    for layer in writer.missing:
         writer.add_layer(layer, layer_tensors(spec, layer))
 
 
