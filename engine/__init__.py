@@ -24,10 +24,21 @@ from .planner import plan_model
 from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
 from .stats import EngineState, EngineStats, ModelInfo
 from .tokenizer import Tokenizer
-from .tracing import Recorded, ReplayRow, ReplayTable, record_trace, replay_trace
+from .tracing import (
+    CEILING,
+    CURVE_SHARES,
+    LivePoint,
+    Recorded,
+    ReplayRow,
+    ReplayTable,
+    record_trace,
+    replay_trace,
+)
 from .worker import EngineWorker, TokenStream
 
 __all__ = [
+    "CEILING",
+    "CURVE_SHARES",
     "MANIFEST_NAME",
     "BadParameter",
     "Bound",
@@ -43,6 +54,7 @@ __all__ = [
     "FinishReason",
     "Forecast",
     "LinkSpeed",
+    "LivePoint",
     "LoadCancelled",
     "Manifest",
     "ModelInfo",

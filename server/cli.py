@@ -223,12 +223,17 @@ def record(
 
 
 @trace_app.command()
-def replay(trace: flags.TraceFile, as_json: flags.AsJson = False) -> None:
-    """Hit rates that a trace would have had: by budget and policy, with Belady's as the ceiling."""
+def replay(trace: flags.TraceFile, as_json: flags.AsJson = False, plot: flags.Plot = None) -> None:
+    """Hit rates that a trace would have had: by budget and policy, with Belady's as the ceiling.
+
+    \b
+    Example:
+      moestro trace replay demo.trace --plot demo.svg
+    """
     with _ctrl_c_at_once():
         from .tracing import run_replay
 
-    run_replay(trace, as_json)
+    run_replay(trace, as_json, plot)
 
 
 @app.command()

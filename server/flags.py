@@ -146,6 +146,15 @@ Prompts = Annotated[
 TraceTokens = Annotated[
     int, Option("--tokens", metavar="N", min=1, help="New tokens for each prompt.")
 ]
+Plot = Annotated[
+    Path | None,
+    Option(
+        "--plot",
+        metavar="FILE",
+        show_default=False,
+        help="Draw hit rate against bytes into this .svg or .png (needs moestro[plot]).",
+    ),
+]
 
 # Of `factorize` and `evaluate`.
 Source = Annotated[
