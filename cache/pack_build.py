@@ -10,8 +10,10 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -40,29 +42,32 @@ class PackWriter:
         """Layers still to be added: all of them, or what an interrupted build left to do."""
         return [index for index in range(len(self._layers)) if index not in self._partial.finished]
 
-    def add_layer(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def add_layer(self, index: int, *kinds: Mapping[str, torch.Tensor]) -> None:
         """Writes layer `index`; each tensor is [num_experts, *shape of one expert].
 
-        Raises ValueError when index, names, dtypes or shapes are not those of the spec,
-        NoDiskSpace when the disk fills, PackUnwritable when it refuses otherwise.
+        A mixed layer takes one mapping for each of its `kinds`, in their order, whose tensors have
+        the experts of that kind alone, ascending. Raises ValueError when index, names, dtypes or
+        shapes are not those of the spec, NoDiskSpace when the disk fills, PackUnwritable when it
+        refuses otherwise.
         """
         if index not in self.missing[:1]:
             raise ValueError(f"layer {index} added; missing, in this order: {self.missing}")
         layer = self._layers[index]
-        _check_tensors(layer, tensors)
-        stride = layer.layout.stride_bytes
-        rows = max(1, min(layer.num_experts, _CHUNK_BYTES // stride))
-        memory = page_memory(rows * stride)
-        flat = torch.frombuffer(memory, dtype=torch.uint8)
-        views = [blob_views(flat, row * stride, layer.layout) for row in range(rows)]
-        whole, sums = memoryview(memory), list[int]()
-        for first in range(0, layer.num_experts, rows):
-            count = min(rows, layer.num_experts - first)
-            for row in range(count):
-                for name, view in views[row].items():
-                    view.copy_(tensors[name][first + row])
-                sums.append(zlib.crc32(whole[row * stride : (row + 1) * stride]))
-            self._partial.write_blobs(index, first * stride, whole[: count * stride])
+        _check_tensors(layer, kinds)
+        sources = dict(zip(layer.kinds, kinds, strict=True))
+        rows = {layout: count() for layout in layer.kinds}
+        memory = page_memory(max(_CHUNK_BYTES, layer.layout.stride_bytes))
+        flat, whole, sums = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory), []
+        for run in layer.runs(_CHUNK_BYTES):
+            first, end = layer.offsets[run.start], layer.offsets[run.stop]
+            flat[: end - first] = 0  # gaps are zeros, whatever lay there before
+            for expert in run:
+                layout, at = layer.layout_of(expert), layer.offsets[expert] - first
+                tensors, row = sources[layout], next(rows[layout])
+                for name, view in blob_views(flat, at, layout).items():
+                    view.copy_(tensors[name][row])
+                sums.append(zlib.crc32(whole[at : at + layout.stride_bytes]))
+            self._partial.write_blobs(index, first, whole[: end - first])
         self._partial.finish_layer(index, sums)
 
 
@@ -163,10 +168,15 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _check_tensors(layer: PackLayer, tensors: Mapping[str, torch.Tensor]) -> None:
-    wanted = {t.name: (t.dtype, (layer.num_experts, *t.shape)) for t in layer.layout.tensors}
-    given = {
-        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()
-    }
+def _check_tensors(layer: PackLayer, kinds: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    counts = Counter(map(layer.layout_of, range(layer.num_experts)))
+    wanted = [
+        {t.name: (t.dtype, (counts[layout], *t.shape)) for t in layout.tensors}
+        for layout in layer.kinds
+    ]
+    given = [
+        {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in kind.items()}
+        for kind in kinds
+    ]
     if given != wanted:
         raise ValueError(f"{layer.name}: got {given}, the spec says {wanted}")

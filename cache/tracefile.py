@@ -34,7 +34,7 @@ class TraceLayer:
 
     name: str
     num_experts: int
-    stride_bytes: int  # what one load reads
+    stride_bytes: int  # what one load reads; in a mixed layer, at most
 
 
 @dataclass(frozen=True, slots=True)
