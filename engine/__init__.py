@@ -20,6 +20,7 @@ from .errors import (
 )
 from .forecast import Bound, Forecast, LinkSpeed, Outlook
 from .manifest import MANIFEST_NAME, Manifest
+from .mixed import FormatMap, mix_by_trace
 from .planner import plan_model
 from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
 from .stats import EngineState, EngineStats, ModelInfo
@@ -53,6 +54,7 @@ __all__ = [
     "EngineWorker",
     "FinishReason",
     "Forecast",
+    "FormatMap",
     "LinkSpeed",
     "LivePoint",
     "LoadCancelled",
@@ -78,6 +80,7 @@ __all__ = [
     "Tokenizer",
     "Unavailable",
     "changes",
+    "mix_by_trace",
     "plan_model",
     "record_trace",
     "replay_trace",

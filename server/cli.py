@@ -236,6 +236,27 @@ def replay(trace: flags.TraceFile, as_json: flags.AsJson = False, plot: flags.Pl
     run_replay(trace, as_json, plot)
 
 
+@trace_app.command()
+def mix(
+    trace: flags.TraceFile,
+    out: flags.Mixture,
+    fine: flags.Fine,
+    coarse: flags.Coarse,
+    share: flags.Share = 0.25,
+) -> None:
+    """Write down which experts to keep in a finer format: those that a trace asked for most.
+
+    \b
+    Example:
+      moestro trace mix demo.trace mix.json --fine int8 --coarse int4 --share 0.25
+      moestro serve demo --expert-format mixed:mix.json
+    """
+    with _ctrl_c_at_once():
+        from .tracing import run_mix
+
+    run_mix(trace, out, fine, coarse, share)
+
+
 @app.command()
 def factorize(
     source: flags.Source,

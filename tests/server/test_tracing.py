@@ -177,3 +177,47 @@ def test_a_picture_on_a_path_that_refuses(small_trace: Path, moestro: Command) -
     code, _, err = moestro("trace", "replay", small_trace, "--plot", folder)
     assert code == 2
     assert "Is a directory" in err
+
+
+def test_a_mixture_from_a_trace_is_served(tmp_path: Path, prompts: Path, moestro: Command) -> None:
+    folder, trace = tiny.build("mixtral", tmp_path / "tiny"), tmp_path / "tiny.trace"
+    cache = ("--cache-dir", tmp_path / "cache", "--threads", 1)
+    record = ("trace", "record", folder, trace, "--prompts", prompts, "--tokens", 4, *cache)
+    assert moestro(*record)[0] == 0
+    mixture = tmp_path / "mix.json"
+    formats = ("--fine", "int8", "--coarse", "int4")
+    code, out, _ = moestro("trace", "mix", trace, mixture, *formats, "--share", 0.25)
+    assert code == 0
+    assert out == f"{mixture}: 8 experts in int8, all others in int4\n"
+    code, out, _ = moestro(*record, "--expert-format", f"mixed:{mixture}")
+    assert code == 0 and "2 prompts, 8 tokens" in out
+    code, out, _ = moestro("plan", folder, "--expert-format", f"mixed:{mixture}", "--json", *cache)
+    assert code == 0
+    assert json.loads(out)["model"]["expert_format"] == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--fine", "int3", "--coarse", "int8"), "--fine int3: this build has native, int8, int4"),
+        (("--fine", "int8", "--coarse", "mixed"), "--coarse mixed: this build has native, int8"),
+        (("--fine", "int8", "--coarse", "int8"), "nothing would be mixed"),
+        (("--fine", "native", "--coarse", "int8", "--share", "2"), "--share"),
+    ],
+)
+def test_a_mixture_that_is_none_is_refused(
+    arguments: tuple[str, ...], words: str, small_trace: Path, moestro: Command
+) -> None:
+    code, _, err = moestro("trace", "mix", small_trace, small_trace.with_suffix(".m"), *arguments)
+    assert code == 2
+    assert words in err and len(err.splitlines()) == 1
+    assert not small_trace.with_suffix(".m").exists()
+
+
+def test_a_mixture_on_a_path_that_refuses(small_trace: Path, moestro: Command) -> None:
+    out = small_trace.parent / "nowhere" / "mix.json"
+    arguments = ("--fine", "native", "--coarse", "int8")
+    code, _, err = moestro("trace", "mix", small_trace, out, *arguments)
+    assert code == 2 and "No such file" in err
+    code, _, err = moestro("trace", "mix", out, small_trace.with_suffix(".m"), *arguments)
+    assert code == 2 and "No such file" in err
