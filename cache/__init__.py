@@ -20,7 +20,14 @@ from .plan import CacheConfig, SlotPlan, plan_slots
 from .policy import Lru, PerLayer, Policy
 from .replayer import LayerReplay, Replayed, belady, replay
 from .stats import CacheStats, LayerStats
-from .tracefile import TraceEvent, TraceHeader, TraceLayer, TraceReader, TraceWriter
+from .tracefile import (
+    LiveCount,
+    TraceEvent,
+    TraceHeader,
+    TraceLayer,
+    TraceReader,
+    TraceWriter,
+)
 from .transfer import Completion, DirectReader, Reader, ReadRequest
 from .units import human_bytes
 
@@ -38,6 +45,7 @@ __all__ = [
     "LayerReplay",
     "LayerStats",
     "Lease",
+    "LiveCount",
     "Lru",
     "NextUse",
     "NoDiskSpace",

@@ -34,7 +34,7 @@ class ExpertCache:
         layers = pack.spec.layers
         self._pack = pack
         self._plan = plan
-        self._arena = SlotArena(plan.slots, plan.slot_bytes, [layer.layout for layer in layers])
+        self._arena = SlotArena(plan.slots, plan.slot_bytes, [layer.kinds for layer in layers])
         self._counters = Counters(len(layers))
         experts = [layer.num_experts for layer in layers]
         self._table = SlotTable(plan.slots, experts)
@@ -181,5 +181,5 @@ class ExpertCache:
         loads = books.demand.loads + books.prefetch.loads
         agree("loads - evictions, READY slots", loads - sum(books.evictions), sum(table.ready))
         agree("loads, loads by layer", loads, sum(books.loads))
-        read = sum(n * stride for n, stride in zip(books.loads, self._loader.strides, strict=True))
-        agree("bytes, loads x stride", books.demand.bytes + books.prefetch.bytes, read)
+        read = books.demand.bytes + books.prefetch.bytes
+        agree("bytes, loads x stride", read, self._loader.loaded_bytes)

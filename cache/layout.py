@@ -2,14 +2,16 @@
 
     pack   | header, padded to a page | layer 0                  | layer 1 ...
     layer  | blob of expert 0 | blob of expert 1 | ...           (neighbours touch: one read)
+             in a mixed layer they differ in layout, and so in size
     blob   | tensor | gap to 64 | tensor | ... | gap to a page   (stride_bytes in all)
 
 Pure arithmetic; knows no torch and no file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 PAGE_BYTES = 4096  # unit of direct reads; also what mmap aligns memory to
@@ -88,11 +90,46 @@ class PackLayer:
 
     name: str
     num_experts: int
-    layout: BlobLayout
+    layout: BlobLayout  # of every expert; of a mixed layer, the largest one
+    each: tuple[BlobLayout, ...] = ()  # [expert], in a mixed layer only
+
+    @classmethod
+    def of(cls, name: str, layouts: Sequence[BlobLayout]) -> "PackLayer":
+        """From one layout per expert (at least one); mixed where they are not all the same."""
+        largest = max(layouts, key=lambda layout: layout.stride_bytes)
+        mixed = any(layout != largest for layout in layouts)
+        return cls(name, len(layouts), largest, tuple(layouts) if mixed else ())
+
+    def layout_of(self, expert: int) -> BlobLayout:
+        return self.each[expert] if self.each else self.layout
+
+    @cached_property
+    def kinds(self) -> tuple[BlobLayout, ...]:
+        """The different layouts, in the order of the first expert of each; one if not mixed."""
+        return tuple(dict.fromkeys(self.each)) or (self.layout,)
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """[expert]: what one load of it reads."""
+        return tuple(self.layout_of(expert).stride_bytes for expert in range(self.num_experts))
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """[expert], from the layer's first blob; and the end of the last one."""
+        return tuple(accumulate(self.strides, initial=0))
 
     @property
     def total_bytes(self) -> int:
-        return self.num_experts * self.layout.stride_bytes
+        return self.offsets[-1]
+
+    def runs(self, most_bytes: int) -> Iterator[range]:
+        """All experts as runs of neighbours of at most `most_bytes`, or of one expert."""
+        first = 0
+        for expert in range(1, self.num_experts + 1):
+            whole = expert == self.num_experts
+            if whole or self.offsets[expert + 1] - self.offsets[first] > most_bytes:
+                yield range(first, expert)
+                first = expert
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ class Loader:
         self._residency = residency
         self._counters = residency.counters
         self._reader = reader
-        self.strides = [layer.layout.stride_bytes for layer in pack.spec.layers]
+        self._layers = pack.spec.layers
+        self.strides = [layer.layout.stride_bytes for layer in self._layers]  # of the largest
+        self._loads = [[0] * layer.num_experts for layer in self._layers]
         self._under_way: list[ReadRequest] = []
 
     @property
@@ -45,17 +47,32 @@ class Loader:
         """Slots that belong to the reader."""
         return {slot for request in self._under_way for slot in request.slots}
 
+    @property
+    def loaded_bytes(self) -> int:
+        """By the loads of every expert and its size: what the links' bytes must come to."""
+        return sum(
+            count * stride
+            for layer, counts in zip(self._layers, self._loads, strict=True)
+            for count, stride in zip(counts, layer.strides, strict=True)
+        )
+
     def start(
         self, layer: int, experts: Sequence[int], slots: Sequence[int], *, guessed: bool
     ) -> None:
         """Reads `experts`, ascending, into the slots they were given, in one submission."""
-        stride, at = self.strides[layer], 0
+        sizes, at = self._layers[layer].strides, 0
         requests: list[ReadRequest] = []
-        for run in _runs(experts, max(1, MOST_BYTES_AT_ONCE // stride)):
+        for run in _runs(experts, max(1, MOST_BYTES_AT_ONCE // self.strides[layer])):
             given = tuple(slots[at : at + len(run)])
             at += len(run)
-            buffers = tuple(self._arena.buffer(slot, stride) for slot in given)
+            buffers = tuple(
+                self._arena.buffer(slot, sizes[expert])
+                for slot, expert in zip(given, run, strict=True)
+            )
             requests.append(ReadRequest(layer, run, given, buffers, guessed))
+        if self._layers[layer].each:
+            for expert, slot in zip(experts, slots, strict=True):
+                self._arena.show(layer, slot, self._layers[layer].each[expert])
         link = self._counters.prefetch if guessed else self._counters.demand
         link.started += len(slots)
         self._under_way.extend(requests)
@@ -86,7 +103,8 @@ class Loader:
             link.read_s += completion.read_s
             if error is None:
                 link.loads += len(request.slots)
-                link.bytes += len(request.slots) * self.strides[request.layer]
+                sizes = self._layers[request.layer].strides
+                link.bytes += sum(sizes[expert] for expert in request.experts)
                 self._counters.loads[request.layer] += len(request.slots)
             else:
                 link.failed += len(request.slots)
@@ -102,6 +120,7 @@ class Loader:
         else:
             self._residency.table.arrived(slot)
             self._pack.proved(layer, expert)
+            self._loads[layer][expert] += 1
 
 
 def _runs(experts: Sequence[int], longest: int) -> Iterator[range]:

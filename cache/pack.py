@@ -16,7 +16,7 @@ from typing import Any
 
 from .blobfile import BlobFile, page_memory
 from .errors import PackInvalid, ReadFailed
-from .layout import PAGE_BYTES, PackLayer, PackSpec, round_up
+from .layout import PAGE_BYTES, BlobLayout, PackLayer, PackSpec, round_up
 from .units import human_bytes
 
 MAGIC = b"moestro\n"
@@ -33,11 +33,20 @@ def encode_header(spec: PackSpec, checksums: Checksums) -> bytes:
     """Preamble, JSON and padding. Its length depends on `spec` alone, not on the checksums."""
     header = _describe(spec)
     for layer, sums in zip(header["layers"], checksums, strict=True):
-        layer["checksums"] = "".join(f"{value:0{_CHECKSUM_DIGITS}x}" for value in sums)
+        layer["checksums"] = encode_checksums(sums)
     text = json.dumps(header, separators=(",", ":")).encode()
     preamble = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, zlib.crc32(text), len(text))
     whole = preamble + text
     return whole.ljust(round_up(len(whole), PAGE_BYTES), b"\0")
+
+
+def encode_checksums(sums: Sequence[int]) -> str:
+    return "".join(f"{value:0{_CHECKSUM_DIGITS}x}" for value in sums)
+
+
+def decode_checksums(digits: str) -> list[int]:
+    step = _CHECKSUM_DIGITS
+    return [int(digits[at : at + step], 16) for at in range(0, len(digits), step)]
 
 
 def header_bytes(spec: PackSpec) -> int:
@@ -61,7 +70,7 @@ class Pack:
         self.spec = spec
         first = file.size_bytes - spec.total_bytes
         self._starts = [first + start for start in layer_starts(spec)]
-        self._strides = [layer.layout.stride_bytes for layer in spec.layers]
+        self._offsets = [layer.offsets for layer in spec.layers]
         self._unproved: list[list[int | None]] = [list(sums) for sums in checksums]
 
     @classmethod
@@ -105,7 +114,7 @@ class Pack:
 
     def offset(self, layer: int, expert: int) -> int:
         """Where the blob begins in the file; a multiple of a page."""
-        return self._starts[layer] + expert * self._strides[layer]
+        return self._starts[layer] + self._offsets[layer][expert]
 
     def unproved(self, layer: int, expert: int) -> int | None:
         """The crc32 that the blob must have, while nobody has compared it yet."""
@@ -117,16 +126,8 @@ class Pack:
 
     def _verify_all(self) -> None:
         for index, layer in enumerate(self.spec.layers):
-            stride = layer.layout.stride_bytes
-            step = max(1, min(layer.num_experts, _CHUNK_BYTES // stride))
-            memory = memoryview(page_memory(step * stride))
-            for first in range(0, layer.num_experts, step):
-                experts = range(first, min(first + step, layer.num_experts))
-                self.file.read_into(self.offset(index, first), [memory[: len(experts) * stride]])
-                for place, expert in enumerate(experts):
-                    found = memory[place * stride : (place + 1) * stride]
-                    prove(found, self._unproved[index][expert], layer.name, expert)
-                    self.proved(index, expert)
+            prove_layer(self.file, self.offset(index, 0), layer, self._unproved[index])
+            self._unproved[index] = [None] * layer.num_experts
 
     def close(self) -> None:
         self.file.close()
@@ -136,6 +137,19 @@ def prove(blob: memoryview, checksum: int | None, layer: str, expert: int) -> No
     """Raises PackInvalid unless `blob` (a whole stride) has `checksum`; None is not compared."""
     if checksum is not None and zlib.crc32(blob) != checksum:
         raise PackInvalid(f"corrupt: expert {expert} of {layer} does not match its checksum")
+
+
+def prove_layer(
+    file: BlobFile, start: int, layer: PackLayer, checksums: Sequence[int | None]
+) -> None:
+    """Reads the blobs of `layer`, which begin at `start`. Raises PackInvalid or ReadFailed."""
+    memory = memoryview(page_memory(max(_CHUNK_BYTES, layer.layout.stride_bytes)))
+    for run in layer.runs(_CHUNK_BYTES):
+        first, end = layer.offsets[run.start], layer.offsets[run.stop]
+        file.read_into(start + first, [memory[: end - first]])
+        for expert in run:
+            found = memory[layer.offsets[expert] - first : layer.offsets[expert + 1] - first]
+            prove(found, checksums[expert], layer.name, expert)
 
 
 def _describe(spec: PackSpec) -> dict[str, Any]:
@@ -152,11 +166,23 @@ def _describe(spec: PackSpec) -> dict[str, Any]:
 
 
 def _describe_layer(layer: PackLayer, start: int) -> dict[str, Any]:
-    layout = layer.layout
-    return {
+    """In a mixed layer: the different layouts, and for each expert the place of its own."""
+    found: dict[str, Any] = {
         "name": layer.name,
         "num_experts": layer.num_experts,
         "offset_bytes": start,
+    }
+    if not layer.each:
+        return found | _describe_layout(layer.layout)
+    place = {layout: number for number, layout in enumerate(layer.kinds)}
+    return found | {
+        "layouts": [_describe_layout(layout) for layout in layer.kinds],
+        "layout_of": [place[layout] for layout in layer.each],
+    }
+
+
+def _describe_layout(layout: BlobLayout) -> dict[str, Any]:
+    return {
         "stride_bytes": layout.stride_bytes,
         "tensors": [
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset_bytes": offset}
@@ -203,5 +229,4 @@ def _match(header: dict[str, Any], spec: PackSpec) -> Checksums:
     digits: Sequence[str] = [layer.pop("checksums", "") for layer in header["layers"]]
     if header != wanted:
         raise PackInvalid("foreign: its layers or tensors are laid out differently")
-    step = _CHECKSUM_DIGITS
-    return [[int(line[at : at + step], 16) for at in range(0, len(line), step)] for line in digits]
+    return [decode_checksums(line) for line in digits]

@@ -29,7 +29,7 @@ class SlotPlan:
     capacity_bytes: int
     staging_bytes: int
     slots: int
-    slot_bytes: int  # stride of the largest blob
+    slot_bytes: int  # stride of the largest blob; smaller ones leave the rest of a slot unused
     total_experts: int  # of the model
 
     @property

@@ -2,6 +2,7 @@
 
     {"moestro_trace": 1, "model": ..., "layers": [{"name", "num_experts", "stride_bytes"} ...]}
     [step, "p" or "d", layer, [experts]]
+    {"live_decode": {"slots", "hits", "lookups"}}      at the end, where the recorder counted them
 
 Steps count from 0; a new one begins when the layer is not a later one than the event's before.
 "p" is prefill, "d" decode. JSON lines: readable everywhere, about 40 bytes an event.
@@ -10,7 +11,7 @@ Steps count from 0; a new one begins when the layer is not a later one than the 
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from .layout import PackSpec
 FORMAT_VERSION = 1
 
 _log = logging.getLogger("moestro.cache")
+_LIVE = "live_decode"
 _LETTERS = {Phase.PREFILL: "p", Phase.DECODE: "d"}
 _PHASES = {letter: phase for phase, letter in _LETTERS.items()}
 
@@ -32,7 +34,7 @@ class TraceLayer:
 
     name: str
     num_experts: int
-    stride_bytes: int  # what one load reads
+    stride_bytes: int  # what one load reads; in a mixed layer, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,15 @@ class TraceEvent:
     experts: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LiveCount:
+    """What the recording cache itself counted in decode steps; it need not have begun empty."""
+
+    slots: int
+    hits: int
+    lookups: int
+
+
 class TraceWriter:
     """Give it to `ExpertCache.record`; close it (or leave its block) to have it all on disk.
 
@@ -88,6 +99,11 @@ class TraceWriter:
         self._layer = layer
         if not self._file.closed:
             self._write([self._step, _LETTERS[phase], layer, list(experts)])
+
+    def live(self, count: LiveCount) -> None:
+        """Once, after the last event."""
+        if not self._file.closed:
+            self._write({_LIVE: asdict(count)})
 
     def close(self) -> None:
         """Idempotent."""
@@ -118,12 +134,15 @@ class TraceWriter:
 class TraceReader:
     """A trace's header; iterating gives its events, from the first one each time.
 
+    `live` is what the recording cache counted, known when iterating has come to the end.
+
     A last line without its end, as a killed recorder leaves it, is passed over. Anything else
     that is not a trace raises TraceInvalid, here or at the line where it is found.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.live: LiveCount | None = None
         try:
             self.header = _header(json.loads(next(self._lines(), "")))
         except (ValueError, TypeError, KeyError) as error:
@@ -134,7 +153,11 @@ class TraceReader:
         next(lines, None)
         for number, line in enumerate(lines, start=2):
             try:
-                yield _event(json.loads(line), self.header)
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    self.live = LiveCount(**found[_LIVE])
+                    continue
+                yield _event(found, self.header)
             except (ValueError, TypeError, KeyError) as error:
                 raise TraceInvalid(f"{self.path}, line {number}: not an event: {error}") from error
 

@@ -20,14 +20,26 @@ from .errors import (
 )
 from .forecast import Bound, Forecast, LinkSpeed, Outlook
 from .manifest import MANIFEST_NAME, Manifest
+from .mixed import FormatMap, mix_by_trace
 from .planner import plan_model
 from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
 from .stats import EngineState, EngineStats, ModelInfo
 from .tokenizer import Tokenizer
-from .tracing import Recorded, ReplayRow, ReplayTable, record_trace, replay_trace
+from .tracing import (
+    CEILING,
+    CURVE_SHARES,
+    LivePoint,
+    Recorded,
+    ReplayRow,
+    ReplayTable,
+    record_trace,
+    replay_trace,
+)
 from .worker import EngineWorker, TokenStream
 
 __all__ = [
+    "CEILING",
+    "CURVE_SHARES",
     "MANIFEST_NAME",
     "BadParameter",
     "Bound",
@@ -42,7 +54,9 @@ __all__ = [
     "EngineWorker",
     "FinishReason",
     "Forecast",
+    "FormatMap",
     "LinkSpeed",
+    "LivePoint",
     "LoadCancelled",
     "Manifest",
     "ModelInfo",
@@ -66,6 +80,7 @@ __all__ = [
     "Tokenizer",
     "Unavailable",
     "changes",
+    "mix_by_trace",
     "plan_model",
     "record_trace",
     "replay_trace",

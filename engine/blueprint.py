@@ -7,7 +7,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from moestro.cache import BlobLayout, DoesNotFit, PackLayer, PackSpec, human_bytes, plan_slots
+from moestro.cache import DoesNotFit, PackSpec, human_bytes, plan_slots
 
 from .checkpoint import Checkpoint, ExpertsModule
 from .config import EngineConfig
@@ -16,7 +16,7 @@ from .errors import BudgetTooSmall, ModelRefused, StartError
 from .formats import Codec
 from .manifest import Manifest
 from .memory import ALLOWANCE_BYTES, Demand, MemoryPlan, memory_limit, settle
-from .named_codecs import codec_of
+from .mixed import expert_codec, pack_layer
 from .sequence import round_up_tokens
 from .topology import Topology, trace
 
@@ -50,11 +50,8 @@ class Blueprint:
     @property
     def spec(self) -> PackSpec:
         """The pack that this model needs."""
-        layers = []
-        for entry in self.experts:
-            layout = BlobLayout.of(self.codec.layout(entry.tensors, entry.transposed))
-            layers.append(PackLayer(entry.path, entry.num_experts, layout))
-        return PackSpec(self.checkpoint.fingerprint(), self.codec.name, tuple(layers))
+        layers = tuple(pack_layer(self.codec, entry) for entry in self.experts)
+        return PackSpec(self.checkpoint.fingerprint(), self.codec.name, layers)
 
 
 def inspect(config: EngineConfig) -> Blueprint:
@@ -76,7 +73,7 @@ def understand(config: EngineConfig, checkpoint: Checkpoint) -> Blueprint:
     topology = trace(model)
     by_path = {entry.path: entry for entry in modules}
     experts = tuple(by_path[path] for path in topology.experts_paths)
-    codec = codec_of(config.expert_format, COMPUTE_DTYPE)
+    codec = expert_codec(config.expert_format, experts, COMPUTE_DTYPE)
     return Blueprint(
         checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale, codec
     )

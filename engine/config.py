@@ -27,7 +27,7 @@ class EngineConfig:
     model_path: Path
     cache_dir: Path
     device: str = "cpu"
-    expert_format: str = "native"
+    expert_format: str = "native"  # or "mixed:FILE" (mixed.py)
     dense_format: str = "native"
     host_memory_bytes: int | None = None  # expert slots and staging
     kv_memory_bytes: int | None = None
@@ -44,3 +44,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadParameter(f"{name} must be positive, not {value}", name)
+
+    @property
+    def format_name(self) -> str:
+        """Of the experts, without the file that says how they are mixed."""
+        return self.expert_format.partition(":")[0]

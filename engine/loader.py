@@ -35,6 +35,7 @@ from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
 from .kv import PackedCache
 from .linears import LastRows
 from .memory import MemoryPlan, release_freed_memory
+from .mixed import MIXED, encode_layer
 from .named_codecs import FORMATS
 from .prefetch import next_gates
 from .runner import Runner
@@ -136,9 +137,10 @@ def load(
 def _check_choices(config: EngineConfig) -> None:
     if config.device not in DEVICES:
         raise StartError(f"--device {config.device}: this build computes on {', '.join(DEVICES)}")
-    if config.expert_format not in FORMATS:
+    if config.expert_format not in FORMATS and not config.expert_format.startswith(MIXED):
         raise StartError(
-            f"--expert-format {config.expert_format}: this build has {', '.join(FORMATS)}"
+            f"--expert-format {config.expert_format}: this build has {', '.join(FORMATS)} and"
+            f" {MIXED}FILE"
         )
     if config.dense_format not in DENSE_FORMATS:
         raise StartError(
@@ -175,10 +177,10 @@ def _log_found(blueprint: Blueprint, config: EngineConfig, threads: int) -> None
 
 
 def _pack_path(config: EngineConfig) -> Path:
-    """One pack per model folder and format; a changed model replaces its own."""
+    """One pack per model folder and format; a changed model or mixture replaces its own."""
     folder = config.model_path.resolve()
     place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    return config.cache_dir / "packs" / f"{folder.name}-{place}" / f"{config.expert_format}.pack"
+    return config.cache_dir / "packs" / f"{folder.name}-{place}" / f"{config.format_name}.pack"
 
 
 def _load_weights(
@@ -192,15 +194,26 @@ def _load_weights(
         raise StartError(f"--cache-dir {config.cache_dir}: {error.strerror}") from error
     phases.enter("pack")
 
+    layers = len(blueprint.experts)
+
     def fill(writer: PackWriter) -> None:
         scratch = checkpoint.build_meta_model(COMPUTE_DTYPE)
-        for index, entry in enumerate(blueprint.experts):
-            phases.report(index, len(blueprint.experts), "layers")
+        missing = writer.missing
+        for place, index in enumerate(missing):
+            phases.report(layers - len(missing) + place, layers, "layers")
+            entry = blueprint.experts[index]
             loaded = checkpoint.load_experts(scratch, entry)
-            writer.add_layer(index, blueprint.codec.encode(loaded, entry.transposed))
-        phases.report(len(blueprint.experts), len(blueprint.experts), "layers")
+            writer.add_layer(index, *encode_layer(blueprint.codec, entry, loaded))
+        phases.report(layers, layers, "layers")
 
-    pack = open_or_build(path, spec, fill, lambda: phases.report(0, 0, "waiting"), log)
+    pack = open_or_build(
+        path,
+        spec,
+        fill,
+        lambda: phases.report(0, 0, "waiting"),
+        log,
+        on_proof=lambda done, total: phases.report(done, total, "layers compared"),
+    )
     slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
     log.info("expert cache: %s, next use over all layers, from %s", slots, path)
     phases.enter("load")
@@ -287,7 +300,7 @@ def _assemble(
         num_experts=blueprint.experts[0].num_experts,
         experts_per_token=blueprint.experts_per_token,
         expert_bytes=blueprint.spec.slot_bytes,
-        expert_format=config.expert_format,
+        expert_format=config.format_name,
         created_s=int(time.time()),
     )
     return Loaded(engine, cache, tokenizer, info, plan, load_s)
@@ -297,7 +310,7 @@ def _check_once(
     config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel, packed: PackedCache
 ) -> None:
     """The self-check reads experts, so its verdict on model, formats and versions is kept."""
-    formats = f"{config.expert_format} {config.dense_format}"
+    formats = f"{blueprint.codec.name} {config.dense_format}"
     versions = f"moestro {version('moestro')}, transformers {transformers.__version__}"
     verdict = f"{blueprint.spec.model} {formats} {versions}\n"
     record = _pack_path(config).with_suffix(f".{config.dense_format}.checked")

@@ -59,7 +59,7 @@ def plan_model(
     return Forecast(
         family=str(checkpoint.config.model_type),
         stored_dtype=str(_matrices(blueprint)[0][0]).removeprefix("torch."),
-        expert_format=config.expert_format,
+        expert_format=config.format_name,
         dense_format=config.dense_format,
         has_weights=here,
         factorized=blueprint.manifest is not None,
@@ -123,7 +123,7 @@ def _work(config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel) ->
         MoeLayer(
             num_experts=entry.num_experts,
             experts_per_token=chosen,
-            blob_bytes=packed.layout.stride_bytes,
+            blob_bytes=packed.total_bytes // packed.num_experts,
             numbers=sum(
                 torch.Size(shape[1:]).numel()
                 for _, shape in entry.tensors.values()

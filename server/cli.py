@@ -223,12 +223,38 @@ def record(
 
 
 @trace_app.command()
-def replay(trace: flags.TraceFile, as_json: flags.AsJson = False) -> None:
-    """Hit rates that a trace would have had: by budget and policy, with Belady's as the ceiling."""
+def replay(trace: flags.TraceFile, as_json: flags.AsJson = False, plot: flags.Plot = None) -> None:
+    """Hit rates that a trace would have had: by budget and policy, with Belady's as the ceiling.
+
+    \b
+    Example:
+      moestro trace replay demo.trace --plot demo.svg
+    """
     with _ctrl_c_at_once():
         from .tracing import run_replay
 
-    run_replay(trace, as_json)
+    run_replay(trace, as_json, plot)
+
+
+@trace_app.command()
+def mix(
+    trace: flags.TraceFile,
+    out: flags.Mixture,
+    fine: flags.Fine,
+    coarse: flags.Coarse,
+    share: flags.Share = 0.25,
+) -> None:
+    """Write down which experts to keep in a finer format: those that a trace asked for most.
+
+    \b
+    Example:
+      moestro trace mix demo.trace mix.json --fine int8 --coarse int4 --share 0.25
+      moestro serve demo --expert-format mixed:mix.json
+    """
+    with _ctrl_c_at_once():
+        from .tracing import run_mix
+
+    run_mix(trace, out, fine, coarse, share)
 
 
 @app.command()

@@ -54,7 +54,8 @@ ExpertFormat = Annotated[
         "--expert-format",
         metavar="FORMAT",
         help="How experts are kept: native (bytes as in the checkpoint), int8 (one byte a weight,"
-        " W8A8) or int4 (half a byte, in groups of 64). [default: native]",
+        " W8A8), int4 (half a byte, in groups of 64) or mixed:FILE (each as FILE says; see"
+        " `moestro trace mix`). [default: native]",
     ),
 ]
 DenseFormat = Annotated[
@@ -145,6 +146,24 @@ Prompts = Annotated[
 ]
 TraceTokens = Annotated[
     int, Option("--tokens", metavar="N", min=1, help="New tokens for each prompt.")
+]
+Mixture = Annotated[
+    Path, Argument(metavar="OUT", help="The new map of formats.", show_default=False)
+]
+Fine = Annotated[str, Option("--fine", metavar="FORMAT", help="For those asked for most often.")]
+Coarse = Annotated[str, Option("--coarse", metavar="FORMAT", help="For all others.")]
+Share = Annotated[
+    float,
+    Option("--share", metavar="S", min=0.0, max=1.0, help="Share of all experts kept fine."),
+]
+Plot = Annotated[
+    Path | None,
+    Option(
+        "--plot",
+        metavar="FILE",
+        show_default=False,
+        help="Draw hit rate against bytes into this .svg or .png (needs moestro[plot]).",
+    ),
 ]
 
 # Of `factorize` and `evaluate`.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 ENV_PREFIX = "MOESTRO_"
 DEVICES = ("auto", "cpu")
+EXPERT_FORMATS = ("native", "int8", "int4")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 _SIZE_FORM = "a size above 0 such as 16MiB, 2GiB, 500MB or a number of bytes"
@@ -102,9 +103,7 @@ class Settings(Places):
     device_memory: str | None = None
     host_memory: Bytes | None = None
     kv_memory: Bytes | None = None
-    expert_format: Literal["native", "int8", "int4"] = Field(
-        "native", description="an expert format (native, int8, int4)"
-    )
+    expert_format: str = "native"
     dense_format: Literal["native", "int8", "int4"] = Field(
         "native", description="a dense format (native, int8, int4)"
     )
@@ -137,6 +136,17 @@ class Settings(Places):
             raise ValueError(
                 f"there is no folder {_shown(value)} ('{DEMO}' or a checkpoint's folder)"
             )
+        return value
+
+    @field_validator("expert_format")
+    @classmethod
+    def _format_exists(cls, value: str) -> str:
+        kind, _, file = value.partition(":")
+        if kind == "mixed" and file:
+            return f"mixed:{_expanded(Path(file))}"
+        if value not in EXPERT_FORMATS:
+            known = ", ".join(EXPERT_FORMATS)
+            raise ValueError(f"{_shown(value)} is not an expert format ({known}, mixed:FILE)")
         return value
 
     @field_validator("threads")

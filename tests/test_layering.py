@@ -44,8 +44,11 @@ THIRD_PARTIES = {
         "typer",
         "rich",
         "anyio",
+        "matplotlib",
     },
 }
+# Optional extras: importable only inside the function that needs them.
+LAZY_LIBRARIES = {"matplotlib"}
 
 # Files that decide. They hold integers and keys, never tensors: neither they nor what they import
 # of their own room may import a tensor library.
@@ -117,6 +120,17 @@ def lazy_imports(module: ast.Module) -> set[tuple[str, int]]:
     return {found for function in functions for found in imports(function)}
 
 
+def imports_for_types(module: ast.Module) -> set[tuple[str, int]]:
+    """Those below `if TYPE_CHECKING:`, which never run."""
+    blocks = (n for n in ast.walk(module) if isinstance(n, ast.If))
+    return {
+        found
+        for block in blocks
+        if ast.unparse(block.test) == "TYPE_CHECKING"
+        for found in imports(block)
+    }
+
+
 def neighbours(path: Path) -> set[str]:
     """The files of its own room that a file imports."""
     found = set[str]()
@@ -159,6 +173,18 @@ def test_a_room_imports_only_the_libraries_it_may(room: str) -> None:
         for path in files(room)
         for name, line in imports(tree(path))
         if name.partition(".")[0] not in allowed
+    ]
+    assert not wrong
+
+
+def test_optional_libraries_are_imported_where_they_are_needed() -> None:
+    wrong = [
+        f"{where(path, line)} imports {name}"
+        for path in (path for room in ROOMS for path in files(room))
+        for name, line in set(imports(tree(path)))
+        - lazy_imports(tree(path))
+        - imports_for_types(tree(path))
+        if name.partition(".")[0] in LAZY_LIBRARIES
     ]
     assert not wrong
 

@@ -25,29 +25,30 @@ from moestro.cache import (
     Lease,
     Lru,
     NextUse,
+    PackSpec,
     PerLayer,
     Phase,
     Policy,
     ReadFailed,
     plan_slots,
 )
-from tiny_packs import assert_is, build_tiny, tiny_spec
+from tiny_packs import assert_is, build_tiny, mixed_spec, tiny_spec
 
 LAYERS = st.integers(0, 2)
 EXPERTS = st.lists(st.integers(0, 5), unique=True, max_size=6)
 POLICIES = st.sampled_from([NextUse, Lru, lambda: PerLayer(Lru)])
-SPEC = tiny_spec(6, 6, 6)
 
 
 class CacheMachine(RuleBasedStateMachine):
     path: ClassVar[Path]
+    spec: ClassVar[PackSpec] = tiny_spec(6, 6, 6)
     lease: Lease | None = None
 
     @initialize(slots=st.sampled_from([1, 2, 3, 5, 9, 18]), first=st.booleans(), policy=POLICIES)
     def start(self, slots: int, first: bool, policy: Callable[[], Policy]) -> None:
-        self.pack = build_tiny(self.path, SPEC)  # opened, after the first time
+        self.pack = build_tiny(self.path, self.spec)  # opened, after the first time
         self.reader = ManualReader(self.pack, lambda count: 0 if first else count - 1)
-        plan = plan_slots(slots * SPEC.slot_bytes, SPEC, 1)
+        plan = plan_slots(slots * self.spec.slot_bytes, self.spec, 1)
         self.cache = ExpertCache(self.pack, plan, policy=policy(), reader=self.reader)
         self.requested = self.hits = 0
 
@@ -73,7 +74,7 @@ class CacheMachine(RuleBasedStateMachine):
         except ReadFailed:
             self.leave()
         else:
-            assert_is(tensors, SPEC, self.layer, expert)
+            assert_is(tensors, self.spec, self.layer, expert)
             assert expert not in self.yielded
             self.yielded.append(expert)
 
@@ -123,6 +124,12 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.close()
 
 
+class MixedMachine(CacheMachine):
+    """Experts of a layer differ in size, and slots take any of them."""
+
+    spec = mixed_spec(6, 6, 6)
+
+
 @pytest.fixture(autouse=True)
 def pack_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CacheMachine, "path", tmp_path / "tiny.pack", raising=False)
@@ -130,3 +137,6 @@ def pack_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 TestCache = CacheMachine.TestCase
 TestCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+TestMixed = MixedMachine.TestCase
+TestMixed.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

@@ -88,11 +88,10 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.parametrize("error", [ValueError("bad weights"), Interrupted(), OSError(5, "I/O")])
-def test_a_build_that_fails_leaves_nothing(
+def test_a_build_that_fails_before_its_first_layer_leaves_nothing(
     path: Path, spec: PackSpec, error: BaseException
 ) -> None:
     def fill(writer: PackWriter) -> None:
-        writer.add_layer(0, layer_tensors(spec, 0))
         assert path.with_suffix(".partial").exists()
         raise error
 
@@ -114,7 +113,7 @@ def test_a_failed_rebuild_keeps_what_was_there(path: Path, spec: PackSpec) -> No
     Pack.open(path, spec).close()
 
 
-def test_a_partial_of_a_killed_process_is_swept(path: Path, spec: PackSpec) -> None:
+def test_what_is_no_partial_is_swept(path: Path, spec: PackSpec) -> None:
     path.parent.mkdir()
     path.with_suffix(".partial").write_bytes(b"half")
     build_tiny(path, spec).close()
@@ -145,10 +144,15 @@ def full_disk() -> Iterator[int]:
 
 
 def test_a_disk_that_fills_up_is_named(full_disk: int, path: Path, spec: PackSpec) -> None:
-    path.parent.mkdir()
-    writer = PackWriter(full_disk, path, spec)
+    class Full(CountedFill):
+        def __call__(self, writer: PackWriter) -> None:
+            writer.add_layer(0, layer_tensors(spec, 0))
+            os.dup2(full_disk, writer._partial._blobs_fd)
+            writer.add_layer(1, layer_tensors(spec, 1))
+
     with pytest.raises(NoDiskSpace, match="filled up while"):
-        writer.add_layer(0, layer_tensors(spec, 0))
+        open_or_build(path, spec, Full(spec), never, LOG)
+    assert files(path.parent) == {"made.pack.lock"}
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path, spec: PackSpec) -> None:
@@ -164,10 +168,11 @@ def test_layers_come_in_order_and_complete(path: Path, spec: PackSpec) -> None:
     def one_only(writer: PackWriter) -> None:
         writer.add_layer(0, layer_tensors(spec, 0))
 
-    with pytest.raises(ValueError, match="layer 1 added, layer 0 is next"):
+    with pytest.raises(ValueError, match=r"layer 1 added; missing, in this order: \[0, 1, 2\]"):
         open_or_build(path, spec, backwards, never, LOG)
     with pytest.raises(ValueError, match="1 of 3 layers"):
         open_or_build(path, spec, one_only, never, LOG)
+    assert not path.exists()
 
 
 def test_tensors_must_be_those_of_the_spec(path: Path, spec: PackSpec) -> None:
@@ -254,7 +259,7 @@ def start(path: Path) -> "subprocess.Popen[str]":
     support = Path(__file__).parents[1] / "support"
     return subprocess.Popen(
         [sys.executable, "-c", START, str(path)],
-        env={**os.environ, "PYTHONPATH": str(support), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{support}:{':'.join(sys.path)}", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

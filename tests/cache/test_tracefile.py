@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from manual_reader import Bench
-from moestro.cache import PackSpec, Phase, TraceEvent, TraceInvalid, TraceReader, TraceWriter
+from moestro.cache import (
+    LiveCount,
+    PackSpec,
+    Phase,
+    TraceEvent,
+    TraceInvalid,
+    TraceReader,
+    TraceWriter,
+)
 
 DECODE, PREFILL = Phase.DECODE, Phase.PREFILL
 
@@ -46,6 +54,17 @@ def test_a_run_is_written_as_it_was_asked(
     assert lines(path)[1] == '[0,"p",0,[3,1]]'
 
 
+def test_what_the_recorder_counted_comes_at_the_end(tmp_path: Path, spec: PackSpec) -> None:
+    path = tmp_path / "live.trace"
+    with TraceWriter(path, spec) as writer:
+        writer.record(0, [1], DECODE)
+        writer.live(LiveCount(slots=4, hits=1, lookups=2))
+    reader = TraceReader(path)
+    assert reader.live is None
+    assert len(list(reader)) == 1
+    assert reader.live == LiveCount(4, 1, 2)
+
+
 def test_a_record_that_was_cut_off_is_passed_over(tmp_path: Path, spec: PackSpec) -> None:
     path = tmp_path / "cut.trace"
     with TraceWriter(path, spec) as writer:
@@ -68,6 +87,8 @@ def test_a_record_that_was_cut_off_is_passed_over(tmp_path: Path, spec: PackSpec
         '[0,"d",0,[1,1]]',
         '[0,"d",0,["1"]]',
         '[0,"d",[0],[1]]',
+        '{"other": 1}',
+        '{"live_decode": {"slots": 1}}',
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, spec: PackSpec, line: str) -> None:

@@ -57,7 +57,7 @@ def test_blobs_arrive_in_their_buffers(reader: DirectReader, spec: PackSpec) -> 
 def test_a_refused_read_is_delivered_and_the_next_one_works(
     reader: DirectReader, pack: Pack, spec: PackSpec
 ) -> None:
-    beyond = ReadRequest(2, range(40, 41), (0,), (memoryview(page_memory(8192)),), False)
+    beyond = ReadRequest(2, range(5, 6), (0,), (memoryview(page_memory(16384)),), False)
     reader.submit([beyond])
     (failed,) = reader.wait()
     assert isinstance(failed.error, ReadFailed)

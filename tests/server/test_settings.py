@@ -70,7 +70,7 @@ def test_flags_win_over_variables(monkeypatch):
         (
             "expert_format",
             "int3",
-            "--expert-format: 'int3' is not an expert format (native, int8, int4)",
+            "--expert-format: 'int3' is not an expert format (native, int8, int4, mixed:FILE)",
         ),
         ("device", "cuda", "--device: 'cuda' is not served; what exists: auto, cpu"),
         ("device_memory", "1GiB", "--device-memory: device cpu has no memory of its own"),
