@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from .guesses import GuessLedger
 from .keys import Phase
 
 
@@ -40,10 +41,12 @@ class Counters:
     abandoned: int = 0  # missed, but the lease was left before their read was started
     prefill_stall_s: float = 0.0
     decode_stall_s: float = 0.0
+    guesses: GuessLedger = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("requested", "hits", "prefetch_hits", "misses", "evictions", "loads"):
             setattr(self, name, [0] * self.layers)
+        self.guesses = GuessLedger(self.layers)
 
     def stalled(self, phase: Phase, seconds: float) -> None:
         if phase is Phase.PREFILL:

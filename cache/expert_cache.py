@@ -13,6 +13,7 @@ from .plan import SlotPlan
 from .policy import Policy
 from .residency import Residency, missing
 from .slots import SlotArena
+from .speed import time_reads
 from .stats import CacheStats, LayerStats
 from .table import SlotTable, agree
 from .tracefile import TraceWriter
@@ -93,9 +94,18 @@ class ExpertCache:
             batch = sorted(wanted[:count])
             slots = self._residency.take(layer, batch)
             self._table.guessed.update(slots)
+            self._counters.guesses.begun([keys[expert] for expert in batch], self._residency.left)
             self._loader.start(layer, batch, slots, guessed=True)
         self._counters.dropped += len(wanted) - count
         return count
+
+    def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of `experts` that are neither here nor on their way."""
+        return missing(self._table.where[layer], experts)
+
+    def time_reads(self, most_s: float) -> list[float]:
+        """Seconds of a few reads of one expert out of the pack (speed.py). Raises ReadFailed."""
+        return time_reads(self._pack, most_s)
 
     def record(self, trace: TraceWriter | None) -> None:
         """Writes every layer event from now on into `trace`, or into none; the caller closes it."""
@@ -123,6 +133,9 @@ class ExpertCache:
             prefetches_late=books.late,
             prefetches_wasted=books.wasted,
             prefetches_dropped=books.dropped,
+            prefetch_rereads=books.guesses.rereads,
+            prefetch_head_start_s=books.guesses.head_start_s,
+            prefetch_behind_s=books.guesses.behind_s,
             demand_read_s=books.demand.read_s,
             prefetch_read_s=books.prefetch.read_s,
             prefill_stall_s=books.prefill_stall_s,

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from .keys import Phase
+from .keys import ExpertKey, Phase
 from .loader import MOST_BYTES_AT_ONCE, Failure, Loader
 from .residency import Residency, missing
 from .slots import SlotArena
@@ -144,6 +144,7 @@ class Lease:
 
     def _count_hits(self, requested: int) -> None:
         table, counters, layer = self._table, self._counters, self._layer
+        counters.guesses.event()
         counters.requested[layer] += requested
         counters.hits[layer] += len(self._here)
         if table.guessed:
@@ -152,15 +153,19 @@ class Lease:
             counters.hits[layer] -= len(guessed)
             counters.prefetch_hits[layer] += len(guessed)
             counters.used += len(guessed)
+            counters.guesses.asked(self._keys_in(guessed), late=False)
 
     def _demand(self, experts: Sequence[int]) -> None:
         """Everything that is not here: joins the reads under way and starts those that fit."""
-        table, row = self._table, self._table.where[self._layer]
+        table, row, keys = self._table, self._table.where[self._layer], self._residency.keys
         self._pending = sorted(missing(row, experts))
         late = [row[e] for e in experts if row[e] != NOWHERE and not table.ready[row[e]]]
         self._counters.misses[self._layer] += len(self._pending) + len(late)
         self._counters.late += len(late)
         table.guessed.difference_update(late)
+        if late:
+            self._counters.guesses.asked(self._keys_in(late), late=True)
+        self._counters.guesses.missed(keys[self._layer][expert] for expert in self._pending)
         table.pinned.update(late)
         self._coming.update(late)
         self._more.update(late)
@@ -172,6 +177,9 @@ class Lease:
         if len(slots) < len(self._pending):
             self._rota.extend(self._residency.rota([*self._here, *late], slots))
         self._start(slots)
+
+    def _keys_in(self, slots: Iterable[int]) -> list[ExpertKey]:
+        return [key for slot in slots if (key := self._table.keys[slot]) is not None]
 
     def _seat(self, experts: Sequence[int]) -> list[int]:
         return self._residency.seat(self._layer, self._pending, experts, self._phase)

@@ -88,7 +88,10 @@ class Loader:
             raise RuntimeError("nothing is under way")
         started = time.perf_counter()
         completions = self._reader.wait()
-        self._counters.stalled(phase, time.perf_counter() - started)
+        waited_s = time.perf_counter() - started
+        self._counters.stalled(phase, waited_s)
+        if not self._residency.table.guessed.isdisjoint(completions[0].request.slots):
+            self._counters.guesses.waited_behind(waited_s)
         return self._settle(completions)
 
     def close(self) -> None:

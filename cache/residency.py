@@ -33,6 +33,7 @@ class Residency:
             [ExpertKey(layer, expert) for expert in range(count)]
             for layer, count in enumerate(experts_per_layer)
         ]
+        self.left: list[ExpertKey] = []  # evicted by the last `make_room`
         self.stream_slots = min(len(table.keys), max(2, len(table.keys) // STREAM_SHARE))
 
     def streams(self, requested: int, phase: Phase) -> bool:
@@ -88,9 +89,11 @@ class Residency:
         Passing experts leave first, then at most `most_victims` that the policy names.
         """
         table = self.table
+        self.left = []
         if table.free < count and table.passing:
             leaving = self._leaving(protected)
-            self.evict([slot for slot, _ in zip(leaving, range(count - table.free), strict=False)])
+            slots = [slot for slot, _ in zip(leaving, range(count - table.free), strict=False)]
+            self.left += self.evict(slots)
         if table.free < count:
             kept = self.policy.keys()
             staying = {key for slot in table.loading if (key := table.keys[slot]) is not None}
@@ -101,17 +104,20 @@ class Residency:
             victims = self.policy.victims(wanted, staying)
             if victims is None:
                 raise RuntimeError(f"the policy has no {wanted} victims among {len(kept)} keys")
-            self.evict([table.where[key.layer][key.expert] for key in victims])
+            self.left += self.evict([table.where[key.layer][key.expert] for key in victims])
         return min(count, table.free)
 
-    def evict(self, slots: Sequence[int]) -> None:
-        """Frees READY, unpinned slots."""
+    def evict(self, slots: Sequence[int]) -> list[ExpertKey]:
+        """Frees READY, unpinned slots; who was there."""
+        left = []
         for slot in slots:
             if slot in self.table.guessed:
                 self.counters.wasted += 1
             key = self.table.evict(slot)
             self.policy.removed(key)
             self.counters.evictions[key.layer] += 1
+            left.append(key)
+        return left
 
     def failed(self, slot: int) -> None:
         """Frees a slot whose read failed."""

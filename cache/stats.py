@@ -35,6 +35,9 @@ class CacheStats:
     prefetches_late: int  # asked for while still moving
     prefetches_wasted: int  # evicted (or failed) without ever being asked for
     prefetches_dropped: int  # guessed but not started: link busy, nothing evictable
+    prefetch_rereads: int  # read again soon after they had left for a guess that was wrong
+    prefetch_head_start_s: float  # how long late ones were under way when they were asked for
+    prefetch_behind_s: float  # demanded reads waited for a guessed one that nobody asked for
     demand_read_s: float  # time reader threads spent on demanded reads
     prefetch_read_s: float
     prefill_stall_s: float  # time the compute thread waited for experts

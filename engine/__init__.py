@@ -23,7 +23,7 @@ from .manifest import MANIFEST_NAME, Manifest
 from .mixed import FormatMap, mix_by_trace
 from .planner import plan_model
 from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
-from .stats import EngineState, EngineStats, ModelInfo
+from .stats import EngineState, EngineStats, ModelInfo, PrefetchStats, RecallStats
 from .tokenizer import Tokenizer
 from .tracing import (
     CEILING,
@@ -65,9 +65,11 @@ __all__ = [
     "NotReady",
     "Outlook",
     "Progress",
+    "PrefetchStats",
     "ProgressFn",
     "PromptTooLong",
     "QueueFull",
+    "RecallStats",
     "Recorded",
     "ReplayRow",
     "ReplayTable",

@@ -33,6 +33,7 @@ class EngineConfig:
     kv_memory_bytes: int | None = None
     experts_per_token: int | None = None
     prefetch: bool = True
+    prefetch_experts: int = 1  # the most that one guess reads ahead
     threads: int | None = None
     max_model_len_tokens: int | None = None
     max_running: int = 16  # sequences in one batch
@@ -40,7 +41,13 @@ class EngineConfig:
     max_step_tokens: int = 512  # tokens in one packed pass
 
     def __post_init__(self) -> None:
-        for name in ("host_memory_bytes", "kv_memory_bytes", "experts_per_token", "threads"):
+        for name in (
+            "host_memory_bytes",
+            "kv_memory_bytes",
+            "experts_per_token",
+            "prefetch_experts",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadParameter(f"{name} must be positive, not {value}", name)

@@ -7,7 +7,7 @@ k is taken once, in fixed order, in fp32. So neither arrival order nor cache siz
 Shape letters: T tokens, k experts per token, E experts, H width of the experts' input and output.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -165,14 +165,14 @@ class OffloadedExperts:
         step: StepPhase,
         math: ExpertMath,
         output_scale: float = 1.0,
-        after: Callable[[torch.Tensor], None] | None = None,
+        after: Callable[[torch.Tensor, Collection[int]], None] | None = None,
     ) -> None:
         self.layer = layer
         self.cache = cache
         self.step = step
         self.math = math
         self.output_scale = output_scale
-        self.after = after  # called with the layer's input when its experts are done: prefetch
+        self.after = after  # called with the layer's input and experts when these are done
 
     def __call__(
         self,
@@ -183,9 +183,9 @@ class OffloadedExperts:
     ) -> torch.Tensor:
         tokens, k = ids.shape
         run = self._few_tokens if tokens <= FEW_TOKENS else self._many_tokens
-        results = run(module, hidden, ids, weights)
+        results, asked = run(module, hidden, ids, weights)
         if self.after is not None:
-            self.after(hidden)
+            self.after(hidden, asked)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale
         combined = torch.bmm(weights.float()[:, None], results.view(tokens, k, -1))  # [T, 1, H]
@@ -197,7 +197,7 @@ class OffloadedExperts:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Collection[int]]:
         """Decoding: experts that are here together run together; place by place [T*k, H]."""
         tokens, k = ids.shape
         num_experts: int = module.num_experts  # type: ignore[assignment]
@@ -209,11 +209,13 @@ class OffloadedExperts:
                 out = self._together(module, rows, tokens, k, places, [who for _, who in group])
                 flat = list(chain.from_iterable(places))
                 if flat == list(range(tokens * k)):
-                    return out  # all at once and in order already
+                    return out, wanted  # all at once and in order already
                 if results is None:
                     results = hidden.new_zeros((tokens * k, hidden.shape[1]))
                 results.index_copy_(0, torch.tensor(flat), out)
-        return hidden.new_zeros((tokens * k, hidden.shape[1])) if results is None else results
+        if results is None:
+            results = hidden.new_zeros((tokens * k, hidden.shape[1]))
+        return results, wanted
 
     def _together(
         self,
@@ -239,7 +241,7 @@ class OffloadedExperts:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Collection[int]]:
         """Expert-major: the tokens of each expert are gathered once and computed together."""
         (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
         results = hidden.new_zeros((tokens * k, hidden.shape[1]))
@@ -253,7 +255,7 @@ class OffloadedExperts:
                 chosen = codec.take(rows, places // k)
                 out = self.math.one(module, chosen, self.math.open(tensors))
                 results.index_copy_(0, places, out)
-        return results
+        return results, wanted
 
 
 def places_by_expert(

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 from moestro.cache import (
     ExpertCache,
     PackWriter,
+    Phase,
     human_bytes,
     open_or_build,
     plan_slots,
@@ -37,16 +40,19 @@ from .linears import LastRows
 from .memory import MemoryPlan, release_freed_memory
 from .mixed import MIXED, encode_layer
 from .named_codecs import FORMATS
-from .prefetch import next_gates
+from .prefetch import Prefetch, next_gates
+from .regret import Regret
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerLimits
 from .selfcheck import check_packed
-from .stats import EngineStats, ModelInfo
+from .stats import EngineStats, ModelInfo, PrefetchStats
 from .tokenizer import Tokenizer
 
 log = logging.getLogger("moestro.engine")
 
 DEVICES = ("cpu",)
+READS_S = 0.2  # for timing a few reads of one expert
+NO_PREFETCH = PrefetchStats(on=False, pauses=0, gain_s=0.0, cost_s=0.0, layers=())
 
 
 @dataclass(slots=True)
@@ -59,6 +65,7 @@ class Loaded:
     info: ModelInfo
     plan: MemoryPlan
     load_s: dict[str, float]
+    prefetch: Prefetch | None
 
     def stats(self) -> EngineStats:
         counters, scheduler = self.engine.counters, self.engine.scheduler
@@ -76,6 +83,7 @@ class Loaded:
             load_s=dict(self.load_s),
             planned_bytes=self.plan.parts(),
             cache=self.cache.stats(),
+            prefetch=NO_PREFETCH if self.prefetch is None else self.prefetch.stats(),
         )
 
     def close(self) -> None:
@@ -125,11 +133,17 @@ def load(
     model, cache, packed = _load_weights(config, blueprint, plan, phases)
     with ExitStack() as undo:
         undo.callback(cache.close)
-        runner = _bind(config, blueprint, model, cache, packed)
+        step = StepPhase()
+        prefetch = _prefetch(config, blueprint, model, cache, step)
+        _bind(blueprint, model, cache, step, prefetch)
         phases.enter("check")
+        step.phase = Phase.PREFILL  # what the check runs are prompts
         _check_once(config, blueprint, model, packed)
         phases.leave()
-        loaded = _assemble(config, blueprint, plan, runner, cache, tokenizer, phases.seconds)
+        runner = Runner(model, packed, step)
+        loaded = _assemble(
+            config, blueprint, plan, runner, cache, tokenizer, phases.seconds, prefetch
+        )
         undo.pop_all()
     return loaded
 
@@ -235,29 +249,51 @@ def _load_weights(
     return model, ExpertCache(pack, slots), packed
 
 
-def _bind(
+def _prefetch(
     config: EngineConfig,
     blueprint: Blueprint,
     model: PreTrainedModel,
     cache: ExpertCache,
-    packed: PackedCache,
-) -> Runner:
-    step = StepPhase()
-    gates = next_gates(model, blueprint.topology, cache) if config.prefetch else []
-    known = sum(gate is not None for gate in gates)
+    step: StepPhase,
+) -> Prefetch | None:
+    """None where nothing shall or can be guessed; the log says why."""
     if not config.prefetch:
         log.info("prefetch: off (--no-prefetch)")
-    elif known == 0:
+        return None
+    if cache.plan.holds_all:
+        log.info("prefetch: off, every expert has a slot and is read once")
+        return None
+    gates = next_gates(model, blueprint.topology)
+    known = sum(gate is not None for gate in gates)
+    if known == 0:
         log.info("prefetch: off, no layer's router could be found as a module of its own")
-    else:
-        log.info("prefetch: on, next-gate guess for %d of %d layers", known, len(gates))
+        return None
+    read_s = median(cache.time_reads(READS_S))
+    log.info(
+        "prefetch: on, next-gate guess for %d of %d layers, at most %d experts read ahead;"
+        " one takes %.2f ms",
+        known,
+        len(gates),
+        config.prefetch_experts,
+        1000 * read_s,
+    )
+    regret = Regret(read_s, cache.stats)
+    return Prefetch(gates, cache, step, config.prefetch_experts, regret)
+
+
+def _bind(
+    blueprint: Blueprint,
+    model: PreTrainedModel,
+    cache: ExpertCache,
+    step: StepPhase,
+    prefetch: Prefetch | None,
+) -> None:
     maths = MathByFlags(blueprint.codec)
     for layer, path in enumerate(blueprint.topology.experts_paths):
-        after = gates[layer] if gates else None
+        after = None if prefetch is None else partial(prefetch.after, layer)
         module = model.get_submodule(path)
         math = maths.of(module)
         bind(module, OffloadedExperts(layer, cache, step, math, blueprint.output_scale, after))
-    return Runner(model, packed, step)
 
 
 def _assemble(
@@ -268,6 +304,7 @@ def _assemble(
     cache: ExpertCache,
     tokenizer: Tokenizer,
     load_s: dict[str, float],
+    prefetch: Prefetch | None,
 ) -> Loaded:
     context = min(plan.demand.context_tokens, plan.kv_tokens)
     if context < plan.demand.context_tokens:
@@ -303,7 +340,7 @@ def _assemble(
         expert_format=config.format_name,
         created_s=int(time.time()),
     )
-    return Loaded(engine, cache, tokenizer, info, plan, load_s)
+    return Loaded(engine, cache, tokenizer, info, plan, load_s, prefetch)
 
 
 def _check_once(

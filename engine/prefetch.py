@@ -2,57 +2,155 @@
 
 The next layer's own router is asked, with this layer's input rescaled by the ratio of the two
 norms' weights: both layers normalise nearly the same residual (next-gate prefetch; arXiv
-2308.12066 and others). A guess may always be ignored; it never changes what is computed.
+2308.12066 and others). A guess may always be ignored; it never changes what is computed. Each
+guess is held against what the layer then asks for, and all of them against their cost (regret.py).
 """
 
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from moestro.cache import ExpertCache
+from moestro.cache import ExpertCache, Phase
 
-from .experts import experts_in_rank_order
+from .experts import StepPhase, experts_in_rank_order
+from .regret import Regret
+from .stats import PrefetchStats, RecallStats
 from .topology import RouterPlace, Topology
 
-EXPERTS_PER_LAYER = 1  # more than one has cost more than it gained wherever it was measured
 MOST_TOKENS = 32  # beyond, nearly all experts of a layer run and a guess says nothing
 
 
 @dataclass(frozen=True, slots=True)
 class NextGate:
-    """Predicts layer `layer` from the input of the one before it."""
+    """Predicts a layer from the input of the one before it."""
 
-    layer: int
     router: torch.nn.Module
     ids_index: int
     ratio: torch.Tensor | None  # [H]
-    cache: ExpertCache
 
-    def __call__(self, hidden: torch.Tensor) -> None:
-        """`hidden` [T, H]: what the experts of layer - 1 have just read."""
-        if hidden.shape[0] > MOST_TOKENS:
-            return
+    def __call__(self, hidden: torch.Tensor) -> list[int]:
+        """`hidden` [T, H]: what the experts of the layer before have read. Best guess first."""
         guess = hidden if self.ratio is None else hidden * self.ratio
         ids: torch.Tensor = self.router(guess)[self.ids_index]
-        wanted = [int(expert) for expert in experts_in_rank_order(ids)]
-        self.cache.prefetch(self.layer, wanted, EXPERTS_PER_LAYER)
+        return [int(expert) for expert in experts_in_rank_order(ids)]
 
 
-def next_gates(
-    model: PreTrainedModel, topology: Topology, cache: ExpertCache
-) -> list[NextGate | None]:
+@dataclass(slots=True)
+class _Recall:
+    """See RecallStats."""
+
+    guessed: int = 0
+    right: int = 0
+    asked: int = 0
+    chosen: int = 0
+    chosen_right: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """Until its layer has asked."""
+
+    layer: int
+    experts: list[int]
+    chosen: list[int]  # the best ones that the cache lacked: to be read ahead
+
+
+class Prefetch:
+    """One for all layers of a model: `after` is called when a layer's experts are done."""
+
+    def __init__(
+        self,
+        gates: Sequence[NextGate | None],
+        cache: ExpertCache,
+        step: StepPhase,
+        experts_per_layer: int,
+        regret: Regret,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`gates[i]` guesses layer i + 1. `experts_per_layer`: the most that one guess reads."""
+        self.regret = regret
+        self._gates = gates
+        self._cache = cache
+        self._step = step
+        self._most = experts_per_layer
+        self._clock = clock
+        self._recall = [_Recall() for _ in gates]
+        self._guess: _Guess | None = None  # of the layer that runs next
+        self._began_s: float | None = None  # when the first layer of this decode step was done
+        self._stall_s = 0.0  # by then
+
+    def after(self, layer: int, hidden: torch.Tensor, asked: Collection[int]) -> None:
+        """`hidden` [T, H] is what the experts of `layer` have read; `asked` are those experts."""
+        decoding = self._step.phase is Phase.DECODE
+        guess, self._guess = self._guess, None
+        if decoding and guess is not None and guess.layer == layer:  # else a step had failed
+            self._compare(guess, asked)
+        if decoding and layer == 0:
+            self._note_begin()
+        gate = self._gates[layer]
+        if gate is not None and self.regret.on and hidden.shape[0] <= MOST_TOKENS:
+            self._ask(layer + 1, gate, hidden)
+        if decoding and layer == len(self._gates) - 1:
+            self._note_end()
+
+    def stats(self) -> PrefetchStats:
+        return PrefetchStats(
+            on=self.regret.on,
+            pauses=self.regret.pauses,
+            gain_s=self.regret.gain_s,
+            cost_s=self.regret.cost_s,
+            layers=tuple(
+                RecallStats(one.guessed, one.right, one.asked, one.chosen, one.chosen_right)
+                for one in self._recall
+            ),
+        )
+
+    def _ask(self, layer: int, gate: NextGate, hidden: torch.Tensor) -> None:
+        began_s = self._clock()
+        experts = gate(hidden)
+        chosen = self._cache.absent(layer, experts)[: self._most]
+        if chosen:
+            self._cache.prefetch(layer, experts, self._most)
+        self._guess = _Guess(layer, experts, chosen)
+        if self._step.phase is Phase.DECODE:
+            self.regret.guessed(self._clock() - began_s)
+
+    def _compare(self, guess: _Guess, asked: Collection[int]) -> None:
+        wanted, recall = set(asked), self._recall[guess.layer]
+        recall.guessed += len(guess.experts)
+        recall.right += sum(expert in wanted for expert in guess.experts)
+        recall.asked += len(asked)
+        recall.chosen += len(guess.chosen)
+        recall.chosen_right += sum(expert in wanted for expert in guess.chosen)
+
+    def _note_begin(self) -> None:
+        self._began_s = None
+        if self.regret.measuring:
+            self._stall_s = self._cache.stats().decode_stall_s
+            self._began_s = self._clock()
+
+    def _note_end(self) -> None:
+        if self._began_s is None:
+            self.regret.step()
+            return
+        took_s = self._clock() - self._began_s
+        took_s -= self._cache.stats().decode_stall_s - self._stall_s
+        self._began_s = None
+        self.regret.step(took_s / (len(self._gates) - 1))
+
+
+def next_gates(model: PreTrainedModel, topology: Topology) -> list[NextGate | None]:
     """For each experts module, what to ask after it; None where the next one cannot be guessed."""
     gates: list[NextGate | None] = []
-    for layer, (here, there) in enumerate(
-        zip(topology.routers, topology.routers[1:], strict=False), start=1
-    ):
+    for here, there in zip(topology.routers, topology.routers[1:], strict=False):
         if here is None or there is None:
             gates.append(None)
             continue
         router = model.get_submodule(there.path)
-        ratio = _norm_ratio(model, here, there)
-        gates.append(NextGate(layer, router, there.ids_index, ratio, cache))
+        gates.append(NextGate(router, there.ids_index, _norm_ratio(model, here, there)))
     return [*gates, None]
 
 

@@ -33,6 +33,28 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class RecallStats:
+    """Guesses about one experts module, held against what it asked for; decode steps only."""
+
+    guessed: int  # experts that were named
+    right: int  # of these, asked for
+    asked: int  # experts asked for, named or not, whenever there was a guess
+    chosen: int  # named, lacking in the cache, and among the best: to be read ahead
+    chosen_right: int  # of these, asked for
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchStats:
+    """Reading ahead: what it knows, and whether it pays."""
+
+    on: bool
+    pauses: int  # times it switched itself off
+    gain_s: float  # stall avoided, and spent for it, in the windows that were settled
+    cost_s: float
+    layers: tuple[RecallStats, ...]  # aligned with the cache's; none where it was never on
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """One consistent snapshot."""
 
@@ -49,3 +71,4 @@ class EngineStats:
     load_s: dict[str, float]  # seconds by phase of the start
     planned_bytes: dict[str, int]  # the memory plan by part; the process stays below the sum
     cache: CacheStats
+    prefetch: PrefetchStats

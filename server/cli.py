@@ -96,6 +96,7 @@ def serve(
     dense_format: flags.DenseFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
     no_prefetch: flags.NoPrefetch = False,
+    prefetch_experts: flags.PrefetchExperts = None,
     threads: flags.Threads = None,
     max_model_len: flags.MaxModelLen = None,
     served_model_name: flags.ServedModelName = None,

@@ -45,6 +45,7 @@ class EngineCollector(Collector):
         yield from _of_requests(stats)
         yield from _of_lookups(stats)
         yield from _of_transfers(stats)
+        yield from _of_prefetch(stats)
         yield from _of_memory(stats)
 
 
@@ -118,6 +119,29 @@ def _of_transfers(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("expert_transfer_bytes", "Bytes of experts moved", moved, way)
     yield _counter("expert_transfer_seconds", "Time of the readers", seconds, way)
     yield _counter("expert_stall_seconds", "Computing waited for experts", stalls, ("phase",))
+
+
+def _of_prefetch(stats: EngineStats) -> Iterator[Metric]:
+    cache, prefetch = stats.cache, stats.prefetch
+    guesses: Labelled = {}
+    right: Labelled = {}
+    asked: Labelled = {}
+    labels = layer_labels([layer.name for layer in cache.layers])
+    for label, layer in zip(labels, prefetch.layers, strict=False):
+        guesses[label, "all"], right[label, "all"] = layer.guessed, layer.right
+        guesses[label, "fetch"], right[label, "fetch"] = layer.chosen, layer.chosen_right
+        asked[(label,)] = layer.asked
+    way = ("layer", "set")
+    yield _gauge("prefetch_on", "1 while guesses are made", float(prefetch.on))
+    yield _counter("prefetch_pauses", "Times prefetch did not pay and stopped", prefetch.pauses)
+    yield _counter("prefetch_guesses", "Experts named for a layer of a decode step", guesses, way)
+    yield _counter("prefetch_guesses_right", "Of these, experts then asked for", right, way)
+    yield _counter("prefetch_asked", "Experts that guessed layers asked for", asked, ("layer",))
+    account: Labelled = {("gain",): prefetch.gain_s, ("cost",): prefetch.cost_s}
+    words = "Stall avoided by prefetch, and time lost by it, as it judges itself"
+    yield _counter("prefetch_account_seconds", words, account, ("side",))
+    words = "Experts read again that had made room for a wrong guess"
+    yield _counter("prefetch_rereads", words, cache.prefetch_rereads)
 
 
 def _of_memory(stats: EngineStats) -> Iterator[Metric]:

@@ -79,6 +79,14 @@ NoPrefetch = Annotated[
     bool,
     Option("--no-prefetch", help="Load experts only when asked for. [default: guess ahead]"),
 ]
+PrefetchExperts = Annotated[
+    str | None,
+    Option(
+        "--prefetch-experts",
+        metavar="N",
+        help="Experts of the next layer that one guess may load. [default: 1]",
+    ),
+]
 Threads = Annotated[
     str | None,
     Option(

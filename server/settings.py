@@ -109,6 +109,9 @@ class Settings(Places):
     )
     experts_per_token: Count | None = None
     prefetch: bool = Field(True, description="true or false")
+    prefetch_experts: Count = Field(
+        1, description="a whole number above 0 (--no-prefetch loads none ahead)"
+    )
     threads: Count | None = None
     max_model_len: Count | None = None
     served_model_name: str | None = Field(
@@ -213,6 +216,7 @@ class Settings(Places):
             kv_memory_bytes=self.kv_memory,
             experts_per_token=self.experts_per_token,
             prefetch=self.prefetch,
+            prefetch_experts=self.prefetch_experts,
             threads=self.threads,
             max_model_len_tokens=self.max_model_len,
         )

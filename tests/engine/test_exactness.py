@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from engine_kit import generate, opened, run_logits
-from moestro.engine import SamplingParams
+from moestro.engine import SamplingParams, regret
 
 STEPS: list[list[tuple[int, list[int]]]] = [
     [(1, list(range(10, 40))), (2, list(range(60, 65)))],
@@ -33,6 +33,26 @@ def test_logits_are_bit_identical_for_any_budget_and_prefetch(
     wanted = found[32, False]
     for setting, logits in found.items():
         assert torch.equal(logits, wanted), setting
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_logits_are_bit_identical_while_prefetch_switches_itself_off_and_on(
+    experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MEASURING_STEPS", "WINDOW_STEPS", "FIRST_PAUSE_STEPS", "LONGEST_PAUSE_STEPS"):
+        monkeypatch.setattr(regret, name, 1)
+    folder = tiny.build("mixtral", tmp_path / "model")
+    steps = STEPS + [[(1, [20 + i]), (2, [40 + i])] for i in range(24)]
+    with opened(folder, tmp_path / "cache", prefetch=False) as loaded:
+        wanted = run_logits(loaded, steps)
+    settings = {"host_memory_bytes": 8 * 48 * 1024, "prefetch_experts": experts}
+    with opened(folder, tmp_path / "cache", **settings) as loaded:
+        assert torch.equal(run_logits(loaded, steps), wanted)
+        stats = loaded.stats()
+    # Guesses of a model this small cost more than they gain, so it was off, and on again.
+    assert stats.prefetch.pauses > 1
+    assert stats.cache.prefetch_loads > 0
+    assert sum(layer.guessed for layer in stats.prefetch.layers) > 0
 
 
 def test_company_changes_rounding_only(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_help_tells_the_true_defaults():
         ("--port", settings.port),
         ("--device", settings.device),
         ("--expert-format", settings.expert_format),
+        ("--prefetch-experts", settings.prefetch_experts),
     ):
         block = re.search(rf"  {flag} .*?(?=\n  --|\Z)", text, re.DOTALL)
         assert block is not None
@@ -59,8 +60,8 @@ def test_help_tells_the_true_defaults():
 def test_flags_are_those_that_were_promised():
     promised = (
         "--host --port --device --device-memory --host-memory --kv-memory --expert-format "
-        "--dense-format --experts-per-token --no-prefetch --threads --max-model-len "
-        "--served-model-name --cache-dir --api-key --help"
+        "--dense-format --experts-per-token --no-prefetch --prefetch-experts --threads "
+        "--max-model-len --served-model-name --cache-dir --api-key --help"
     )
     text = moestro("serve", "--help").stdout
     assert set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE)) == set(promised.split())
@@ -86,6 +87,7 @@ def test_no_arguments_teach():
         (("serve",), ("MODEL",)),
         (("serve", "demo", "--port", "abc"), ("--port", "'abc'", "port number")),
         (("serve", "demo", "--host-memory", "lots"), ("--host-memory", "'lots'", "16MiB")),
+        (("serve", "demo", "--prefetch-experts", "0"), ("--prefetch-experts", "--no-prefetch")),
         (("serve", "demo", "--device", "cuda"), ("--device", "auto, cpu")),
         (("serve", "demo", "--device-memory", "1GiB"), ("--device-memory", "--host-memory")),
         (("serve", "/no/where"), ("MODEL", "/no/where")),

@@ -1,5 +1,7 @@
 """The engine's numbers as families."""
 
+from dataclasses import replace
+
 import pytest
 
 from fake_engine import STATS, FakeWorker
@@ -45,6 +47,31 @@ def test_values():
     assert samples["expert_cache_slots", "host"] == 8
     assert samples["model_load_seconds", "pack"] == 1.5
     assert samples["engine_steps_total", "decode"] == 37
+    assert samples[("prefetch_on",)] == samples[("prefetch_pauses_total",)] == 1
+    assert samples["prefetch_account_seconds_total", "gain"] == 0.75
+    assert samples["prefetch_account_seconds_total", "cost"] == 0.5
+    assert samples[("prefetch_rereads_total",)] == 1
+
+
+def test_guesses_are_counted_by_layer():
+    samples = samples_of(FakeWorker())
+    counted = {
+        name: {key[1:]: value for key, value in samples.items() if key[0] == f"prefetch_{name}"}
+        for name in ("guesses_total", "guesses_right_total", "asked_total")
+    }
+    nothing = {("1", "all"): 0, ("1", "fetch"): 0}
+    assert counted["guesses_total"] == {**nothing, ("2", "all"): 10, ("2", "fetch"): 4}
+    assert counted["guesses_right_total"] == {**nothing, ("2", "all"): 8, ("2", "fetch"): 3}
+    assert counted["asked_total"] == {("1",): 0, ("2",): 9}
+
+
+def test_an_engine_that_never_guesses_has_the_gauge_alone():
+    worker = FakeWorker()
+    off = replace(STATS.prefetch, on=False, layers=())
+    worker.stats_now = replace(STATS, prefetch=off)
+    samples = samples_of(worker)
+    assert samples[("prefetch_on",)] == 0
+    assert not [key for key in samples if key[0].startswith("prefetch_guesses")]
 
 
 @pytest.mark.parametrize("state", [EngineState.LOADING, EngineState.FAILED, EngineState.STOPPED])

@@ -136,6 +136,7 @@ def test_engine_config(tmp_path):
             "kv_memory": "1MiB",
             "experts_per_token": "3",
             "prefetch": False,
+            "prefetch_experts": "2",
             "threads": "1",
             "max_model_len": "100",
             "cache_dir": str(tmp_path),
@@ -149,6 +150,7 @@ def test_engine_config(tmp_path):
         kv_memory_bytes=1 << 20,
         experts_per_token=3,
         prefetch=False,
+        prefetch_experts=2,
         threads=1,
         max_model_len_tokens=100,
     )

@@ -20,8 +20,10 @@ from moestro.engine import (
     FinishReason,
     ModelInfo,
     NotReady,
+    PrefetchStats,
     Progress,
     PromptTooLong,
+    RecallStats,
     SamplingParams,
     Timings,
     TokenEvent,
@@ -72,6 +74,9 @@ STATS = EngineStats(
         prefetches_late=1,
         prefetches_wasted=0,
         prefetches_dropped=2,
+        prefetch_rereads=1,
+        prefetch_head_start_s=0.03,
+        prefetch_behind_s=0.02,
         demand_read_s=0.5,
         prefetch_read_s=0.25,
         prefill_stall_s=0.125,
@@ -81,6 +86,16 @@ STATS = EngineStats(
         slot_bytes=1000,
         capacity_bytes=8000,
         used_bytes=7000,
+    ),
+    prefetch=PrefetchStats(
+        on=True,
+        pauses=1,
+        gain_s=0.75,
+        cost_s=0.5,
+        layers=(
+            RecallStats(guessed=0, right=0, asked=0, chosen=0, chosen_right=0),
+            RecallStats(guessed=10, right=8, asked=9, chosen=4, chosen_right=3),
+        ),
     ),
 )
 
