@@ -11,7 +11,7 @@ from .errors import (
 )
 from .expert_cache import ExpertCache
 from .frequency import DecayedFrequency, NextUse
-from .keys import ExpertKey, Phase, SlotState
+from .keys import ExpertKey, Phase, Routed, SlotState
 from .layout import BlobLayout, PackLayer, PackSpec, TensorSpec
 from .lease import Lease
 from .pack import Pack
@@ -62,6 +62,7 @@ __all__ = [
     "ReadRequest",
     "Reader",
     "Replayed",
+    "Routed",
     "SlotPlan",
     "SlotState",
     "TensorSpec",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .counters import Counters
 from .frequency import NextUse
-from .keys import ExpertKey, Phase
+from .keys import ExpertKey, Phase, Routed
 from .layout import PackSpec
 from .lease import Lease
 from .loader import Loader
@@ -55,19 +55,24 @@ class ExpertCache:
         """Of the pack: what a trace's header is made from."""
         return self._pack.spec
 
-    def acquire(self, layer: int, experts: Sequence[int], phase: Phase) -> Lease:
+    def acquire(
+        self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
+    ) -> Lease:
         """One layer event: pins the residents, starts reading the others, and counts both.
 
-        `experts` are distinct. Use the lease at once as a context manager and leave it before the
-        next call. Raises ValueError or IndexError for experts that cannot be.
+        `experts` are distinct; `routed` says how a prompt's tokens chose among them. Use the lease
+        at once as a context manager and leave it before the next call. Raises ValueError or
+        IndexError for experts that cannot be.
         """
         if self._open_lease() is not None:
             raise RuntimeError("a lease is open: leave its block first")
         if self._loader.in_flight:
             self._loader.poll()
-        self._lease = Lease(self._loader, self._residency, self._arena, layer, experts, phase)
+        self._lease = Lease(
+            self._loader, self._residency, self._arena, layer, experts, phase, routed
+        )
         if self._trace is not None:
-            self._trace.record(layer, experts, phase)
+            self._trace.record(layer, experts, phase, routed)
         return self._lease
 
     def prefetch(self, layer: int, experts: Sequence[int], limit: int) -> int:

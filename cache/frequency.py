@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Container, Sequence
 from heapq import heapify, heappop, heapreplace
 
-from .keys import ExpertKey
+from .keys import ExpertKey, Routed
 
 HALF_LIFE_EVENTS = 16
 """Of one layer, which is steps. The demo model's traces like 4 to 16, published ones 16 to 64."""
@@ -20,11 +20,12 @@ _LEAST_RATE = 1e-3
 class _Layer:
     """Rates of one layer's experts. New events weigh more, so that old ones need no touching."""
 
-    def __init__(self, growth: float, last_event_share: float) -> None:
+    def __init__(self, half_life_events: float, last_event_share: float) -> None:
         self.counts: dict[int, float] = {}
-        self._growth = growth
+        self._half_life = half_life_events
+        self._growth = 2 ** (1 / half_life_events)
         self._share = last_event_share
-        self._last: frozenset[ExpertKey] = frozenset()  # asked for by the last event
+        self._last: dict[ExpertKey, float] = {}  # share of the last event's tokens that chose it
         self._weight = 1.0
         self._total = 1.0  # of all events
         self._unseen = 0.5  # count of who was never asked for: nothing is known of it
@@ -34,14 +35,29 @@ class _Layer:
 
     def asked(self, keys: Sequence[ExpertKey]) -> None:
         self._weight *= self._growth
-        weight, counts, unseen = self._weight, self.counts, self._unseen
+        self._count(dict.fromkeys(keys, 1.0), self._weight)
+
+    def routed(self, keys: Sequence[ExpertKey], routed: Routed) -> None:
+        """Like as many decode steps that choose as the prompt's tokens did.
+
+        A prompt says what its answer will ask for, but others decode, too: it counts as one
+        half-life at most, which leaves the past half its weight.
+        """
+        events = min(routed.tokens, self._half_life)
+        self._weight *= self._growth**events
+        weight = self._weight * (1 - self._growth**-events) / (1 - 1 / self._growth)
+        shares = [count / routed.tokens for count in routed.counts]
+        self._count(dict(zip(keys, shares, strict=True)), weight)
+
+    def _count(self, shares: dict[ExpertKey, float], weight: float) -> None:
+        counts, unseen = self.counts, self._unseen
         self._total += weight
-        for key in keys:
+        for key, share in shares.items():
             expert = key.expert
-            counts[expert] = counts.get(expert, unseen) + weight
-        self._last = frozenset(keys)
+            counts[expert] = counts.get(expert, unseen) + weight * share
+        self._last = shares
         self._stale = True
-        if weight > _LARGEST:
+        if (weight := self._weight) > _LARGEST:
             self.counts = {expert: count / weight for expert, count in counts.items()}
             self._total /= weight
             self._unseen /= weight
@@ -50,7 +66,7 @@ class _Layer:
     def rate(self, key: ExpertKey) -> float:
         """Between 0 and 1: how likely the layer's next event is to ask for `key`."""
         counted = self.counts.get(key.expert, self._unseen) / self._total
-        return counted + self._share * ((key in self._last) - counted)
+        return counted + self._share * (self._last.get(key, 0.0) - counted)
 
     def add(self, key: ExpertKey) -> None:
         rate = self.rate(key)
@@ -81,16 +97,24 @@ class DecayedFrequency:
         """`last_event_share`: how much of a rate is whether the layer's last event asked for it."""
         if half_life_events <= 0 or not 0 <= last_event_share <= 1:
             raise ValueError("a half-life is positive, and a share between 0 and 1")
-        self._growth = 2 ** (1 / half_life_events)
+        self._half_life = half_life_events
         self._share = last_event_share
         self._layers: list[_Layer] = []
         self._kept: dict[ExpertKey, None] = {}
         self._current = 0
 
-    def asked(self, keys: Sequence[ExpertKey]) -> None:
-        if keys:
-            self._current = keys[0].layer
-            self._layer(self._current).asked(keys)
+    def asked(self, keys: Sequence[ExpertKey], routed: Routed | None = None) -> None:
+        if not keys:
+            return
+        self._current = keys[0].layer
+        layer = self._layer(self._current)
+        if routed is None:
+            layer.asked(keys)
+        else:
+            layer.routed(keys, routed)
+
+    def promise(self, key: ExpertKey) -> float:
+        return self._stay(self._layer(key.layer).rate(key), self._since(key.layer))
 
     def added(self, key: ExpertKey) -> None:
         if key in self._kept:
@@ -135,7 +159,7 @@ class DecayedFrequency:
 
     def _layer(self, number: int) -> _Layer:
         while len(self._layers) <= number:
-            self._layers.append(_Layer(self._growth, self._share))
+            self._layers.append(_Layer(self._half_life, self._share))
         return self._layers[number]
 
     def _since(self, layer: int) -> int:

@@ -15,6 +15,13 @@ class ExpertKey(NamedTuple):
     expert: int
 
 
+class Routed(NamedTuple):
+    """How a prompt's tokens chose among the experts that an event asks for."""
+
+    tokens: int
+    counts: tuple[int, ...]  # tokens that chose each expert, in the order of the event
+
+
 class Phase(Enum):
     """What kind of step asks: prompt tokens (prefill) or one token per sequence (decode)."""
 

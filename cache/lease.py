@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from .keys import ExpertKey, Phase
+from .keys import ExpertKey, Phase, Routed
 from .loader import MOST_BYTES_AT_ONCE, Failure, Loader
 from .residency import Residency, missing
 from .slots import SlotArena
@@ -36,6 +36,7 @@ class Lease:
         layer: int,
         experts: Sequence[int],
         phase: Phase,
+        routed: Routed | None = None,
     ) -> None:
         if len(set(experts)) != len(experts) or (experts and min(experts) < 0):
             raise ValueError(f"expert numbers must be distinct and not negative: {experts}")
@@ -53,10 +54,10 @@ class Lease:
         self._given: set[int] = set()  # slots of residents that were given up
         self._failure: Failure | None = None
 
-        self._here = residency.ask(layer, experts, phase)
+        self._here = residency.ask(layer, experts, phase, routed)
         self._count_hits(len(experts))
         if len(self._here) < len(experts):
-            self._demand(experts)
+            self._demand(experts, welcome=routed is not None)
 
     @property
     def waiting(self) -> int:
@@ -155,7 +156,7 @@ class Lease:
             counters.used += len(guessed)
             counters.guesses.asked(self._keys_in(guessed), late=False)
 
-    def _demand(self, experts: Sequence[int]) -> None:
+    def _demand(self, experts: Sequence[int], *, welcome: bool) -> None:
         """Everything that is not here: joins the reads under way and starts those that fit."""
         table, row, keys = self._table, self._table.where[self._layer], self._residency.keys
         self._pending = sorted(missing(row, experts))
@@ -169,6 +170,8 @@ class Lease:
         table.pinned.update(late)
         self._coming.update(late)
         self._more.update(late)
+        if welcome:
+            self._pending = self._residency.welcome(self._layer, self._pending, experts)
         slots = self._seat(experts)
         while not (slots or self._here or self._coming):
             # All slots are taken by a prefetch of other experts, which cannot be called back.
@@ -192,6 +195,8 @@ class Lease:
             self._table.pinned.update(slots)
             self._coming.update(slots)
             self._more.update(slots)
+            pairs = sorted(zip(batch, slots, strict=True))  # neighbours are read in one go
+            batch, slots = [expert for expert, _ in pairs], [slot for _, slot in pairs]
             self._loader.start(self._layer, batch, slots, guessed=False)
 
     def _next(self) -> int:

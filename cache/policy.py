@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from heapq import heapify, heappop, heapreplace
 from typing import Protocol
 
-from .keys import ExpertKey
+from .keys import ExpertKey, Routed
 
 
 class Policy(Protocol):
@@ -15,10 +15,16 @@ class Policy(Protocol):
     and `added` and `removed` as slots change hands. Layers run in ascending order, step after step.
     """
 
-    def asked(self, keys: Sequence[ExpertKey]) -> None:
-        """One layer event asks for `keys`, of one layer, kept or not.
+    def asked(self, keys: Sequence[ExpertKey], routed: Routed | None = None) -> None:
+        """One layer event asks for `keys`, of one layer, kept or not; `routed`, for a prompt.
 
         They are used together: their mutual order carries no meaning.
+        """
+
+    def promise(self, key: ExpertKey) -> float:
+        """What speaks for keeping `key`, kept or not: the higher the more, and for victims least.
+
+        0 for every key where nothing is known of those that are not kept.
         """
 
     def added(self, key: ExpertKey) -> None:
@@ -43,11 +49,14 @@ class Lru:
     def __init__(self) -> None:
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()  # oldest first
 
-    def asked(self, keys: Sequence[ExpertKey]) -> None:
+    def asked(self, keys: Sequence[ExpertKey], routed: Routed | None = None) -> None:
         order, move = self._order, self._order.move_to_end
         for key in keys:
             if key in order:
                 move(key)
+
+    def promise(self, key: ExpertKey) -> float:
+        return 0.0
 
     def added(self, key: ExpertKey) -> None:
         if key in self._order:
@@ -85,10 +94,14 @@ class PerLayer:
         self._kept: dict[ExpertKey, None] = {}
         self._current = 0
 
-    def asked(self, keys: Sequence[ExpertKey]) -> None:
+    def asked(self, keys: Sequence[ExpertKey], routed: Routed | None = None) -> None:
         if keys:
             self._current = keys[0].layer
-            self._of(self._current).asked(keys)
+            self._of(self._current).asked(keys, routed)
+
+    def promise(self, key: ExpertKey) -> float:
+        """Layers' own figures could not be compared."""
+        return 0.0
 
     def added(self, key: ExpertKey) -> None:
         self._of(key.layer).added(key)

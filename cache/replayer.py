@@ -100,8 +100,10 @@ def _run(residency: Residency, event: TraceEvent) -> int:
     """One event, as a lease would do it whose every read ends at once; its hits."""
     table, layer, experts = residency.table, event.layer, event.experts
     row = table.where[layer]
-    held = residency.ask(layer, experts, event.phase)
+    held = residency.ask(layer, experts, event.phase, event.routed)
     waiting = sorted(missing(row, experts))
+    if waiting and event.routed is not None:
+        waiting = residency.welcome(layer, waiting, experts)
     seats = residency.seat(layer, waiting, experts, event.phase)
     _arrive(table, seats)
     waiting = waiting[len(seats) :]

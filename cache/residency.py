@@ -7,12 +7,15 @@ A *streaming* event is one of a prompt, or one that asks for more experts than t
 Nearly every expert of its layer passes through, once: seated like others they would push out all
 that decoding lives on. So it takes free slots, and beyond them no more than `stream_slots`, whose
 experts are *passing*: the first to leave, until a decode event asks for them.
+
+What a prompt asked for most, its answer will ask for, too. These experts pass by anyway: where the
+policy expects them sooner than others that are kept, they stay instead (`welcome`).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from .counters import Counters
-from .keys import ExpertKey, Phase
+from .keys import ExpertKey, Phase, Routed
 from .policy import Policy
 from .table import NOWHERE, SlotTable
 
@@ -40,7 +43,9 @@ class Residency:
         """An event of `requested` experts must not be seated at the expense of decoding."""
         return phase is Phase.PREFILL or requested > len(self.table.keys)
 
-    def ask(self, layer: int, experts: Sequence[int], phase: Phase) -> list[int]:
+    def ask(
+        self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
+    ) -> list[int]:
         """A layer event begins: tells the policy and pins those of `experts` that are here.
 
         Their slots, in the order of the request. What decoding asks for is no longer passing.
@@ -49,11 +54,30 @@ class Residency:
         row, ready = table.where[layer], table.ready
         here = [slot for expert in experts if (slot := row[expert]) >= 0 and ready[slot]]
         table.pinned.update(here)
-        self.policy.asked([keys[expert] for expert in experts])
+        self.policy.asked([keys[expert] for expert in experts], routed)
         if table.passing and phase is Phase.DECODE:
             for slot in here:
                 table.passing.pop(slot, None)
         return here
+
+    def welcome(self, layer: int, wanted: Sequence[int], asked: Sequence[int]) -> list[int]:
+        """Evicts those whom the policy expects later than some of `wanted`, a prompt's.
+
+        `wanted`, ascending, but first those that there is a free slot for now.
+        """
+        policy, keys, kept = self.policy, self.keys[layer], self.policy.keys()
+        best = sorted(wanted, key=lambda expert: -policy.promise(keys[expert]))
+        staying = self._staying({keys[expert] for expert in asked})
+        room = self.table.free
+        most = min(len(best) - room, len(kept) - len(staying))
+        leaving = []
+        for expert, victim in zip(best[room:], policy.victims(most, staying) or (), strict=False):
+            if policy.promise(keys[expert]) <= policy.promise(victim):
+                break
+            leaving.append(self.table.where[victim.layer][victim.expert])
+        self.evict(leaving)
+        room = self.table.free
+        return [*sorted(best[:room]), *sorted(best[room:])]
 
     def seat(
         self, layer: int, wanted: Sequence[int], asked: Sequence[int], phase: Phase
@@ -95,9 +119,7 @@ class Residency:
             slots = [slot for slot, _ in zip(leaving, range(count - table.free), strict=False)]
             self.left += self.evict(slots)
         if table.free < count:
-            kept = self.policy.keys()
-            staying = {key for slot in table.loading if (key := table.keys[slot]) is not None}
-            staying.update(key for key in protected if key in kept)
+            kept, staying = self.policy.keys(), self._staying(protected)
             wanted = min(count - table.free, len(kept) - len(staying))
             if most_victims is not None:
                 wanted = min(wanted, most_victims)
@@ -140,6 +162,13 @@ class Residency:
         passing = sum(slot in self.table.passing for slot in slots)
         self.evict(slots)
         return self.take(layer, experts, passing)
+
+    def _staying(self, protected: Iterable[ExpertKey]) -> set[ExpertKey]:
+        """Kept keys that nobody may evict now."""
+        table, kept = self.table, self.policy.keys()
+        staying = {key for slot in table.loading if (key := table.keys[slot]) is not None}
+        staying.update(key for key in protected if key in kept)
+        return staying
 
     def _leaving(self, protected: Collection[ExpertKey]) -> Iterator[int]:
         """Slots whose experts were passing and may go now, first come first."""

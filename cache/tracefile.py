@@ -1,11 +1,13 @@
 """What was asked for, written down: one line per layer event, to be replayed (replayer.py).
 
-    {"moestro_trace": 1, "model": ..., "layers": [{"name", "num_experts", "stride_bytes"} ...]}
+    {"moestro_trace": 2, "model": ..., "layers": [{"name", "num_experts", "stride_bytes"} ...]}
     [step, "p" or "d", layer, [experts]]
+    [step, "p", layer, [experts], tokens, [tokens that chose each]]
     {"live_decode": {"slots", "hits", "lookups"}}      at the end, where the recorder counted them
 
 Steps count from 0; a new one begins when the layer is not a later one than the event's before.
-"p" is prefill, "d" decode. JSON lines: readable everywhere, about 40 bytes an event.
+"p" is prefill, "d" decode. JSON lines: readable everywhere, about 40 bytes an event. Files of
+format 1, which have no counts, are read, too.
 """
 
 import json
@@ -17,10 +19,11 @@ from types import TracebackType
 from typing import Any
 
 from .errors import TraceInvalid
-from .keys import Phase
+from .keys import Phase, Routed
 from .layout import PackSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 _log = logging.getLogger("moestro.cache")
 _LIVE = "live_decode"
@@ -62,6 +65,7 @@ class TraceEvent:
     phase: Phase
     layer: int
     experts: tuple[int, ...]
+    routed: Routed | None = None  # of a prompt, where it was recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +97,15 @@ class TraceWriter:
         ]
         self._write({"moestro_trace": FORMAT_VERSION, "model": header.model, "layers": layers})
 
-    def record(self, layer: int, experts: Sequence[int], phase: Phase) -> None:
+    def record(
+        self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
+    ) -> None:
         if layer <= self._layer:
             self._step += 1
         self._layer = layer
         if not self._file.closed:
-            self._write([self._step, _LETTERS[phase], layer, list(experts)])
+            counts = () if routed is None else (routed.tokens, routed.counts)
+            self._write([self._step, _LETTERS[phase], layer, list(experts), *counts])
 
     def live(self, count: LiveCount) -> None:
         """Once, after the last event."""
@@ -170,14 +177,21 @@ class TraceReader:
 
 
 def _header(found: dict[str, Any]) -> TraceHeader:
-    if found["moestro_trace"] != FORMAT_VERSION:
-        raise ValueError(f"format {found['moestro_trace']}, not {FORMAT_VERSION}")
+    if found["moestro_trace"] not in READABLE_VERSIONS:
+        raise ValueError(f"format {found['moestro_trace']}, not one of {READABLE_VERSIONS}")
     return TraceHeader(found["model"], tuple(TraceLayer(**layer) for layer in found["layers"]))
 
 
 def _event(found: Sequence[Any], header: TraceHeader) -> TraceEvent:
-    step, letter, layer, experts = found
+    step, letter, layer, experts, *rest = found
     known = range(header.layers[layer].num_experts) if layer in range(len(header.layers)) else ()
     if len(set(experts)) != len(experts) or not all(expert in known for expert in experts):
         raise ValueError(f"layer {layer} has no such experts")
-    return TraceEvent(step, _PHASES[letter], layer, tuple(experts))
+    routed = _routed(*rest, of=len(experts)) if rest else None
+    return TraceEvent(step, _PHASES[letter], layer, tuple(experts), routed)
+
+
+def _routed(tokens: int, counts: Sequence[int], *, of: int) -> Routed:
+    if len(counts) != of or not all(0 < count <= tokens for count in counts):
+        raise ValueError(f"{tokens} tokens cannot have chosen {of} experts like {counts}")
+    return Routed(tokens, tuple(counts))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moestro.cache import ExpertCache, Phase
+from moestro.cache import ExpertCache, Phase, Routed
 
 from .formats import Codec, Span, per_row
 
@@ -203,7 +203,8 @@ class OffloadedExperts:
         num_experts: int = module.num_experts  # type: ignore[assignment]
         wanted = places_by_expert(ids.tolist(), weights.tolist(), num_experts)
         rows, results = self.math.codec.begin(hidden), None
-        with self.cache.acquire(self.layer, list(wanted), self.step.phase) as lease:
+        routed = self._routed(tokens, map(len, wanted.values()))
+        with self.cache.acquire(self.layer, list(wanted), self.step.phase, routed) as lease:
             for group in lease.groups():
                 places = [wanted[expert] for expert, _ in group]
                 out = self._together(module, rows, tokens, k, places, [who for _, who in group])
@@ -249,13 +250,20 @@ class OffloadedExperts:
         wanted = [expert for expert in range(num_experts) if starts[expert] < starts[expert + 1]]
         codec = self.math.codec
         rows = codec.begin(hidden)
-        with self.cache.acquire(self.layer, wanted, self.step.phase) as lease:
+        routed = self._routed(tokens, (to - since for since, to in pairwise(starts)))
+        with self.cache.acquire(self.layer, wanted, self.step.phase, routed) as lease:
             for expert, tensors in lease:
                 places = order[starts[expert] : starts[expert + 1]]
                 chosen = codec.take(rows, places // k)
                 out = self.math.one(module, chosen, self.math.open(tensors))
                 results.index_copy_(0, places, out)
         return results, wanted
+
+    def _routed(self, tokens: int, counts: Iterable[int]) -> Routed | None:
+        """What a prompt tells the cache about its answer; `counts` of none are left out."""
+        if self.step.phase is Phase.DECODE:
+            return None
+        return Routed(tokens, tuple(count for count in counts if count))
 
 
 def places_by_expert(

@@ -30,6 +30,7 @@ from moestro.cache import (
     Phase,
     Policy,
     ReadFailed,
+    Routed,
     plan_slots,
 )
 from tiny_packs import assert_is, build_tiny, mixed_spec, tiny_spec
@@ -53,11 +54,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.requested = self.hits = 0
 
     @precondition(lambda self: self.lease is None)
-    @rule(layer=LAYERS, experts=EXPERTS, phase=st.sampled_from(Phase))
-    def acquire(self, layer: int, experts: list[int], phase: Phase) -> None:
+    @rule(layer=LAYERS, experts=EXPERTS, phase=st.sampled_from(Phase), data=st.data())
+    def acquire(self, layer: int, experts: list[int], phase: Phase, data: st.DataObject) -> None:
         # What was read but not collected yet counts as here: acquire collects first.
         here = self.here()
-        self.lease = self.cache.acquire(layer, experts, phase)
+        counts = st.tuples(*[st.integers(1, 9)] * len(experts))
+        routed = data.draw(st.none() | counts.map(lambda drawn: Routed(9, drawn)))
+        routed = routed if phase is Phase.PREFILL else None
+        self.lease = self.cache.acquire(layer, experts, phase, routed)
         self.layer, self.experts, self.yielded = layer, experts, list[int]()
         self.turns: Iterator[tuple[int, dict[str, torch.Tensor]]] = iter(self.lease)
         self.requested += len(experts)

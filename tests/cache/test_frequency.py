@@ -2,7 +2,7 @@
 
 import pytest
 
-from moestro.cache import DecayedFrequency, ExpertKey, NextUse
+from moestro.cache import DecayedFrequency, ExpertKey, NextUse, Routed
 
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
 
@@ -70,6 +70,55 @@ def test_the_last_event_may_count_extra() -> None:
         for event in ([A], [A], [A], [B]):
             policy.asked(event)
         assert policy.victims(1, ()) == [first]
+
+
+def test_a_prompts_favourites_are_expected_of_its_answer() -> None:
+    policy = DecayedFrequency()
+    keep(policy, A, B, C)
+    policy.asked([A, B, C], Routed(10, (2, 9, 5)))
+    assert policy.victims(3, ()) == [A, C, B]
+
+
+def test_a_prompt_counts_like_as_many_steps_as_it_has_tokens() -> None:
+    prompt, steps = DecayedFrequency(), DecayedFrequency()
+    prompt.asked([A], Routed(3, (3,)))
+    for _ in range(3):
+        steps.asked([A])
+    for policy in (prompt, steps):
+        policy.asked([B])
+    rates = [policy._layers[0].rate(A) for policy in (prompt, steps)]
+    assert rates[0] == pytest.approx(rates[1])
+
+
+def test_however_long_a_prompt_the_past_keeps_half_its_weight() -> None:
+    policy = DecayedFrequency(half_life_events=4)
+    for _ in range(100):
+        policy.asked([A])
+    policy.asked([B], Routed(10_000, (10_000,)))
+    rates = [policy._layers[0].rate(key) for key in (A, B)]
+    assert rates == pytest.approx([0.5, 0.5], rel=0.01)
+
+
+def test_promises_compare_who_is_kept_with_who_is_not() -> None:
+    policy = NextUse()
+    keep(policy, A)
+    for event in ([A, B], [B]):
+        policy.asked(event)
+    assert policy.promise(B) > policy.promise(A)
+
+
+def test_victims_are_who_promises_least() -> None:
+    policy = NextUse()
+    keys = [ExpertKey(layer, expert) for layer in range(3) for expert in range(3)]
+    keep(policy, *keys)
+    for step in range(4):
+        for layer in range(3):
+            policy.asked([ExpertKey(layer, step % 3), ExpertKey(layer, (step + layer) % 2)])
+    victims = policy.victims(9, ())
+    assert victims is not None
+    promises = [policy.promise(key) for key in victims]
+    assert promises == sorted(promises)
+    assert len(set(promises)) > 3
 
 
 @pytest.mark.parametrize(("half_life", "share"), [(0, 0.0), (-1, 0.0), (4, -0.1), (4, 1.1)])

@@ -20,6 +20,7 @@ from moestro.cache import (
     PerLayer,
     Phase,
     Policy,
+    Routed,
     TraceEvent,
     TraceReader,
     TraceWriter,
@@ -36,6 +37,7 @@ DECODE, PREFILL = Phase.DECODE, Phase.PREFILL
 POLICIES: list[Callable[[], Policy]] = [Lru, DecayedFrequency, NextUse, lambda: PerLayer(Lru)]
 
 Asked = list[tuple[int, list[int], Phase]]
+COUNTS = st.lists(st.integers(1, 40), min_size=EXPERTS, max_size=EXPERTS)  # of a prompt's tokens
 ASKED = st.lists(
     st.tuples(
         st.integers(0, LAYERS - 1),
@@ -71,8 +73,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
     slots=st.integers(1, LAYERS * EXPERTS),
     policy=st.sampled_from(POLICIES),
     last_first=st.booleans(),
+    counts=st.none() | COUNTS,
 )
-@example(circle(3, 6, PREFILL), 4, Lru, True)
+@example(circle(3, 6, PREFILL), 4, Lru, True, None)
+@example([*circle(3, 3), *circle(3, 6, PREFILL)], 7, NextUse, True, [1, 40, 1, 40, 20, 1])
 def test_replayed_hits_are_live_hits(
     shared: Pack,
     tmp_path_factory: pytest.TempPathFactory,
@@ -80,8 +84,15 @@ def test_replayed_hits_are_live_hits(
     slots: int,
     policy: Callable[[], Policy],
     last_first: bool,
+    counts: list[int] | None,
 ) -> None:
     """Whatever the order in which reads end, and for events larger than the cache, too."""
+
+    def routed(experts: list[int], phase: Phase) -> Routed | None:
+        if counts is None or phase is DECODE:
+            return None
+        return Routed(40, tuple(counts[expert] for expert in experts))
+
     path = tmp_path_factory.getbasetemp() / "live.trace"
     reader = ManualReader(shared, lambda count: count - 1 if last_first else 0)
     plan = plan_slots(slots * shared.spec.slot_bytes, shared.spec, 1)
@@ -89,7 +100,7 @@ def test_replayed_hits_are_live_hits(
     with TraceWriter(path, shared.spec) as writer:
         live.record(writer)
         for layer, experts, phase in asked:
-            with live.acquire(layer, experts, phase) as lease:
+            with live.acquire(layer, experts, phase, routed(experts, phase)) as lease:
                 assert sorted(expert for expert, _ in lease) == sorted(experts)
             live.check()
     trace, stats = TraceReader(path), live.stats()
@@ -162,6 +173,24 @@ def test_a_long_prompt_leaves_decoding_its_hits(make: Callable[[], Policy]) -> N
     again = hits(whole.decode) - hits(without.decode)
     assert again >= LAYERS * hot - 2  # all but the slots that prompts may pass through
     assert whole.hit_rate(PREFILL) >= 0.5  # and the prompt uses what is there
+
+
+def test_what_a_prompt_asked_for_most_is_there_for_its_answer() -> None:
+    """Others' experts fill the cache; the answer asks for what the prompt preferred."""
+    slots, answer = 8, [4, 5]
+    before = as_events(circle(6, 2) + circle(6, 4))
+    counts = Routed(32, tuple(32 if expert in answer else 4 for expert in range(EXPERTS)))
+    found = {}
+    for routed in (None, counts):
+        prompt = [
+            TraceEvent(20, PREFILL, layer, tuple(range(EXPERTS)), routed) for layer in range(LAYERS)
+        ]
+        after = [TraceEvent(21, DECODE, layer, tuple(answer)) for layer in range(LAYERS)]
+        whole = replay([*before, *prompt, *after], PER_LAYER, slots, NextUse())
+        found[routed] = hits(whole.decode) - hits(
+            replay(before, PER_LAYER, slots, NextUse()).decode
+        )
+    assert found[counts] > found[None]
 
 
 def test_rates_of_nothing_are_zero() -> None:

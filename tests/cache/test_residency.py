@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from moestro.cache import ExpertKey, Lru, Phase
+from moestro.cache import ExpertKey, Lru, NextUse, Phase, Routed
 from moestro.cache.counters import Counters
 from moestro.cache.residency import Residency, missing
 from moestro.cache.table import SlotTable
@@ -121,6 +121,47 @@ def test_room_is_never_made_at_the_expense_of_the_protected() -> None:
     seat(found, 0, range(3))
     assert found.make_room(3, {ExpertKey(0, 1)}) == 2
     assert here(found, 0) == [1]
+
+
+def prompted(slots: int) -> Residency:
+    """Layer 0 lived on 0 to 3; a prompt's layer 1 has chosen 2 and 5 often, the others once."""
+    table, policy = SlotTable(slots, EXPERTS), NextUse()
+    found = Residency(table, policy, Counters(len(EXPERTS)), EXPERTS)
+    for experts in (range(slots), range(4), range(4)):
+        seat(found, 0, experts)
+    counts = tuple(10 if expert in (2, 5) else 1 for expert in range(8))
+    found.ask(1, range(8), PREFILL, Routed(10, counts))
+    return found
+
+
+def test_a_prompts_favourites_stay_instead_of_who_is_expected_later() -> None:
+    found = prompted(8)
+    assert found.welcome(1, range(8), range(8)) == [2, 5, 0, 1, 3, 4, 6, 7]
+    assert here(found, 0) == [0, 1, 2, 3, 6, 7]
+    slots = found.seat(1, [2, 5, 0, 1, 3, 4, 6, 7], range(8), PREFILL)
+    assert passing(found) == [(1, 0), (1, 1)]
+    assert len(slots) == 4
+
+
+def test_nobody_stays_instead_of_who_is_expected_sooner() -> None:
+    found = prompted(4)
+    assert found.welcome(1, range(8), range(8)) == list(range(8))
+    assert here(found, 0) == [0, 1, 2, 3]
+
+
+def test_free_slots_go_to_a_prompts_favourites() -> None:
+    table = SlotTable(2, EXPERTS)
+    found = Residency(table, NextUse(), Counters(len(EXPERTS)), EXPERTS)
+    found.ask(1, range(4), PREFILL, Routed(10, (1, 9, 1, 9)))
+    assert found.welcome(1, range(4), range(4)) == [1, 3, 0, 2]
+
+
+def test_a_policy_that_knows_nothing_of_strangers_welcomes_none() -> None:
+    found = residency(4)
+    seat(found, 0, range(4))
+    found.ask(1, range(4), PREFILL, Routed(10, (1, 9, 1, 9)))
+    assert found.welcome(1, range(4), range(4)) == [0, 1, 2, 3]
+    assert here(found, 0) == [0, 1, 2, 3]
 
 
 def test_loading_experts_are_not_missing() -> None:

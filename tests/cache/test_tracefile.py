@@ -12,6 +12,7 @@ from moestro.cache import (
     LiveCount,
     PackSpec,
     Phase,
+    Routed,
     TraceEvent,
     TraceInvalid,
     TraceReader,
@@ -65,6 +66,27 @@ def test_what_the_recorder_counted_comes_at_the_end(tmp_path: Path, spec: PackSp
     assert reader.live == LiveCount(4, 1, 2)
 
 
+def test_a_prompts_counts_are_kept(
+    bench: Callable[[int], Bench], tmp_path: Path, spec: PackSpec
+) -> None:
+    path, cache, routed = tmp_path / "run.trace", bench(6).cache, Routed(7, (2, 5))
+    with TraceWriter(path, spec) as writer:
+        cache.record(writer)
+        with cache.acquire(0, [3, 1], PREFILL, routed):
+            pass
+    assert lines(path)[1] == '[0,"p",0,[3,1],7,[2,5]]'
+    assert list(TraceReader(path)) == [TraceEvent(0, PREFILL, 0, (3, 1), routed)]
+
+
+def test_traces_of_the_first_format_are_read(tmp_path: Path, spec: PackSpec) -> None:
+    path = tmp_path / "old.trace"
+    with TraceWriter(path, spec) as writer:
+        writer.record(0, [3, 1], PREFILL)
+    path.write_text(path.read_text("utf-8").replace('"moestro_trace":2', '"moestro_trace":1'))
+    assert lines(path)[0].startswith('{"moestro_trace":1,')
+    assert list(TraceReader(path)) == [TraceEvent(0, PREFILL, 0, (3, 1))]
+
+
 def test_a_record_that_was_cut_off_is_passed_over(tmp_path: Path, spec: PackSpec) -> None:
     path = tmp_path / "cut.trace"
     with TraceWriter(path, spec) as writer:
@@ -89,6 +111,12 @@ def test_a_record_that_was_cut_off_is_passed_over(tmp_path: Path, spec: PackSpec
         '[0,"d",[0],[1]]',
         '{"other": 1}',
         '{"live_decode": {"slots": 1}}',
+        '[0,"p",0,[1],7]',
+        '[0,"p",0,[1],7,[1,2]]',
+        '[0,"p",0,[1],7,[8]]',
+        '[0,"p",0,[1],7,[0]]',
+        '[0,"p",0,[1],7,["1"]]',
+        '[0,"p",0,[1],7,[1],1]',
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, spec: PackSpec, line: str) -> None:
