@@ -18,7 +18,7 @@ from .pack import Pack
 from .pack_build import PackWriter, open_or_build
 from .plan import CacheConfig, SlotPlan, plan_slots
 from .policy import Lru, PerLayer, Policy
-from .replayer import LayerReplay, Replayed, belady, replay
+from .replayer import LayerReplay, Replayed, belady, replay, replay_events
 from .stats import CacheStats, LayerStats
 from .tracefile import (
     LiveCount,
@@ -77,4 +77,5 @@ __all__ = [
     "open_or_build",
     "plan_slots",
     "replay",
+    "replay_events",
 ]

@@ -14,7 +14,7 @@ Knows no tensors.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
@@ -89,11 +89,20 @@ def replay(
     events: Iterable[TraceEvent], experts_per_layer: Sequence[int], slots: int, policy: Policy
 ) -> Replayed:
     """Runs `events` through `slots` slots under a fresh `policy`, which is used up."""
-    table, tally = SlotTable(slots, experts_per_layer), _Tally(len(experts_per_layer))
-    residency = Residency(table, policy, Counters(len(experts_per_layer)), experts_per_layer)
-    for event in events:
-        tally.count(event, _run(residency, event))
+    tally = _Tally(len(experts_per_layer))
+    for event, hits in replay_events(events, experts_per_layer, slots, policy):
+        tally.count(event, hits)
     return tally.result(slots)
+
+
+def replay_events(
+    events: Iterable[TraceEvent], experts_per_layer: Sequence[int], slots: int, policy: Policy
+) -> Iterator[tuple[TraceEvent, int]]:
+    """Like `replay`, with the hits of each event."""
+    table, counters = SlotTable(slots, experts_per_layer), Counters(len(experts_per_layer))
+    residency = Residency(table, policy, counters, experts_per_layer)
+    for event in events:
+        yield event, _run(residency, event)
 
 
 def _run(residency: Residency, event: TraceEvent) -> int:

@@ -278,7 +278,9 @@ def _prefetch(
         1000 * read_s,
     )
     regret = Regret(read_s, cache.stats)
-    return Prefetch(gates, cache, step, config.prefetch_experts, regret)
+    # The clock of the thread does not see the work of torch's other ones.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    return Prefetch(gates, cache, step, config.prefetch_experts, regret, time.perf_counter, clock)
 
 
 def _bind(

@@ -69,14 +69,19 @@ class Prefetch:
         experts_per_layer: int,
         regret: Regret,
         clock: Callable[[], float] = time.perf_counter,
+        work_clock: Callable[[], float] = time.thread_time,
     ) -> None:
-        """`gates[i]` guesses layer i + 1. `experts_per_layer`: the most that one guess reads."""
+        """`gates[i]` guesses layer i + 1. `experts_per_layer`: the most that one guess reads.
+
+        `work_clock` times the guessing: whoever is let in by the system meanwhile is not its fault.
+        """
         self.regret = regret
         self._gates = gates
         self._cache = cache
         self._step = step
         self._most = experts_per_layer
         self._clock = clock
+        self._work_clock = work_clock
         self._recall = [_Recall() for _ in gates]
         self._guess: _Guess | None = None  # of the layer that runs next
         self._began_s: float | None = None  # when the first layer of this decode step was done
@@ -109,14 +114,14 @@ class Prefetch:
         )
 
     def _ask(self, layer: int, gate: NextGate, hidden: torch.Tensor) -> None:
-        began_s = self._clock()
+        began_s = self._work_clock()
         experts = gate(hidden)
         chosen = self._cache.absent(layer, experts)[: self._most]
         if chosen:
             self._cache.prefetch(layer, experts, self._most)
         self._guess = _Guess(layer, experts, chosen)
         if self._step.phase is Phase.DECODE:
-            self.regret.guessed(self._clock() - began_s)
+            self.regret.guessed(self._work_clock() - began_s)
 
     def _compare(self, guess: _Guess, asked: Collection[int]) -> None:
         wanted, recall = set(asked), self._recall[guess.layer]

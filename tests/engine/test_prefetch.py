@@ -11,7 +11,7 @@ from moestro.cache import ExpertCache, Phase, plan_slots
 from moestro.engine import RecallStats
 from moestro.engine.experts import StepPhase
 from moestro.engine.prefetch import MOST_TOKENS, NextGate, Prefetch
-from moestro.engine.regret import MEASURING_STEPS, Regret, State
+from moestro.engine.regret import MEASURING_STEPS, WINDOW_STEPS, Regret, State
 from tiny_packs import build_tiny, tiny_spec
 
 ROW = torch.zeros(1, 4)
@@ -39,11 +39,16 @@ class Rig:
         self.step = StepPhase()
         self.router = Router(3, 4, 5)
         self.regret = Regret(0.0, cache.stats)
-        self.now_s = 0.0
+        self.now_s = self.worked_s = 0.0
         gates = [NextGate(self.router, 1, None), None, None]
         self.prefetch = Prefetch(
-            gates, cache, self.step, experts_per_layer, self.regret, lambda: self.now_s
+            gates, cache, self.step, experts_per_layer, self.regret, lambda: self.now_s, self.work
         )
+
+    def work(self) -> float:
+        """Every look at the clock finds it a quarter of a second on."""
+        self.worked_s += 0.25
+        return self.worked_s
 
     def run(self, *asked: list[int], hidden: torch.Tensor = ROW) -> None:
         """One step, whose layers ask for these; each takes a quarter of a second."""
@@ -136,6 +141,13 @@ def test_a_layer_is_timed_without_the_stalls(rig: Make) -> None:
         made.run([0], [1], [2])
     assert made.regret.layer_s == pytest.approx(0.25)
     assert made.regret.state is State.WATCHED
+
+
+def test_guessing_costs_what_the_work_clock_says(rig: Make) -> None:
+    made = rig(1)
+    for _ in range(MEASURING_STEPS + WINDOW_STEPS):
+        made.run([0], [1], [2])
+    assert made.prefetch.stats().cost_s == pytest.approx(WINDOW_STEPS * 0.25)
 
 
 def test_while_it_is_paused_nobody_is_asked(rig: Make) -> None:
