@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import report
 from .bars import Bar
 from .geometry import GIB, Geometry
 from .gguf_file import write_q8_0
+from .kernels import PromptBound
 from .llama_cpp import LlamaCpp
 from .maker import make_random, make_skewed
 from .ours import Task
@@ -71,7 +72,7 @@ class Bench:
         """The same, with what was seen from outside; `turn` is for `processes.run`."""
         model = fields.pop("model", None) or self.checkpoint(variant)
         fields = {"host_memory": self.all_experts(fields.get("experts", "int8")), **fields}
-        task = Task(model, self.cache, **fields)
+        task = Task(model, fields.pop("cache", self.cache), **fields)
         outcome = module("full.ours", task.as_json(), **(turn or {}))
         return last_json(outcome.stdout), outcome
 
@@ -85,12 +86,17 @@ class Bench:
     def cache(self) -> Path:
         return self.shop.path("cache")
 
+    def bound(self, tokens: int) -> PromptBound:
+        """The ceilings, measured as a turn is: first in line for a core."""
+        outcome = module("full.kernels", json.dumps(asdict(self.shape)), tokens)
+        return PromptBound(**last_json(outcome.stdout))
+
     def stock(self, turn: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
         """One turn of stock transformers, in its own environment where there is one."""
         own = self.peers / "stock" / "bin" / "python"
         python = own if own.exists() else Path(sys.executable)
         task = json.dumps({"model": str(self.checkpoint()), **fields}, default=str)
-        return last_json(run([python, HERE / "stock_turn.py", task], **(turn or {})).stdout)
+        return last_json(run([python, "-P", HERE / "stock_turn.py", task], **(turn or {})).stdout)
 
     def hold(self, bar: Bar) -> Bar:
         """Note and print one verdict."""
@@ -100,9 +106,9 @@ class Bench:
 
     def without(self, what: str, reason: object) -> None:
         """Say that a comparison is left out."""
-        text = "\n    ".join(str(reason).splitlines()[:REASON_LINES])
-        self.missing.append(f"{what}: {str(reason).splitlines()[0]}")
-        report.show(f"  {what}: left out: {text}")
+        lines = str(reason).splitlines()
+        self.missing.append(f"{what}: {lines[0] if len(lines) == 1 else lines[-1]}")
+        report.show(f"  {what}: left out: " + "\n    ".join(lines[-REASON_LINES:]))
 
 
 def begin(title: str) -> None:

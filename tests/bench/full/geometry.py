@@ -25,6 +25,7 @@ class Geometry:
     heads: int = 16
     vocab: int = 50304
     context_tokens: int = 8192
+    family: str = "olmoe"  # or qwen3_moe: the same shapes in a layout that more runtimes know
 
     @property
     def expert_numbers(self) -> int:
@@ -69,17 +70,27 @@ class Geometry:
     def _layer_shapes(self, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         for part in LAYER_PARTS:
             yield f"{prefix}self_attn.{part}.weight", (self.hidden, self.hidden)
+        normed = self.hidden if self.family == "olmoe" else self.hidden // self.heads
         for norm in ("self_attn.q_norm", "self_attn.k_norm"):
-            yield f"{prefix}{norm}.weight", (self.hidden,)
+            yield f"{prefix}{norm}.weight", (normed,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}{norm}.weight", (self.hidden,)
         yield f"{prefix}mlp.gate.weight", (self.experts, self.hidden)
 
     def config(self) -> dict[str, Any]:
-        """config.json of the checkpoint, in the words of transformers' OLMoE."""
-        return {
-            "architectures": ["OlmoeForCausalLM"],
-            "model_type": "olmoe",
+        """config.json of the checkpoint, in the words of transformers."""
+        own: dict[str, dict[str, Any]] = {
+            "olmoe": {"architectures": ["OlmoeForCausalLM"], "clip_qkv": None},
+            "qwen3_moe": {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "head_dim": self.hidden // self.heads,
+                "moe_intermediate_size": self.expert_width,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+            },
+        }
+        shared: dict[str, Any] = {
+            "model_type": self.family,
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
             "intermediate_size": self.expert_width,
@@ -95,7 +106,6 @@ class Geometry:
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "rope_theta": 10000.0,
             "attention_bias": False,
-            "clip_qkv": None,
             "tie_word_embeddings": False,
             "bos_token_id": None,
             "eos_token_id": 0,
@@ -103,6 +113,7 @@ class Geometry:
             "dtype": "bfloat16",
             "torch_dtype": "bfloat16",
         }
+        return shared | own[self.family]
 
 
 OLMOE = Geometry()

@@ -1,6 +1,11 @@
-"""How fast the products alone are on this machine, right now: the ceiling of a prompt."""
+"""How fast memory and the products alone are on this machine right now: the ceilings.
 
-from dataclasses import dataclass
+python -m full.kernels GEOMETRY TOKENS      (one JSON line; the benchmark starts it as a turn)
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -21,6 +26,7 @@ class PromptBound:
     experts_rate: float  # multiply-adds per second
     dense_rate: float
     rows_per_expert: float
+    memory_bytes_per_s: float  # of one thread that reads
 
 
 def int8_rate(rows: int, outputs: int, inputs: int) -> float:
@@ -43,4 +49,10 @@ def int8_prompt(shape: Geometry, tokens: int) -> PromptBound:
     experts = shape.layers * shape.experts_per_token * tokens * shape.expert_numbers
     dense = shape.layers * 4 * shape.hidden**2 * tokens * DENSE_DIGITS
     seconds = experts / experts_rate + dense / dense_rate
-    return PromptBound(seconds, experts_rate, dense_rate, rows)
+    return PromptBound(seconds, experts_rate, dense_rate, rows, report.memory_bandwidth())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    shape = Geometry(**json.loads(sys.argv[1]))
+    print(json.dumps(asdict(int8_prompt(shape, int(sys.argv[2])))))

@@ -39,8 +39,11 @@ class Windows:
         return self._block[at : at + wanted].view(shape)
 
 
-def make_random(folder: Path, shape: Geometry, seed: int = 0) -> Path:
-    """The variant that routes evenly. Does nothing where it lies already."""
+def make_random(folder: Path, shape: Geometry, twin: Path | None = None, seed: int = 0) -> Path:
+    """The variant that routes evenly; experts are linked from `twin` where one is given.
+
+    Does nothing where it lies already.
+    """
     windows = Windows(seed)
 
     def fill(name: str, wanted: tuple[int, ...]) -> torch.Tensor:
@@ -49,7 +52,7 @@ def make_random(folder: Path, shape: Geometry, seed: int = 0) -> Path:
         found = windows.take(wanted)
         return found * 50 if name.endswith("embed_tokens.weight") else found
 
-    return _write(folder, shape, fill, fill)
+    return _write(folder, shape, fill, fill, twin)
 
 
 def make_skewed(

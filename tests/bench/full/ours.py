@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+import moestro.cache
 from engine_kit import opened
 from moestro.cache import CacheStats, TraceWriter
 from moestro.engine import SamplingParams
@@ -59,7 +60,9 @@ class Task:
     chunk: int = 512  # tokens of one step
     temperature: float = 0.0
     prefetch: bool = True
-    trace: Path | None = None  # of the decode part
+    trace: Path | None = None  # of all that is asked of the cache, from its first event
+    link_bytes_per_s: float | None = None  # an emulated link, and behind it …
+    device_memory: int | None = None  # … a device with this many bytes of slots
     settings: dict[str, Any] = field(default_factory=dict)  # of EngineConfig, as they are
 
     def as_json(self) -> str:
@@ -84,9 +87,13 @@ def run(task: Task) -> dict[str, Any]:
         kv_memory_bytes=task.kv_memory,
         max_step_tokens=task.chunk,
         prefetch=task.prefetch,
+        max_running=max(16, task.batch),
+        **emulated(task),
         **task.settings,
     ) as loaded:
         plan = loaded.cache.plan
+        writer = None if task.trace is None else TraceWriter(task.trace, loaded.cache.spec)
+        loaded.cache.record(writer)
         found: dict[str, Any] = {
             "load_s": time.perf_counter() - began,
             "phases_s": loaded.load_s,
@@ -102,7 +109,20 @@ def run(task: Task) -> dict[str, Any]:
         if task.decode:
             found["decode"] = _decode(loaded, task)
         found["rss_bytes"] = psutil.Process().memory_info().rss
+        loaded.cache.record(None)
+        if writer is not None:
+            writer.close()
     return found
+
+
+def emulated(task: Task) -> dict[str, Any]:
+    """EngineConfig's fields for a device behind an emulated link; none without one."""
+    if task.link_bytes_per_s is None:
+        return {}
+    spec = getattr(moestro.cache, "LinkSpec", None)
+    if spec is None:
+        raise SystemExit("this build has no emulated link")
+    return {"link": spec(task.link_bytes_per_s), "device_memory_bytes": task.device_memory}
 
 
 def fill(loaded: Loaded) -> None:
@@ -136,9 +156,8 @@ def _prefill(loaded: Loaded, task: Task) -> dict[str, Any]:
 def _decode(loaded: Loaded, task: Task) -> dict[str, Any]:
     """Seconds of the steps after the first token, all sequences together."""
     params = SamplingParams(task.decode + 1, temperature=task.temperature, seed=7, ignore_eos=True)
-    generate(loaded, [random_ids(loaded, task.depth, 1)], ONE)
-    writer = None if task.trace is None else TraceWriter(task.trace, loaded.cache.spec)
-    loaded.cache.record(writer)
+    if task.warm:
+        generate(loaded, [random_ids(loaded, task.depth, 1)], ONE)
     seconds, steps, cpu, totals = [], list[float](), [], dict.fromkeys(COUNTED, 0.0)
     for number in range(task.repeats):
         prompts = [random_ids(loaded, task.depth, 100 * number + i) for i in range(task.batch)]
@@ -147,9 +166,6 @@ def _decode(loaded: Loaded, task: Task) -> dict[str, Any]:
         steps += turn.steps_s
         cpu.append(turn.cpu_s)
         totals = {name: totals[name] + turn.counted[name] for name in COUNTED}
-    loaded.cache.record(None)
-    if writer is not None:
-        writer.close()
     return {
         "seconds": seconds,
         "cpu_s": cpu,

@@ -17,7 +17,7 @@ STOCK_IMPLEMENTATIONS = ("grouped_mm", "eager")
 
 def run(bench: Bench) -> None:
     begin("P1 decode, all in RAM, batch 1")
-    ceiling = report.memory_bandwidth() / bench.shape.active_numbers
+    ceiling = bench.bound(1).memory_bytes_per_s / bench.shape.active_numbers
     results: dict[str, Any] = {"one_byte_ceiling_tok_s": ceiling}
     report.show(f"  ceiling at one byte per weight: {ceiling:.1f} tok/s, at half a byte twice that")
     best = 0.0

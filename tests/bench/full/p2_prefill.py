@@ -6,7 +6,6 @@ import report
 
 from .bars import medians, ratio_bar, share_bar
 from .bench import Bench, TurnFailed, begin, finish
-from .kernels import int8_prompt
 
 TOKENS = 512
 LLAMA_BARS = {"q4_0": 3.5, "q8_0": 7.0}
@@ -17,7 +16,7 @@ STOCK_IMPLEMENTATIONS = ("grouped_mm", "eager")
 
 def run(bench: Bench) -> None:
     begin(f"P2 prefill of {TOKENS} tokens, int8, all in RAM")
-    bound = int8_prompt(bench.shape, TOKENS)
+    bound = bench.bound(TOKENS)
     ceiling = TOKENS / bound.seconds
     report.show(
         f"  ceiling {ceiling:.0f} tok/s: experts at {bound.experts_rate / 1e9:.0f} G/s with"

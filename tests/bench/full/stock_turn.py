@@ -1,6 +1,6 @@
 """One turn of stock transformers in its own environment: prefill and decode; one JSON line.
 
-    PEERS/stock/bin/python stock_turn.py '{"model": "DIR", "experts": "eager", "decode": 16}'
+    PEERS/stock/bin/python -P stock_turn.py '{"model": "DIR", "experts": "eager", "decode": 16}'
 
 Imports nothing of moestro. Fields: model, experts (implementation), prefill, decode (tokens),
 repeats; for disk offload also offload (a folder) and memory (bytes that weights may take).
