@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 
-import report
 from engine_kit import MIB, generate, opened
 from moestro.engine import SamplingParams
 from moestro.engine.loader import Loaded

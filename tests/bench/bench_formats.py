@@ -12,9 +12,9 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import report
 import torch
 
-import report
 from engine_kit import MIB, opened
 from moestro.engine.kv import SequenceKV
 from moestro.engine.loader import Loaded

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 
-import report
 from engine_kit import MIB, generate, opened
 from moestro.cache import (
     DecayedFrequency,

@@ -7,9 +7,8 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-import torch
-
 import report
+import torch
 
 from .bars import rows_per_expert
 from .geometry import Geometry

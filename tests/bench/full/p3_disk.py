@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+
 from moestro.cache import NextUse, Phase, Replayed, TraceReader, belady, replay
 
 from .bars import Bar, Link, bound_s, medians, ratio_bar, share_bar

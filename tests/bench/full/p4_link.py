@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+
 from moestro.engine import EngineConfig
 from moestro.factorize import prepare_demo
 

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 import report
+
 from moestro.engine import EngineConfig
 
 from .bars import Bar, medians

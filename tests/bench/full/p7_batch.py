@@ -3,6 +3,7 @@
 from typing import Any
 
 import report
+
 from moestro.factorize import prepare_demo
 
 from .bars import Bar, Link, bound_s, ratio_bar, share_bar

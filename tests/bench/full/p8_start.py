@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
 import report
+
 from server_process import ServerProcess
 
 from .bars import Bar

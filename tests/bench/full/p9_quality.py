@@ -8,10 +8,10 @@ import math
 from pydoc_data import topics
 from typing import Any
 
-import torch
-
 import report
+import torch
 from bench_formats import WINDOW_TOKENS, WINDOWS, log_probabilities, windows
+
 from engine_kit import MIB, opened
 from moestro.engine import StartError
 from moestro.factorize import prepare_demo
