@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -30,24 +31,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_random(tmp_path_factory.mktemp("made") / "random", TINY)
 
 
-def test_the_large_geometry_is_olmoe_1b_7b():
+def test_the_large_geometry_is_olmoe_1b_7b() -> None:
     assert OLMOE.numbers == 6_919_161_856
     assert OLMOE.dense_shapes()["model.layers.15.mlp.gate.weight"] == (64, 2048)
     assert len(OLMOE.expert_shapes(0)) == 3 * 64
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
-def test_transformers_loads_every_tensor(tmp_path: Path, family: str):
+def test_transformers_loads_every_tensor(tmp_path: Path, family: str) -> None:
     folder = make_random(tmp_path / family, replace(TINY, family=family))
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True
-    )
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded, info = found
     assert loaded.config.model_type == family
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert sum(p.numel() for p in loaded.parameters()) == replace(TINY, family=family).numbers
 
 
-def test_the_engine_agrees_with_stock(model: Path, tmp_path: Path):
+def test_the_engine_agrees_with_stock(model: Path, tmp_path: Path) -> None:
     ids = [5, 300, 17, 2, 511, 64]
     with opened(model, tmp_path) as loaded:
         ours = run_logits(loaded, [[(0, ids)]])
@@ -56,7 +56,7 @@ def test_the_engine_agrees_with_stock(model: Path, tmp_path: Path):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_windows_differ_and_repeat_with_the_seed():
+def test_windows_differ_and_repeat_with_the_seed() -> None:
     first, again = Windows(3, 1 << 12), Windows(3, 1 << 12)
     a, b = first.take((8, 8)), first.take((8, 8))
     assert not torch.equal(a, b)
@@ -65,14 +65,14 @@ def test_windows_differ_and_repeat_with_the_seed():
     assert larger.shape == (128, 128) and float(larger.float().std()) == pytest.approx(0.02, 0.1)
 
 
-def test_the_skewed_variant_shares_the_files_of_experts(model: Path, tmp_path: Path):
+def test_the_skewed_variant_shares_the_files_of_experts(model: Path, tmp_path: Path) -> None:
     skewed = make_skewed(model.parent / "skewed", model, TINY, Skew(topics=4))
     for path in model.glob("experts-*.safetensors"):
         assert path.samefile(skewed / path.name)
     assert not (model / "dense.safetensors").samefile(skewed / "dense.safetensors")
 
 
-def test_a_finished_shard_is_not_written_again(model: Path):
+def test_a_finished_shard_is_not_written_again(model: Path) -> None:
     before = (model / "dense.safetensors").stat().st_mtime_ns
     make_random(model, TINY)
     assert (model / "dense.safetensors").stat().st_mtime_ns == before
@@ -88,7 +88,7 @@ def hit_rate(folder: Path, scratch: Path) -> float:
         scratch / folder.name,
         experts="native",
         dense="native",
-        decode=150,
+        decode=60,
         repeats=1,
         kv_memory=8 << 20,
         temperature=1.0,
@@ -100,13 +100,13 @@ def hit_rate(folder: Path, scratch: Path) -> float:
     return replay(list(reader), per_layer, sum(per_layer) // 2, NextUse()).hit_rate(Phase.DECODE)
 
 
-def test_skewed_routing_is_what_a_cache_wants(tmp_path: Path):
+def test_skewed_routing_is_what_a_cache_wants(tmp_path: Path) -> None:
     even = make_random(tmp_path / "even", WIDER)
     skewed = make_skewed(tmp_path / "skewed", even, WIDER, Skew(topics=8))
     assert hit_rate(skewed, tmp_path) > hit_rate(even, tmp_path) + 0.15
 
 
-def test_the_vocabulary_has_the_wanted_size_and_no_token_twice():
+def test_the_vocabulary_has_the_wanted_size_and_no_token_twice() -> None:
     tokens, merges = vocabulary(50304)
     assert len(tokens) == len(set(tokens)) == 50304
     known = set(tokens)
@@ -115,7 +115,7 @@ def test_the_vocabulary_has_the_wanted_size_and_no_token_twice():
         vocabulary(257)
 
 
-def test_text_survives_the_tokenizer(model: Path):
+def test_text_survives_the_tokenizer(model: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     text = "Any text: ß, 漢字, <tags> and  blanks."
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -123,14 +123,14 @@ def test_text_survives_the_tokenizer(model: Path):
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 256])
-def test_a_prompt_has_exactly_the_wanted_tokens(model: Path, tmp_path: Path, tokens: int):
+def test_a_prompt_has_exactly_the_wanted_tokens(model: Path, tmp_path: Path, tokens: int) -> None:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     assert len(tokenizer.encode(prompt_text(tokenizer, tokens)).ids) == tokens
     file = write_prompt(tmp_path / "prompt.txt", model, tokens)
     assert len(tokenizer.encode(file.read_text("utf-8")).ids) == tokens
 
 
-def test_q8_0_is_what_the_library_writes():
+def test_q8_0_is_what_the_library_writes() -> None:
     tensor = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     ours = quantize_q8_0(tensor)
     kind = gguf.GGMLQuantizationType.Q8_0
@@ -141,7 +141,7 @@ def test_q8_0_is_what_the_library_writes():
     )
 
 
-def test_the_gguf_holds_the_checkpoints_tensors(model: Path, tmp_path: Path):
+def test_the_gguf_holds_the_checkpoints_tensors(model: Path, tmp_path: Path) -> None:
     shape: Geometry = TINY
     reader = gguf.GGUFReader(write_q8_0(model, tmp_path / "model.gguf", shape))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -157,7 +157,7 @@ def test_the_gguf_holds_the_checkpoints_tensors(model: Path, tmp_path: Path):
     np.testing.assert_allclose(weights.reshape(shape.experts, *wanted.shape)[3], wanted, atol=6e-4)
 
 
-def test_the_index_names_every_tensor(model: Path):
+def test_the_index_names_every_tensor(model: Path) -> None:
     index = json.loads((model / "model.safetensors.index.json").read_text("utf-8"))
     assert index["metadata"]["total_size"] == TINY.checkpoint_bytes
     assert len(index["weight_map"]) == len(TINY.dense_shapes()) + 3 * TINY.experts * TINY.layers

@@ -21,18 +21,18 @@ common_perf_print:        eval time =    8000.00 ms /    32 runs   (  250.0 ms p
 """
 
 
-def test_llama_bench_gives_medians():
+def test_llama_bench_gives_medians() -> None:
     speeds = parse_bench(BENCH)
     assert speeds.prefill == 9.0
     assert speeds.decode == pytest.approx(5.15)
 
 
-def test_llama_bench_without_a_result_is_an_error():
+def test_llama_bench_without_a_result_is_an_error() -> None:
     with pytest.raises(TurnFailed, match="no result"):
         parse_bench("error: unable to load model")
 
 
-def test_timings_of_a_completion():
+def test_timings_of_a_completion() -> None:
     speeds = parse_timings(TIMINGS)
     assert speeds.prefill == pytest.approx(16.0)
     assert speeds.decode == pytest.approx(4.0)
@@ -40,13 +40,13 @@ def test_timings_of_a_completion():
         parse_timings("killed")
 
 
-def test_the_last_json_line_counts():
+def test_the_last_json_line_counts() -> None:
     assert last_json('{"a": 1}\nnoise\n{"a": 2}\n') == {"a": 2}
     with pytest.raises(TurnFailed, match="no JSON"):
         last_json("nothing")
 
 
-def test_a_turn_runs_on_one_thread_and_is_seen_from_outside():
+def test_a_turn_runs_on_one_thread_and_is_seen_from_outside() -> None:
     code = "import os, time; x = bytearray(64 << 20); time.sleep(0.3)"
     code += "; print(os.environ['OMP_NUM_THREADS'])"
     outcome = run([sys.executable, "-c", code])
@@ -54,17 +54,17 @@ def test_a_turn_runs_on_one_thread_and_is_seen_from_outside():
     assert outcome.peak_rss_bytes > 64 << 20
 
 
-def test_a_turn_that_fails_says_how():
+def test_a_turn_that_fails_says_how() -> None:
     with pytest.raises(TurnFailed, match="what was wrong"):
         run([sys.executable, "-c", "raise SystemExit('what was wrong')"])
 
 
-def test_a_folder_without_controllers_is_no_memory_group(tmp_path: Path):
+def test_a_folder_without_controllers_is_no_memory_group(tmp_path: Path) -> None:
     with pytest.raises(NoMemoryGroup, match="memory"), memory_group(1 << 30, tmp_path):
         pass
 
 
-def test_a_memory_group_is_made_and_removed(tmp_path: Path):
+def test_a_memory_group_is_made_and_removed(tmp_path: Path) -> None:
     (tmp_path / "cgroup.controllers").write_text("memory")
     (tmp_path / "memory").mkdir()
     limits: list[str] = []
@@ -74,13 +74,13 @@ def test_a_memory_group_is_made_and_removed(tmp_path: Path):
     assert limits == ["12345"] and not group.exists()
 
 
-def test_forgetting_pages_changes_no_file(tmp_path: Path):
+def test_forgetting_pages_changes_no_file(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(b"x" * 10_000)
     forget_pages(tmp_path)
     assert (tmp_path / "data").read_bytes() == b"x" * 10_000
 
 
-def test_a_workshop_removes_what_it_made_and_leaves_what_it_found(tmp_path: Path):
+def test_a_workshop_removes_what_it_made_and_leaves_what_it_found(tmp_path: Path) -> None:
     (tmp_path / "found").mkdir()
     with pytest.raises(KeyboardInterrupt), workshop(tmp_path, 0) as shop:
         shop.path("found")
@@ -91,7 +91,7 @@ def test_a_workshop_removes_what_it_made_and_leaves_what_it_found(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["found"]
 
 
-def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path):
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     place = tmp_path / "models"
     with pytest.raises(NoRoom, match="MOESTRO_BENCH_DIR"), workshop(place, 1 << 60):
         pass

@@ -39,12 +39,17 @@ class Windows:
         return self._block[at : at + wanted].view(shape)
 
 
+def block_numbers(shape: Geometry) -> int:
+    """A small model needs no large block."""
+    return min(BLOCK_NUMBERS, 2 * shape.numbers)
+
+
 def make_random(folder: Path, shape: Geometry, twin: Path | None = None, seed: int = 0) -> Path:
     """The variant that routes evenly; experts are linked from `twin` where one is given.
 
     Does nothing where it lies already.
     """
-    windows = Windows(seed)
+    windows = Windows(seed, block_numbers(shape))
 
     def fill(name: str, wanted: tuple[int, ...]) -> torch.Tensor:
         if len(wanted) == 1:
@@ -59,7 +64,7 @@ def make_skewed(
     folder: Path, twin: Path, shape: Geometry, skew: Skew | None = None, seed: int = 1
 ) -> Path:
     """The variant that routes unevenly; its experts are the files of `twin`, a random one."""
-    windows, skew = Windows(seed), skew or Skew()
+    windows, skew = Windows(seed, block_numbers(shape)), skew or Skew()
     special = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
 
     def fill(name: str, wanted: tuple[int, ...]) -> torch.Tensor:
