@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .geometry import Geometry, Shapes
-from .shards import Fill, write_index, write_shard
+from .shards import INDEX_NAME, Fill, write_index, write_shard
 from .skew import Skew, embedding, head, router
 from .words import write_tokenizer
 
@@ -96,7 +96,9 @@ def _write(
             os.link(twin / name, path)
         else:
             write_shard(path, shapes, dense if name == "dense.safetensors" else experts)
-    (folder / "config.json").write_text(json.dumps(shape.config(), indent=1), "utf-8")
-    write_tokenizer(folder, shape.vocab)
-    write_index(folder, files)
+    index = folder / INDEX_NAME
+    if not index.exists():  # a file written anew would make every pack of the model stale
+        (folder / "config.json").write_text(json.dumps(shape.config(), indent=1), "utf-8")
+        write_tokenizer(folder, shape.vocab)
+        write_index(index, files)
     return folder

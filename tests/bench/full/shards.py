@@ -12,6 +12,7 @@ from .geometry import BF16_BYTES, Shapes
 
 Fill = Callable[[str, tuple[int, ...]], torch.Tensor]
 ALIGN_BYTES = 64
+INDEX_NAME = "model.safetensors.index.json"
 
 
 def write_shard(path: Path, shapes: Shapes, fill: Fill) -> None:
@@ -39,9 +40,9 @@ def header(shapes: Shapes) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_index(folder: Path, files: dict[str, Shapes]) -> None:
-    """model.safetensors.index.json over shards."""
+def write_index(path: Path, files: dict[str, Shapes]) -> None:
+    """Which shard holds which tensor."""
     weight_map = {name: file for file, shapes in files.items() for name in shapes}
     total = BF16_BYTES * sum(prod(s) for shapes in files.values() for s in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    path.write_text(json.dumps(index), "utf-8")
