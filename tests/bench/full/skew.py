@@ -1,10 +1,12 @@
 """Dense weights that route as real models do: unevenly, and alike from one token to the next.
 
 Every token belongs to a topic. Its embedding carries a constant, its topic, and noise, each in
-columns of its own, large enough to survive all layers. With these strengths an LRU cache of half of
-the experts hits 83 % in decode, of a quarter 52 % (tests/bench/LOG.md; evenly routed 50 and 25). Each router reads from the constant which
+columns of its own, large enough to survive all layers. Each router reads from the constant which
 experts are popular (Zipf), from the topic which it prefers, and from the noise the rest. The head
 prefers tokens of the topic of the token it has just seen, so that sampled text dwells on one.
+
+With these strengths an LRU cache of half of the experts hits 83 % in decode, one of a quarter 52 %
+(evenly routed: 50 and 25); tests/bench/LOG.md has the policies.
 """
 
 import math
