@@ -17,7 +17,9 @@ from .words import write_tokenizer
 
 BLOCK_NUMBERS = 1 << 25  # 64 MiB of bf16
 DEVIATION = 0.02
-QUIET_OUTPUT = 0.1  # of attention in the skewed variant: routing follows the token
+# Of attention's output projections: what all tokens of a context share would grow from layer to
+# layer otherwise, until every token chose the same experts.
+QUIET_OUTPUT = 0.1
 
 
 class Windows:
@@ -50,12 +52,12 @@ def make_random(folder: Path, shape: Geometry, twin: Path | None = None, seed: i
     Does nothing where it lies already.
     """
     windows = Windows(seed, block_numbers(shape))
+    gains = {"embed_tokens": 1 / DEVIATION, "o_proj": QUIET_OUTPUT}
 
     def fill(name: str, wanted: tuple[int, ...]) -> torch.Tensor:
         if len(wanted) == 1:
             return torch.ones(wanted, dtype=torch.bfloat16)
-        found = windows.take(wanted)
-        return found * 50 if name.endswith("embed_tokens.weight") else found
+        return windows.take(wanted) * gains.get(name.rsplit(".", 2)[1], 1.0)
 
     return _write(folder, shape, fill, fill, twin)
 

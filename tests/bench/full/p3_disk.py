@@ -30,6 +30,7 @@ OFFLOADED_TOKENS = 2  # of accelerate: each moves every expert
 
 def run(bench: Bench) -> None:
     begin(f"P3 in a memory group of {GROUP_BYTES / 1e9:.1f} GB, {EXPERTS} experts, {DENSE} dense")
+    report.show(f"  the kernel reads ahead of every page fault by {read_ahead()}: mmap hangs on it")
     results: dict[str, Any] = {}
     try:
         with memory_group(1 << 30):
@@ -43,6 +44,15 @@ def run(bench: Bench) -> None:
     for name, against in (("fastllm", against_fastllm), ("accelerate", against_accelerate)):
         results[name] = attempt(bench, f"P3 against {name}", against)
     finish("p3", bench, results)
+
+
+def read_ahead() -> str:
+    """Of each disk; 128 KiB is usual. The larger, the more of a small group one fault takes."""
+    found = {
+        path.parents[1].name: int(path.read_text())
+        for path in Path("/sys/block").glob("*/queue/read_ahead_kb")
+    }
+    return ", ".join(f"{size} KiB ({disk})" for disk, size in found.items() if "loop" not in disk)
 
 
 def attempt(bench: Bench, what: str, work: Callable[[Bench], dict[str, Any]]) -> dict[str, Any]:
