@@ -23,7 +23,8 @@ MODULES = {
     "p8": "p8_start",
     "p9": "p9_quality",
 }
-SMALL = {"p5", "p9"}  # need no large model
+SMALL = {"p5", "p7", "p9"}  # need no large model
+DISK = {"p3", "p4", "p6"}  # need more of them than one
 
 
 def arguments() -> argparse.Namespace:
@@ -48,7 +49,9 @@ def main() -> int:
     chosen = arguments()
     names = chosen.bars or list(MODULES)
     shape = GEOMETRIES[chosen.geometry]
-    needed = 0 if SMALL.issuperset(names) else needed_bytes(shape)
+    needed = (
+        0 if SMALL.issuperset(names) else needed_bytes(shape, disk_bars=not DISK.isdisjoint(names))
+    )
     report.show(f"needs {needed / GIB:.0f} GiB in {chosen.folder}; removed at the end")
     try:
         with workshop(chosen.folder, needed, chosen.keep) as shop:

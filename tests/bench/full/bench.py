@@ -60,6 +60,8 @@ class Bench:
         source = self.gguf("q8_0", variant)
         report.show(f"quantizing to {path} (minutes)")
         self.llama.quantize(source, path, "Q4_0")
+        if variant != "random":
+            self.shop.drop(source)
         return path
 
     def ours(self, variant: str = "random", **fields: Any) -> dict[str, Any]:

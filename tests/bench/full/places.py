@@ -10,8 +10,10 @@ from pathlib import Path
 from .geometry import Geometry
 
 MARGIN_BYTES = 2 << 30
-# What lies there at once, in bytes per weight: the checkpoint, one pack of ours, Q8_0, Q4_0.
-CHECKPOINT, PACK, Q8_0, Q4_0 = 2.0, 1.0, 34 / 32, 18 / 32
+# What lies there at once, in bytes per weight: the checkpoint, the int8 pack, Q8_0, Q4_0 …
+RESIDENT_BARS = 2 + 1 + 34 / 32 + 18 / 32
+# … and the int4 pack, the skewed variant's packs and Q4_0, a native pack or an offload folder.
+DISK_BARS = RESIDENT_BARS + 0.55 + 1.55 + 18 / 32 + 2
 GIB = 1 << 30
 
 
@@ -19,9 +21,9 @@ class NoRoom(Exception):
     """The disk is too small; the message says by how much and what to do."""
 
 
-def needed_bytes(shape: Geometry) -> int:
-    """Free disk that a whole run takes at its fullest."""
-    return int(shape.numbers * (CHECKPOINT + PACK + Q8_0 + Q4_0)) + MARGIN_BYTES
+def needed_bytes(shape: Geometry, *, disk_bars: bool = True) -> int:
+    """Free disk that a run takes at its fullest; less without the bars that are about disks."""
+    return int(shape.numbers * (DISK_BARS if disk_bars else RESIDENT_BARS)) + MARGIN_BYTES
 
 
 def free_bytes(folder: Path) -> int:
