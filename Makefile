@@ -47,7 +47,7 @@ gpu-check: dev ## the tests that need an NVIDIA GPU
 bench: dev ## the benchmarks (ARGS="bench_engine" for one)
 	@scripts/bench.sh $(ARGS)
 
-bench-full: dev ## a 7 B model against its peers: hours, 60 GB of disk (ARGS="p1 p3" for some)
+bench-full: dev ## a 7 B model against its peers: hours, 67 GB of disk (ARGS="p1 p3" for some)
 	@scripts/bench_full.sh $(ARGS)
 
 clean: ## remove .venv and everything built or cached in this folder (not the model cache)

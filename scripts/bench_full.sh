@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole benchmark, moestro beside its peers: scripts/bench_full.sh [p1 p5 …] [--turns 3] [--keep]
-# Installs the peers first, each into a place of its own. Needs about 60 GB of free disk and hours;
+# Installs the peers first, each into a place of its own. Needs about 67 GB of free disk and hours;
 # models are made, measured and removed again. See --help.
 #   MOESTRO_BENCH_DIR     where models and packs go   (default: bench in the cache folder)
 #   MOESTRO_BENCH_PEERS   where peers are installed   (default: bench-peers in the cache folder)
