@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 export MOESTRO_TORCH
 export PYTHON
 
-.PHONY: help run setup dev test check test-fast test-slow gpu-check bench clean
+.PHONY: help run setup dev test check test-fast test-slow gpu-check bench bench-full clean
 
 help: ## this text
 	@echo "moestro: a server for Mixture-of-Experts models larger than the memory they run in."
@@ -46,6 +46,9 @@ gpu-check: dev ## the tests that need an NVIDIA GPU
 
 bench: dev ## the benchmarks (ARGS="bench_engine" for one)
 	@scripts/bench.sh $(ARGS)
+
+bench-full: dev ## a 7 B model against its peers: hours, 67 GB of disk (ARGS="p1 p3" for some)
+	@scripts/bench_full.sh $(ARGS)
 
 clean: ## remove .venv and everything built or cached in this folder (not the model cache)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

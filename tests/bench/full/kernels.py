@@ -1,0 +1,57 @@
+"""How fast memory and the products alone are on this machine right now: the ceilings.
+
+python -m full.kernels GEOMETRY TOKENS      (one JSON line; the benchmark starts it as a turn)
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+
+import report
+import torch
+
+from .bars import rows_per_expert
+from .geometry import Geometry
+
+COLD_BYTES = 160 << 20  # more than any cache of the processor holds
+DENSE_DIGITS = 2  # of int8 dense rows: each product has twice the rows
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBound:
+    """The least seconds that the products of a prompt can take, and at which rates."""
+
+    seconds: float
+    experts_rate: float  # multiply-adds per second
+    dense_rate: float
+    rows_per_expert: float
+    memory_bytes_per_s: float  # of one thread that reads
+
+
+def int8_rate(rows: int, outputs: int, inputs: int) -> float:
+    """Multiply-adds per second of int8 [rows, inputs] x [inputs, outputs], out of memory."""
+    count = max(2, COLD_BYTES // (outputs * inputs))
+    weights = [torch.ones(outputs, inputs, dtype=torch.int8) for _ in range(count)]
+    values = torch.ones(rows, inputs, dtype=torch.int8)
+    out = torch.empty(rows, outputs, dtype=torch.int32)
+    seconds = report.seconds(lambda: [torch._int_mm(values, w.t(), out=out) for w in weights], 3)
+    return rows * outputs * inputs * count / seconds
+
+
+def int8_prompt(shape: Geometry, tokens: int) -> PromptBound:
+    """Of `tokens` tokens routed evenly: products of experts and dense rows at their own sizes."""
+    rows = rows_per_expert(shape.experts, shape.experts_per_token, tokens)
+    wide = int8_rate(round(rows), shape.expert_width, shape.hidden)
+    narrow = int8_rate(round(rows), shape.hidden, shape.expert_width)
+    experts_rate = 3 / (2 / wide + 1 / narrow)  # two wide matrices and a narrow one
+    dense_rate = int8_rate(DENSE_DIGITS * tokens, shape.hidden, shape.hidden)
+    experts = shape.layers * shape.experts_per_token * tokens * shape.expert_numbers
+    dense = shape.layers * 4 * shape.hidden**2 * tokens * DENSE_DIGITS
+    seconds = experts / experts_rate + dense / dense_rate
+    return PromptBound(seconds, experts_rate, dense_rate, rows, report.memory_bandwidth())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    shape = Geometry(**json.loads(sys.argv[1]))
+    print(json.dumps(asdict(int8_prompt(shape, int(sys.argv[2])))))
