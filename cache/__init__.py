@@ -1,5 +1,6 @@
 """Where expert weights are and who may stay. Knows no request, no token, no HTTP."""
 
+from .cuda_link import STAGING_BYTES, cuda
 from .errors import (
     CacheError,
     DoesNotFit,
@@ -14,12 +15,22 @@ from .frequency import DecayedFrequency, NextUse
 from .keys import ExpertKey, Phase, Routed, SlotState
 from .layout import BlobLayout, PackLayer, PackSpec, TensorSpec
 from .lease import Lease
+from .link import Copied, Copy, EmulatedLink, Link, LinkSpec
 from .pack import Pack
 from .pack_build import PackWriter, open_or_build
-from .plan import CacheConfig, SlotPlan, plan_slots
+from .plan import (
+    LEAST_HOST_SLOTS,
+    CacheConfig,
+    HostMode,
+    SlotPlan,
+    TierPlan,
+    plan_slots,
+    plan_tiers,
+)
 from .policy import Lru, PerLayer, Policy
 from .replayer import LayerReplay, Replayed, belady, replay, replay_events
-from .stats import CacheStats, LayerStats
+from .stats import CacheStats, LayerStats, LinkStats, TierStats
+from .tiers import emulated, two_tiers
 from .tracefile import (
     LiveCount,
     TraceEvent,
@@ -32,19 +43,28 @@ from .transfer import Completion, DirectReader, Reader, ReadRequest
 from .units import human_bytes
 
 __all__ = [
+    "LEAST_HOST_SLOTS",
+    "STAGING_BYTES",
     "BlobLayout",
     "CacheConfig",
     "CacheError",
     "CacheStats",
     "Completion",
+    "Copied",
+    "Copy",
     "DecayedFrequency",
     "DirectReader",
     "DoesNotFit",
+    "EmulatedLink",
     "ExpertCache",
     "ExpertKey",
+    "HostMode",
     "LayerReplay",
     "LayerStats",
     "Lease",
+    "Link",
+    "LinkSpec",
+    "LinkStats",
     "LiveCount",
     "Lru",
     "NextUse",
@@ -66,6 +86,8 @@ __all__ = [
     "SlotPlan",
     "SlotState",
     "TensorSpec",
+    "TierPlan",
+    "TierStats",
     "TraceEvent",
     "TraceHeader",
     "TraceInvalid",
@@ -73,9 +95,13 @@ __all__ = [
     "TraceReader",
     "TraceWriter",
     "belady",
+    "cuda",
+    "emulated",
     "human_bytes",
     "open_or_build",
     "plan_slots",
+    "plan_tiers",
     "replay",
     "replay_events",
+    "two_tiers",
 ]

@@ -1,9 +1,10 @@
-"""The cache: slots in RAM in front of a pack. One thread calls it; that is why it has no lock."""
+"""The cache: slots in front of a pack, or of a host tier. One thread calls it: it has no lock."""
 
 from collections.abc import Sequence
 
 from .counters import Counters
 from .frequency import NextUse
+from .host import TierReader
 from .keys import ExpertKey, Phase, Routed
 from .layout import PackSpec
 from .lease import Lease
@@ -12,7 +13,7 @@ from .pack import Pack
 from .plan import SlotPlan
 from .policy import Policy
 from .residency import Residency, missing
-from .slots import SlotArena
+from .slots import Arena, SlotArena
 from .speed import time_reads
 from .stats import CacheStats, LayerStats
 from .table import SlotTable, agree
@@ -30,18 +31,26 @@ class ExpertCache:
         *,
         policy: Policy | None = None,
         reader: Reader | None = None,
+        arena: Arena | None = None,
+        table: SlotTable | None = None,
     ) -> None:
-        """Whoever is expected latest goes first and one thread reads, unless told otherwise."""
+        """Whoever is expected latest goes first and one thread reads, unless told otherwise.
+
+        `arena` and `table`, if given, are those that `reader` knows (tiers.py).
+        """
         layers = pack.spec.layers
         self._pack = pack
         self._plan = plan
-        self._arena = SlotArena(plan.slots, plan.slot_bytes, [layer.kinds for layer in layers])
+        if arena is None:
+            arena = SlotArena(plan.slots, plan.slot_bytes, [layer.kinds for layer in layers])
+        self._arena = arena
         self._counters = Counters(len(layers))
         experts = [layer.num_experts for layer in layers]
-        self._table = SlotTable(plan.slots, experts)
+        self._table = SlotTable(plan.slots, experts) if table is None else table
         self._policy: Policy = NextUse() if policy is None else policy
         self._residency = Residency(self._table, self._policy, self._counters, experts)
         reader = DirectReader(pack) if reader is None else reader
+        self._host = reader if isinstance(reader, TierReader) else None
         self._loader = Loader(pack, self._arena, self._residency, reader)
         self._lease: Lease | None = None
         self._trace: TraceWriter | None = None
@@ -109,7 +118,9 @@ class ExpertCache:
         return missing(self._table.where[layer], experts)
 
     def time_reads(self, most_s: float) -> list[float]:
-        """Seconds of a few reads of one expert out of the pack (speed.py). Raises ReadFailed."""
+        """Seconds that a slot takes to be filled, a few times (speed.py). Raises ReadFailed."""
+        if self._host is not None:
+            return self._host.time_fills(most_s)
         return time_reads(self._pack, most_s)
 
     def record(self, trace: TraceWriter | None) -> None:
@@ -150,6 +161,7 @@ class ExpertCache:
             slot_bytes=plan.slot_bytes,
             capacity_bytes=plan.capacity_bytes,
             used_bytes=self._table.used * plan.slot_bytes + plan.staging_bytes,
+            host=None if self._host is None else self._host.stats(),
         )
 
     def check(self) -> None:
@@ -159,6 +171,8 @@ class ExpertCache:
         self._check_books()
         passing, most = len(self._table.passing), self._residency.stream_slots
         agree("passing experts beyond their share, none", max(0, passing - most), 0)
+        if self._host is not None:
+            self._host.check()
 
     def close(self) -> None:
         """Waits for a read under way; the views of all leases are void. Idempotent."""

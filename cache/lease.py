@@ -15,7 +15,7 @@ import torch
 from .keys import ExpertKey, Phase, Routed
 from .loader import MOST_BYTES_AT_ONCE, Failure, Loader
 from .residency import Residency, missing
-from .slots import SlotArena
+from .slots import Arena
 from .table import NOWHERE
 
 
@@ -32,7 +32,7 @@ class Lease:
         self,
         loader: Loader,
         residency: Residency,
-        arena: SlotArena,
+        arena: Arena,
         layer: int,
         experts: Sequence[int],
         phase: Phase,
@@ -43,7 +43,8 @@ class Lease:
         self.open = True
         self._loader, self._residency, self._table = loader, residency, residency.table
         self._counters = residency.counters
-        self._layer, self._phase, self._views = layer, phase, arena.views[layer]
+        self._layer, self._phase = layer, phase
+        self._arena, self._views = arena, arena.views[layer]
         self._iterated = False
         self._pending: list[int] = []  # experts that wait for a slot
         self._coming: set[int] = set()  # slots of this lease being read into
@@ -88,6 +89,7 @@ class Lease:
             self.collect(self._loader.wait(self._phase))
         self._counters.abandoned += len(self._pending)
         self._pending.clear()
+        self._arena.used(self._table.pinned)
         self._table.pinned.clear()
         self.open = False
 
@@ -226,6 +228,7 @@ class Lease:
     def _refill(self, count: int) -> None:
         """Gives up the first `count` slots of the rota, all done, for those who wait."""
         old = [self._rota.popleft() for _ in range(count)]
+        self._arena.used(old)
         self._table.pinned.difference_update(old)
         self._more.difference_update(old)
         self._done.difference_update(old)

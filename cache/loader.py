@@ -12,7 +12,7 @@ from .errors import PackInvalid, ReadFailed
 from .keys import Phase
 from .pack import Pack
 from .residency import Residency
-from .slots import SlotArena
+from .slots import Arena
 from .transfer import Completion, Reader, ReadRequest
 
 _log = logging.getLogger("moestro.cache")
@@ -26,7 +26,7 @@ Failure = ReadFailed | PackInvalid
 class Loader:
     """Owns the reader, and the link's side of the counters."""
 
-    def __init__(self, pack: Pack, arena: SlotArena, residency: Residency, reader: Reader) -> None:
+    def __init__(self, pack: Pack, arena: Arena, residency: Residency, reader: Reader) -> None:
         self._pack = pack
         self._arena = arena
         self._residency = residency
@@ -62,13 +62,10 @@ class Loader:
         """Reads `experts`, ascending, into the slots they were given, in one submission."""
         sizes, at = self._layers[layer].strides, 0
         requests: list[ReadRequest] = []
-        for run in _runs(experts, max(1, MOST_BYTES_AT_ONCE // self.strides[layer])):
+        for run in runs_of(experts, max(1, MOST_BYTES_AT_ONCE // self.strides[layer])):
             given = tuple(slots[at : at + len(run)])
             at += len(run)
-            buffers = tuple(
-                self._arena.buffer(slot, sizes[expert])
-                for slot, expert in zip(given, run, strict=True)
-            )
+            buffers = self._arena.buffers(given, sizes[run.start : run.stop])
             requests.append(ReadRequest(layer, run, given, buffers, guessed))
         if self._layers[layer].each:
             for expert, slot in zip(experts, slots, strict=True):
@@ -126,7 +123,7 @@ class Loader:
             self._loads[layer][expert] += 1
 
 
-def _runs(experts: Sequence[int], longest: int) -> Iterator[range]:
+def runs_of(experts: Sequence[int], longest: int) -> Iterator[range]:
     """Ascending experts as runs of neighbours, none longer than `longest`."""
     if not experts:
         return

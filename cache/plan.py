@@ -1,6 +1,7 @@
 """Bytes to slots: how many experts fit. Pure arithmetic, before anything is allocated."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from .errors import DoesNotFit
 from .layout import PackSpec
@@ -76,3 +77,59 @@ def plan_slots(
             needed,
         )
     return SlotPlan(capacity_bytes, staging_bytes, slots, slot_bytes, total)
+
+
+class HostMode(Enum):
+    """What the host tier, between the device's slots and the pack, keeps."""
+
+    WHOLE = "whole"  # every expert, once it was read: nobody ever leaves
+    EXCLUSIVE = "exclusive"  # whoever the device has leaves first: more experts in both together
+    INCLUSIVE = "inclusive"  # whoever the policy prefers; never better, here to be measured against
+
+
+LEAST_HOST_SLOTS = 2
+"""One is read into while the other one is copied from."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """Both budgets divided. Without a device tier, the host's slots are what is computed from."""
+
+    host: SlotPlan
+    device: SlotPlan | None = None
+    mode: HostMode | None = None  # None without a device tier
+
+    def __str__(self) -> str:
+        if self.device is None or self.mode is None:
+            return str(self.host)
+        return f"device: {self.device}; host ({self.mode.value}): {self.host}"
+
+
+def plan_tiers(
+    device_bytes: int | None,
+    host_bytes: int,
+    spec: PackSpec,
+    min_slots: int,
+    staging_bytes: int = 0,
+) -> TierPlan:
+    """Divides both budgets. `min_slots` is what one step needs where it computes.
+
+    `staging_bytes` are the host tier's. The host keeps all experts if they fit; else it gives up
+    first what the device has, which reads less from the pack for every pair of budgets that was
+    tried (tests/bench/bench_tiers.py). Raises DoesNotFit, like `plan_slots`; the message begins
+    with the budget's name where there are two.
+    """
+    if device_bytes is None:
+        return TierPlan(plan_slots(host_bytes, spec, min_slots, staging_bytes))
+    device = _named("the device", device_bytes, spec, min_slots, 0)
+    host = _named("the host tier", host_bytes, spec, LEAST_HOST_SLOTS, staging_bytes)
+    return TierPlan(host, device, HostMode.WHOLE if host.holds_all else HostMode.EXCLUSIVE)
+
+
+def _named(
+    tier: str, capacity_bytes: int, spec: PackSpec, min_slots: int, staging_bytes: int
+) -> SlotPlan:
+    try:
+        return plan_slots(capacity_bytes, spec, min_slots, staging_bytes)
+    except DoesNotFit as error:
+        raise DoesNotFit(f"{tier}: {error}", error.needed_bytes) from error

@@ -19,7 +19,7 @@ class ReadRequest:
     layer: int
     experts: range
     slots: tuple[int, ...]  # whose they are; only the cache knows what that means
-    buffers: tuple[memoryview, ...]  # one stride each
+    buffers: tuple[memoryview, ...]  # one stride each; none for slots that only a link can fill
     guessed: bool  # a prefetch: whatever is demanded goes first
 
 
@@ -46,6 +46,13 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Ends reads under way, forgets what is queued. Idempotent."""
+
+
+class PackReader(Reader, Protocol):
+    """A reader that others wait beside."""
+
+    def wait_at_most(self, seconds: float) -> list[Completion]:
+        """Like `wait`, but with none in it when `seconds` pass first."""
 
 
 def read_blobs(pack: Pack, request: ReadRequest) -> None:
@@ -92,6 +99,12 @@ class DirectReader:
 
     def wait(self) -> list[Completion]:
         return [self._completed.get(), *self.poll()]
+
+    def wait_at_most(self, seconds: float) -> list[Completion]:
+        try:
+            return [self._completed.get(timeout=seconds), *self.poll()]
+        except Empty:
+            return []
 
     def close(self) -> None:
         with self._changed:

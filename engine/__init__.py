@@ -1,7 +1,7 @@
 """From prompt ids to token events. Knows no HTTP, no JSON field, no Prometheus."""
 
 from .advice import Change, changes
-from .config import EngineConfig, Progress, ProgressFn
+from .config import EngineConfig, LinkSpec, Progress, ProgressFn
 from .errors import (
     BadParameter,
     BudgetTooSmall,
@@ -23,7 +23,15 @@ from .manifest import MANIFEST_NAME, Manifest
 from .mixed import FormatMap, mix_by_trace
 from .planner import plan_model
 from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
-from .stats import EngineState, EngineStats, ModelInfo, PrefetchStats, RecallStats
+from .stats import (
+    CacheStats,
+    EngineState,
+    EngineStats,
+    ModelInfo,
+    PrefetchStats,
+    RecallStats,
+    TierStats,
+)
 from .tokenizer import Tokenizer
 from .tracing import (
     CEILING,
@@ -44,6 +52,7 @@ __all__ = [
     "BadParameter",
     "Bound",
     "BudgetTooSmall",
+    "CacheStats",
     "Change",
     "Draining",
     "EngineConfig",
@@ -55,6 +64,7 @@ __all__ = [
     "FinishReason",
     "Forecast",
     "FormatMap",
+    "LinkSpec",
     "LinkSpeed",
     "LivePoint",
     "LoadCancelled",
@@ -76,6 +86,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "StartError",
+    "TierStats",
     "Timings",
     "TokenEvent",
     "TokenStream",

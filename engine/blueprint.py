@@ -7,7 +7,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from moestro.cache import DoesNotFit, PackSpec, human_bytes, plan_slots
+from moestro.cache import LEAST_HOST_SLOTS, DoesNotFit, PackSpec, human_bytes, plan_slots
 
 from .checkpoint import Checkpoint, ExpertsModule
 from .config import EngineConfig
@@ -121,17 +121,21 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = F
         dense_bytes=dense_bytes,
         workspace_bytes=_workspace_bytes(config, blueprint),
         experts_total_bytes=spec.slot_bytes * spec.num_experts,
-        experts_least_bytes=spec.slot_bytes * least,
+        experts_least_bytes=spec.slot_bytes * (least if config.link is None else LEAST_HOST_SLOTS),
         kv_bytes_per_token=topology.kv_numbers_per_token * itemsize,
         context_tokens=wanted_context,
         packing_bytes=max(_packing_bytes(blueprint) if packing else 0, loading_bytes),
     )
     if config.host_memory_bytes is not None:
         try:
-            plan_slots(config.host_memory_bytes, spec, least)
+            plan_slots(
+                config.host_memory_bytes, spec, demand.experts_least_bytes // spec.slot_bytes
+            )
         except DoesNotFit as error:
             raise BudgetTooSmall(f"--host-memory: {error}") from error
     plan = settle(demand, config.host_memory_bytes, config.kv_memory_bytes, memory_limit())
+    if config.device_memory_bytes is not None:
+        plan = _with_device(config, plan, spec, least)
     if config.max_model_len_tokens is not None and plan.kv_tokens < wanted_context:
         needed = round_up_tokens(wanted_context) * demand.kv_bytes_per_token
         raise BudgetTooSmall(
@@ -140,6 +144,22 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = F
             f" {plan.kv_tokens}"
         )
     return plan
+
+
+def _with_device(config: EngineConfig, plan: MemoryPlan, spec: PackSpec, least: int) -> MemoryPlan:
+    """The plan with the slots of an emulated device, which take memory unless they only show the
+
+    host's (where the host holds all experts). Raises BudgetTooSmall.
+    """
+    assert config.device_memory_bytes is not None
+    try:
+        device = plan_slots(config.device_memory_bytes, spec, least)
+    except DoesNotFit as error:
+        raise BudgetTooSmall(f"--device-memory: {error}") from error
+    if plan.experts_bytes >= plan.demand.experts_total_bytes:
+        return plan
+    host, kv = config.host_memory_bytes, config.kv_memory_bytes
+    return settle(plan.demand, host, kv, memory_limit(), device.arena_bytes)
 
 
 def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:

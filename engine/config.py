@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moestro.cache import LinkSpec as LinkSpec  # the door hands it on
+
 from .errors import BadParameter
 
 
@@ -30,6 +32,8 @@ class EngineConfig:
     expert_format: str = "native"  # or "mixed:FILE" (mixed.py)
     dense_format: str = "native"
     host_memory_bytes: int | None = None  # expert slots and staging
+    device_memory_bytes: int | None = None  # expert slots of a device with its own memory
+    link: LinkSpec | None = None  # with the device "cpu": one with memory behind it is imagined
     kv_memory_bytes: int | None = None
     experts_per_token: int | None = None
     prefetch: bool = True
@@ -41,16 +45,16 @@ class EngineConfig:
     max_step_tokens: int = 512  # tokens in one packed pass
 
     def __post_init__(self) -> None:
-        for name in (
-            "host_memory_bytes",
-            "kv_memory_bytes",
-            "experts_per_token",
-            "prefetch_experts",
-            "threads",
-        ):
+        counts = ("host_memory_bytes", "device_memory_bytes", "kv_memory_bytes")
+        for name in (*counts, "experts_per_token", "prefetch_experts", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadParameter(f"{name} must be positive, not {value}", name)
+        if self.device == "cpu" and (self.link is None) != (self.device_memory_bytes is None):
+            raise BadParameter(
+                "device_memory_bytes and link belong together: a cpu has no memory of its own",
+                "device_memory_bytes",
+            )
 
     @property
     def format_name(self) -> str:

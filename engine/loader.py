@@ -21,11 +21,14 @@ from transformers import PreTrainedModel
 
 from moestro.cache import (
     ExpertCache,
+    Pack,
     PackWriter,
     Phase,
+    emulated,
     human_bytes,
     open_or_build,
-    plan_slots,
+    plan_tiers,
+    two_tiers,
 )
 
 from .attention import install
@@ -228,8 +231,6 @@ def _load_weights(
         log,
         on_proof=lambda done, total: phases.report(done, total, "layers compared"),
     )
-    slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
-    log.info("expert cache: %s, next use over all layers, from %s", slots, path)
     phases.enter("load")
     model = checkpoint.build_meta_model(COMPUTE_DTYPE)
     load_dense(
@@ -246,7 +247,17 @@ def _load_weights(
     packed.expanded_layers = set(blueprint.topology.expanded_layers)
     install(model, packed)
     release_freed_memory()
-    return model, ExpertCache(pack, slots), packed
+    least = max(blueprint.topology.experts_per_token)
+    return model, _open_cache(config, plan, pack, least), packed
+
+
+def _open_cache(config: EngineConfig, plan: MemoryPlan, pack: Pack, least: int) -> ExpertCache:
+    tiers = plan_tiers(config.device_memory_bytes, plan.experts_bytes, pack.spec, least)
+    log.info("expert cache: %s, next use over all layers, from %s", tiers, pack.path)
+    if config.link is None:
+        return ExpertCache(pack, tiers.host)
+    log.warning("no device: this start imagines one behind an %s link", config.link)
+    return two_tiers(pack, tiers, emulated(config.link, pack, tiers))
 
 
 def _prefetch(

@@ -53,10 +53,11 @@ class MemoryPlan:
     kv_bytes: int
     limit_bytes: int
     limit_name: str
+    device_bytes: int = 0  # slots of an emulated device that are memory of their own
 
     @property
     def serving_bytes(self) -> int:
-        return self.demand.fixed_bytes + self.experts_bytes + self.kv_bytes
+        return self.demand.fixed_bytes + self.experts_bytes + self.device_bytes + self.kv_bytes
 
     @property
     def packing_excess_bytes(self) -> int:
@@ -76,11 +77,13 @@ class MemoryPlan:
 
     def parts(self) -> dict[str, int]:
         """Bytes by part; they sum to the total."""
+        device = {"device": self.device_bytes} if self.device_bytes else {}
         return {
             "interpreter": self.demand.interpreter_bytes,
             "dense": self.demand.dense_bytes,
             "workspace": self.demand.workspace_bytes,
             "experts": self.experts_bytes,
+            **device,
             "kv": self.kv_bytes,
             "packing": self.packing_excess_bytes,
         }
@@ -97,9 +100,18 @@ class MemoryPlan:
             f" {human_bytes(demand.dense_bytes)} + workspace {human_bytes(demand.workspace_bytes)}",
             f"  experts   {human_bytes(self.experts_bytes):>10}  {share} % of"
             f" {human_bytes(demand.experts_total_bytes)} (--host-memory)",
+            *self._device_line(),
             f"  kv        {human_bytes(self.kv_bytes):>10}  {self.kv_tokens} tokens of"
             f" {human_bytes(demand.kv_bytes_per_token)} (--kv-memory)",
             *self._packing_line(),
+        ]
+
+    def _device_line(self) -> list[str]:
+        if not self.device_bytes:
+            return []
+        return [
+            f"  device    {human_bytes(self.device_bytes):>10}  emulated: slots of host memory, too"
+            " (--device-memory)"
         ]
 
     def _packing_line(self) -> list[str]:
@@ -173,24 +185,27 @@ def settle(
     host_memory_bytes: int | None,
     kv_memory_bytes: int | None,
     limit: tuple[int, str],
+    device_bytes: int = 0,
 ) -> MemoryPlan:
     """Budgets where the user gave none, then the check. Raises BudgetTooSmall with the sums.
 
-    Room beyond all experts is not planned: nothing would ever take it.
+    Room beyond all experts is not planned: nothing would ever take it. `device_bytes` are an
+    emulated device's slots, where they lie in the same memory.
     """
     limit_bytes, limit_name = limit
-    left = int(limit_bytes * (1 - RESERVE_SHARE)) - demand.fixed_bytes
+    taken = demand.fixed_bytes + device_bytes
+    left = int(limit_bytes * (1 - RESERVE_SHARE)) - taken
     least_kv = ROUND_TOKENS * demand.kv_bytes_per_token
     kv = kv_memory_bytes
     if kv is None:
         whole = round_up_tokens(demand.context_tokens) * demand.kv_bytes_per_token
-        room = limit_bytes - demand.fixed_bytes - demand.experts_least_bytes
+        room = limit_bytes - taken - demand.experts_least_bytes
         kv = max(least_kv, min(whole, DEFAULT_KV_BYTES, left // 2, room))
     experts = host_memory_bytes
     if experts is None:
         experts = max(demand.experts_least_bytes, left - kv)
     experts = min(experts, demand.experts_total_bytes)
-    plan = MemoryPlan(demand, experts, kv, limit_bytes, limit_name)
+    plan = MemoryPlan(demand, experts, kv, limit_bytes, limit_name, device_bytes)
     if plan.kv_tokens < 1:
         raise BudgetTooSmall(
             f"--kv-memory {human_bytes(kv)} is too small: the least is {ROUND_TOKENS} tokens of"
@@ -205,14 +220,16 @@ def _too_large(plan: MemoryPlan, kv_is_given: bool) -> str:
     """The sums, and what to change; or what the model needs at the least, where nothing helps."""
     demand, limit = plan.demand, f"{plan.limit_name} is {human_bytes(plan.limit_bytes)}"
     fixed = f"fixed {human_bytes(demand.fixed_bytes)}"
-    least = demand.fixed_bytes + demand.experts_least_bytes + plan.kv_bytes
+    if plan.device_bytes:
+        fixed += f" + emulated device {human_bytes(plan.device_bytes)}"
+    least = demand.fixed_bytes + plan.device_bytes + demand.experts_least_bytes + plan.kv_bytes
     if least > plan.limit_bytes and not kv_is_given:
         return (
             f"the model needs at least {human_bytes(least)} ({fixed} + experts of one token"
             f" {human_bytes(demand.experts_least_bytes)} + kv of {plan.kv_tokens} tokens"
             f" {human_bytes(plan.kv_bytes)}), {limit}"
         )
-    experts_room = plan.limit_bytes - demand.fixed_bytes - plan.kv_bytes
+    experts_room = plan.limit_bytes - demand.fixed_bytes - plan.device_bytes - plan.kv_bytes
     return (
         f"the plan needs {human_bytes(plan.total_bytes)} ({fixed} + experts"
         f" {human_bytes(plan.experts_bytes)} + kv {human_bytes(plan.kv_bytes)} + packing"

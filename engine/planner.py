@@ -44,6 +44,8 @@ def plan_model(
     Raises StartError as the start would; where budgets contradict, with the nearest plan that fits.
     """
     _check_choices(config)
+    if config.link is not None:
+        raise StartError("--emulate-link: a plan is for real links; it is for serving alone")
     here = weights_are_here(config.model_path)
     checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
     try:

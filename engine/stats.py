@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from moestro.cache import CacheStats
+from moestro.cache import CacheStats as CacheStats  # the door hands both on
+from moestro.cache import TierStats as TierStats
 
 
 class EngineState(Enum):

@@ -90,6 +90,7 @@ def serve(
     port: flags.Port = None,
     device: flags.Device = None,
     device_memory: flags.DeviceMemory = None,
+    emulate_link: flags.EmulateLink = None,
     host_memory: flags.HostMemory = None,
     kv_memory: flags.KvMemory = None,
     expert_format: flags.ExpertFormat = None,

@@ -9,7 +9,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from moestro.engine import EngineState, EngineStats, ModelInfo, Unavailable
+from moestro.engine import (
+    CacheStats,
+    EngineState,
+    EngineStats,
+    ModelInfo,
+    TierStats,
+    Unavailable,
+)
 
 if TYPE_CHECKING:
     from .deps import Worker
@@ -46,6 +53,7 @@ class EngineCollector(Collector):
         yield from _of_lookups(stats)
         yield from _of_transfers(stats)
         yield from _of_prefetch(stats)
+        yield from _of_host_tier(stats)
         yield from _of_memory(stats)
 
 
@@ -104,20 +112,21 @@ def _of_transfers(stats: EngineStats) -> Iterator[Metric]:
         ("dropped",): cache.prefetches_dropped,
     }
     loads: Labelled = {("demand",): cache.demand_loads, ("prefetch",): cache.prefetch_loads}
-    moved: Labelled = {
-        ("disk", "demand"): cache.demand_bytes,
-        ("disk", "prefetch"): cache.prefetch_bytes,
-    }
-    seconds: Labelled = {
-        ("disk", "demand"): cache.demand_read_s,
-        ("disk", "prefetch"): cache.prefetch_read_s,
-    }
+    moved: Labelled = {}
+    seconds: Labelled = {}
+    link = "disk" if cache.host is None else _link_label(cache.host)
+    for source, part in ((link, cache), ("disk", cache.host)):
+        if part is not None:
+            moved[source, "demand"] = part.demand_bytes
+            moved[source, "prefetch"] = part.prefetch_bytes
+            seconds[source, "demand"] = part.demand_read_s
+            seconds[source, "prefetch"] = part.prefetch_read_s
     stalls: Labelled = {("prefill",): cache.prefill_stall_s, ("decode",): cache.decode_stall_s}
     way = ("source", "cause")
     yield _counter("expert_prefetches", "Guessed experts by outcome", outcomes, ("outcome",))
     yield _counter("expert_loads", "Experts read into a slot", loads, ("cause",))
     yield _counter("expert_transfer_bytes", "Bytes of experts moved", moved, way)
-    yield _counter("expert_transfer_seconds", "Time of the readers", seconds, way)
+    yield _counter("expert_transfer_seconds", "Time of the readers or the link", seconds, way)
     yield _counter("expert_stall_seconds", "Computing waited for experts", stalls, ("phase",))
 
 
@@ -144,12 +153,36 @@ def _of_prefetch(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("prefetch_rereads", words, cache.prefetch_rereads)
 
 
+def _of_host_tier(stats: EngineStats) -> Iterator[Metric]:
+    """Without samples where experts are computed from the host's slots."""
+    host = stats.cache.host
+    lookups: Labelled = {}
+    evictions: Labelled = {}
+    copies: Labelled = {}
+    if host is not None:
+        lookups = {("hit",): host.hits, ("miss",): host.misses}
+        evictions = {(host.mode,): host.evictions}
+        copies = {(_link_label(host),): host.link.copies}
+    words = "Experts that the device missed, looked for in host memory"
+    yield _counter("expert_host_lookups", words, lookups, ("result",))
+    yield _counter("expert_host_evictions", "Experts that left host memory", evictions, ("mode",))
+    yield _counter("expert_link_copies", "Experts copied to the device", copies, ("link",))
+
+
+def _link_label(host: TierStats) -> str:
+    return "emulated link" if host.link.emulated else "host"
+
+
 def _of_memory(stats: EngineStats) -> Iterator[Metric]:
     cache = stats.cache
     tier = ("tier",)
-    capacity: Labelled = {("host",): cache.capacity_bytes}
-    used: Labelled = {("host",): cache.used_bytes}
-    slots: Labelled = {("host",): cache.slots}
+    capacity: Labelled = {}
+    used: Labelled = {}
+    slots: Labelled = {}
+    for name, part in _tiers(cache):
+        capacity[(name,)] = part.capacity_bytes
+        used[(name,)] = part.used_bytes
+        slots[(name,)] = part.slots
     yield _gauge("expert_cache_capacity_bytes", "Room for experts", capacity, tier)
     yield _gauge("expert_cache_used_bytes", "Room taken by experts", used, tier)
     yield _gauge("expert_cache_slots", "Experts that fit at once", slots, tier)
@@ -157,6 +190,15 @@ def _of_memory(stats: EngineStats) -> Iterator[Metric]:
     words = "The memory plan: the process stays below the sum"
     yield _gauge("memory_planned_bytes", words, planned, ("part",))
     yield _gauge("expert_blob_bytes", "One expert, as it is moved", cache.slot_bytes)
+
+
+def _tiers(cache: CacheStats) -> list[tuple[str, CacheStats | TierStats]]:
+    if cache.host is None:
+        return [("host", cache)]
+    return [
+        ("emulated device" if cache.host.link.emulated else "device", cache),
+        ("host", cache.host),
+    ]
 
 
 def layer_labels(names: list[str]) -> list[str]:

@@ -29,7 +29,16 @@ DeviceMemory = Annotated[
     Option(
         "--device-memory",
         metavar="SIZE",
-        help="Room for experts on a device with its own memory; refused on cpu.",
+        help="Room for experts on a device with its own memory; on cpu only with --emulate-link.",
+    ),
+]
+EmulateLink = Annotated[
+    str | None,
+    Option(
+        "--emulate-link",
+        metavar="SPEED[,LATENCY]",
+        help="For measuring: as if --device-memory were behind a link of this speed, such as"
+        " 12GB/s,20us; all its figures say `emulated`. [default: none]",
     ),
 ]
 HostMemory = Annotated[

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -68,6 +75,30 @@ def _is_folder(path: Path) -> bool:
         raise ValueError(f"cannot read {_shown(str(path))}: {error.strerror}") from None
 
 
+_LINK_FORM = "a speed above 0, and a latency if you like, such as 12GB/s or 25GB/s,20us"
+_LATENCY = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms)")
+
+
+def parse_link(value: object) -> object:
+    """'12GB/s,20us' -> (12e9 bytes per second, 2e-5 seconds). ValueError where it is none."""
+    if not isinstance(value, str):
+        return value
+    speed, comma, latency = value.partition(",")
+    match = _LATENCY.fullmatch(latency.strip())
+    size = _SIZE.fullmatch(speed.strip().removesuffix("/s"))
+    if not speed.strip().endswith("/s") or size is None or (comma and match is None):
+        raise ValueError(f"{_shown(value)} is not {_LINK_FORM}")
+    try:
+        found = parse_size(speed.strip().removesuffix("/s"))
+    except ValueError:
+        found = 0
+    if not isinstance(found, int) or found <= 0:
+        raise ValueError(f"{_shown(value)} is not {_LINK_FORM}")
+    unit_s = {"us": 1e-6, "ms": 1e-3}
+    return found, float(match[1]) * unit_s[match[2]] if match else 0.0
+
+
+LinkSpeed = Annotated[tuple[int, float], BeforeValidator(parse_link)]
 Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0, description=_SIZE_FORM)]
 Count = Annotated[int, Field(gt=0, description=_COUNT_FORM)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, description="seconds above 0")]
@@ -100,7 +131,8 @@ class Settings(Places):
     host: str = Field("127.0.0.1", min_length=1, description="a host name or an address")
     port: int = Field(8000, ge=0, le=65535, description="a port number from 0 to 65535")
     device: str = "cpu"
-    device_memory: str | None = None
+    emulate_link: LinkSpeed | None = Field(None, description=_LINK_FORM)
+    device_memory: Bytes | None = None
     host_memory: Bytes | None = None
     kv_memory: Bytes | None = None
     expert_format: str = "native"
@@ -172,12 +204,13 @@ class Settings(Places):
 
     @field_validator("device_memory")
     @classmethod
-    def _no_device_tier(cls, value: str | None) -> None:
-        if value is not None:
+    def _no_device_tier(cls, value: int | None, others: ValidationInfo) -> int | None:
+        if value is not None and others.data.get("emulate_link") is None:
             raise ValueError(
                 "device cpu has no memory of its own to hold experts; they live in host memory "
-                "(--host-memory) and on disk"
+                "(--host-memory) and on disk. To measure what a device would do: --emulate-link"
             )
+        return value
 
     @field_validator("api_key")
     @classmethod
@@ -204,7 +237,7 @@ class Settings(Places):
         return None if self.api_key is None else self.api_key.get_secret_value()
 
     def to_engine_config(self) -> "EngineConfig":
-        from moestro.engine import EngineConfig  # brings torch: only once the start is decided
+        from moestro.engine import EngineConfig, LinkSpec  # bring torch: once it is decided
 
         return EngineConfig(
             model_path=self.model_path,
@@ -213,6 +246,8 @@ class Settings(Places):
             expert_format=self.expert_format,
             dense_format=self.dense_format,
             host_memory_bytes=self.host_memory,
+            device_memory_bytes=self.device_memory,
+            link=None if self.emulate_link is None else LinkSpec(*self.emulate_link),
             kv_memory_bytes=self.kv_memory,
             experts_per_token=self.experts_per_token,
             prefetch=self.prefetch,
@@ -225,9 +260,15 @@ class Settings(Places):
 def load_settings(flags: Mapping[str, object]) -> Settings:
     """Flags win over variables, variables over defaults. Refused names the first bad value."""
     try:
-        return Settings(**flags)  # type: ignore[arg-type]
+        settings = Settings(**flags)  # type: ignore[arg-type]
     except ValidationError as error:
         raise Refused(_in_one_line(error.errors()[0], flags)) from None
+    if settings.emulate_link is not None and settings.device_memory is None:
+        raise Refused(
+            "--emulate-link: how much the device behind the link holds is missing, such as"
+            " --device-memory 1GiB"
+        )
+    return settings
 
 
 def load_places(cache_dir: str | None) -> Places:

@@ -1,11 +1,12 @@
 """Any order of calls, of arrivals and of failures: the books agree after each of them.
 
-The judge is the reader's own note of which slot's bytes are whose, kept apart from the cache.
+One contract for every tier, every mode of the host tier and every policy. The judge is the rig's
+own note of which slot's bytes are whose, kept apart from the cache.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,39 +20,58 @@ from hypothesis.stateful import (
     rule,
 )
 
-from manual_reader import ManualReader
 from moestro.cache import (
-    ExpertCache,
+    DecayedFrequency,
     Lease,
     Lru,
     NextUse,
+    Pack,
     PackSpec,
     PerLayer,
     Phase,
     Policy,
     ReadFailed,
     Routed,
-    plan_slots,
 )
+from rigs import KINDS, Kind, OneTier, Rig, TwoTiers
 from tiny_packs import assert_is, build_tiny, mixed_spec, tiny_spec
 
 LAYERS = st.integers(0, 2)
 EXPERTS = st.lists(st.integers(0, 5), unique=True, max_size=6)
-POLICIES = st.sampled_from([NextUse, Lru, lambda: PerLayer(Lru)])
+POLICIES: st.SearchStrategy[Callable[[], Policy]] = st.sampled_from(
+    [NextUse, Lru, DecayedFrequency, lambda: PerLayer(Lru)]
+)
+SPEC, MIXED = tiny_spec(6, 6, 6), mixed_spec(6, 6, 6)
 
 
 class CacheMachine(RuleBasedStateMachine):
     path: ClassVar[Path]
-    spec: ClassVar[PackSpec] = tiny_spec(6, 6, 6)
+    spec: ClassVar[PackSpec] = SPEC
     lease: Lease | None = None
 
-    @initialize(slots=st.sampled_from([1, 2, 3, 5, 9, 18]), first=st.booleans(), policy=POLICIES)
-    def start(self, slots: int, first: bool, policy: Callable[[], Policy]) -> None:
-        self.pack = build_tiny(self.path, self.spec)  # opened, after the first time
-        self.reader = ManualReader(self.pack, lambda count: 0 if first else count - 1)
-        plan = plan_slots(slots * self.spec.slot_bytes, self.spec, 1)
-        self.cache = ExpertCache(self.pack, plan, policy=policy(), reader=self.reader)
+    @initialize(
+        slots=st.sampled_from([1, 2, 3, 5, 9, 18]),
+        first=st.booleans(),
+        policy=POLICIES,
+        data=st.data(),
+    )
+    def start(
+        self, slots: int, first: bool, policy: Callable[[], Policy], data: st.DataObject
+    ) -> None:
+        pack = build_tiny(self.path, self.spec)  # opened, after the first time
+        self.rig = self.make(pack, slots, policy(), lambda count: 0 if first else count - 1, data)
+        self.cache = self.rig.cache
         self.requested = self.hits = 0
+
+    def make(
+        self,
+        pack: Pack,
+        slots: int,
+        policy: Policy,
+        choose: Callable[[int], int],
+        data: st.DataObject,
+    ) -> Rig:
+        return OneTier(pack, slots, policy, choose)
 
     @precondition(lambda self: self.lease is None)
     @rule(layer=LAYERS, experts=EXPERTS, phase=st.sampled_from(Phase), data=st.data())
@@ -88,7 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.lease is not None
         self.lease.__exit__(None, None, None)
         self.lease = None
-        assert all(request.guessed for request in self.reader.queued)
+        assert all(request.guessed for request in self.cache._loader._under_way)
 
     @rule(layer=LAYERS, experts=EXPERTS, limit=st.integers(0, 3))
     def prefetch(self, layer: int, experts: list[int], limit: int) -> None:
@@ -97,15 +117,15 @@ class CacheMachine(RuleBasedStateMachine):
         assert started <= min(limit, len(experts))
         assert staying <= self.here()
 
-    @precondition(lambda self: self.reader.queued)
+    @precondition(lambda self: self.rig.moving)
     @rule(data=st.data())
     def arrive(self, data: st.DataObject) -> None:
-        self.reader.finish(data.draw(st.integers(0, len(self.reader.queued) - 1)))
+        self.rig.end(data.draw(st.integers(0, self.rig.moving - 1)))
 
-    @precondition(lambda self: not self.reader.failures)
+    @precondition(lambda self: not self.rig.failures)
     @rule()
     def fail_next_read(self) -> None:
-        self.reader.failures.append(ReadFailed("the disk said no"))
+        self.rig.failures.append(ReadFailed("the disk said no"))
 
     @invariant()
     def books_agree(self) -> None:
@@ -116,8 +136,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.used_bytes <= stats.capacity_bytes
 
     def here(self) -> set[tuple[int, int]]:
-        """Whose bytes are whole, by the reader's note, and known to the cache."""
-        return set(self.reader.holds.values()) & set(self.cache._policy.keys())
+        """Whose bytes are whole, by the rig's note, and known to the cache."""
+        return self.rig.here() & set(self.cache._policy.keys())
 
     def pinned(self) -> set[tuple[int, int]]:
         table = self.cache._table
@@ -128,10 +148,32 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.close()
 
 
+def machine_of(spec: PackSpec, kind: Kind) -> type[CacheMachine]:
+    """The same over two tiers."""
+    given = spec
+
+    class Machine(CacheMachine):
+        spec = given
+
+        def make(
+            self,
+            pack: Pack,
+            slots: int,
+            policy: Policy,
+            choose: Callable[[int], int],
+            data: st.DataObject,
+        ) -> Rig:
+            host_slots = data.draw(st.sampled_from([1, 2, 3, 6, 12]))
+            host_policy = data.draw(POLICIES)()
+            return TwoTiers(pack, slots, host_slots, kind, policy, host_policy, choose)
+
+    return Machine
+
+
 class MixedMachine(CacheMachine):
     """Experts of a layer differ in size, and slots take any of them."""
 
-    spec = mixed_spec(6, 6, 6)
+    spec = MIXED
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +181,19 @@ def pack_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CacheMachine, "path", tmp_path / "tiny.pack", raising=False)
 
 
-TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+def case(machine: type[CacheMachine], examples: int) -> Any:
+    found = machine.TestCase
+    found.settings = settings(max_examples=examples, stateful_step_count=40, deadline=None)
+    return found
 
-TestMixed = MixedMachine.TestCase
-TestMixed.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+
+TestOneTier = case(CacheMachine, 150)
+TestMixed = case(MixedMachine, 50)
+TestWhole = case(machine_of(SPEC, KINDS["whole, moved"]), 60)
+TestWholeMixed = case(machine_of(MIXED, KINDS["whole, moved"]), 30)
+TestWholeShown = case(machine_of(SPEC, KINDS["whole, shown"]), 60)
+TestWholeShownMixed = case(machine_of(MIXED, KINDS["whole, shown"]), 30)
+TestInclusive = case(machine_of(SPEC, KINDS["inclusive"]), 100)
+TestInclusiveMixed = case(machine_of(MIXED, KINDS["inclusive"]), 30)
+TestExclusive = case(machine_of(SPEC, KINDS["exclusive"]), 100)
+TestExclusiveMixed = case(machine_of(MIXED, KINDS["exclusive"]), 30)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.cache.loader import _runs
+from moestro.cache.loader import runs_of
 
 
 @pytest.mark.parametrize(
@@ -18,11 +18,11 @@ from moestro.cache.loader import _runs
 def test_neighbours_are_read_together(
     experts: list[int], longest: int, runs: list[tuple[int, ...]]
 ) -> None:
-    assert [tuple(run) for run in _runs(experts, longest)] == runs
+    assert [tuple(run) for run in runs_of(experts, longest)] == runs
 
 
 @given(st.sets(st.integers(0, 60)), st.integers(1, 9))
 def test_runs_are_a_partition(experts: set[int], longest: int) -> None:
-    runs = list(_runs(sorted(experts), longest))
+    runs = list(runs_of(sorted(experts), longest))
     assert [expert for run in runs for expert in run] == sorted(experts)
     assert all(1 <= len(run) <= longest for run in runs)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.cache import CacheConfig, DoesNotFit, plan_slots
+from moestro.cache import CacheConfig, DoesNotFit, HostMode, plan_slots, plan_tiers
 from tiny_packs import tiny_spec
 
 SPEC = tiny_spec(6, 6, 6)  # slots of 8192 bytes, 18 experts
@@ -46,3 +46,42 @@ def test_a_plan_reads_as_one_line() -> None:
 def test_a_config_that_cannot_be_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="not"):
         CacheConfig(capacity_bytes=1 << 20, **wrong)
+
+
+@given(
+    device=st.none() | st.integers(0, 300_000),
+    host=st.integers(0, 300_000),
+    least=st.integers(1, 18),
+    staging=st.integers(0, 20_000),
+)
+def test_tiers_stay_within_both_budgets_or_say_which_is_too_small(
+    device: int | None, host: int, least: int, staging: int
+) -> None:
+    try:
+        plan = plan_tiers(device, host, SPEC, least, staging)
+    except DoesNotFit as error:
+        if device is not None:
+            tier, given = (
+                str(error).partition(":")[0],
+                {"the device": device, "the host tier": host},
+            )
+            assert error.needed_bytes > given[tier]
+        else:
+            assert error.needed_bytes > host
+        return
+    assert plan.host.used_bytes <= host
+    assert (plan.device is None) == (plan.mode is None) == (device is None)
+    if plan.device is not None and device is not None:
+        assert plan.device.used_bytes <= device
+        assert plan.device.slots >= least
+        assert plan.host.slots >= 2
+        whole = plan.mode is HostMode.WHOLE
+        assert whole == plan.host.holds_all
+        assert whole or plan.mode is HostMode.EXCLUSIVE
+
+
+def test_a_plan_of_tiers_names_both() -> None:
+    text = str(plan_tiers(2 * 8192, 5 * 8192, SPEC, 1))
+    assert text.startswith("device: 2 slots of 8 KiB")
+    assert "host (exclusive): 5 slots" in text
+    assert str(plan_tiers(None, 5 * 8192, SPEC, 1)).startswith("5 slots of 8 KiB")

@@ -59,8 +59,9 @@ def test_help_tells_the_true_defaults():
 
 def test_flags_are_those_that_were_promised():
     promised = (
-        "--host --port --device --device-memory --host-memory --kv-memory --expert-format "
-        "--dense-format --experts-per-token --no-prefetch --prefetch-experts --threads "
+        "--host --port --device --device-memory --emulate-link --host-memory --kv-memory "
+        "--expert-format --dense-format --experts-per-token --no-prefetch --prefetch-experts "
+        "--threads "
         "--max-model-len --served-model-name --cache-dir --api-key --help"
     )
     text = moestro("serve", "--help").stdout
@@ -90,6 +91,8 @@ def test_no_arguments_teach():
         (("serve", "demo", "--prefetch-experts", "0"), ("--prefetch-experts", "--no-prefetch")),
         (("serve", "demo", "--device", "cuda"), ("--device", "auto, cpu")),
         (("serve", "demo", "--device-memory", "1GiB"), ("--device-memory", "--host-memory")),
+        (("serve", "demo", "--emulate-link", "fast"), ("--emulate-link", "12GB/s")),
+        (("serve", "demo", "--emulate-link", "12GB/s"), ("--emulate-link", "--device-memory")),
         (("serve", "/no/where"), ("MODEL", "/no/where")),
         (("serve", "demo", "--host", "no such host"), ("--host",)),
         (("serve", "~nosuchuser/x"), ("MODEL", "~nosuchuser/x")),

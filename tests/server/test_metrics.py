@@ -1,9 +1,12 @@
 """The page of metrics, read as Prometheus reads it."""
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fake_engine import FakeWorker, script_of
+from moestro.cache import LinkStats, TierStats
 from moestro.engine import EngineState, FinishReason, TokenEvent
 
 URL = "/v1/completions"
@@ -33,6 +36,9 @@ FAMILIES = {
     "kv_cache_capacity_bytes": "gauge",
     "corrupted_requests": "counter",
     "expert_lookups": "counter",
+    "expert_host_lookups": "counter",
+    "expert_host_evictions": "counter",
+    "expert_link_copies": "counter",
     "expert_evictions": "counter",
     "expert_prefetches": "counter",
     "expert_loads": "counter",
@@ -138,3 +144,51 @@ async def test_apps_do_not_share_numbers(client_for, worker: FakeWorker):
     await one.post(URL, json={"prompt": "x"})
     name = "moestro_requests_total{endpoint=completions,finish_reason=stop}"
     assert ((await page_of(one))[name], (await page_of(other))[name]) == (1, 0)
+
+
+LINK = LinkStats(
+    "emulated 12 GB/s, 20 us", True, copies=11, copied_bytes=11000, chunks=12, busy_s=3
+)
+HOST = TierStats(
+    mode="exclusive",
+    hits=7,
+    misses=4,
+    evictions=2,
+    demand_reads=3,
+    prefetch_reads=1,
+    demand_bytes=3000,
+    prefetch_bytes=1000,
+    demand_read_s=0.75,
+    prefetch_read_s=0.5,
+    slots=5,
+    slots_used=4,
+    slot_bytes=1000,
+    capacity_bytes=5000,
+    used_bytes=4000,
+    link=LINK,
+)
+
+
+async def test_a_host_tier_and_its_link_have_their_own_labels(client, worker):
+    cache = replace(worker.stats_now.cache, host=HOST)
+    worker.stats_now = replace(worker.stats_now, cache=cache)
+    page = await page_of(client)
+    for name, value in {
+        "expert_host_lookups_total{result=hit}": 7,
+        "expert_host_lookups_total{result=miss}": 4,
+        "expert_host_evictions_total{mode=exclusive}": 2,
+        "expert_link_copies_total{link=emulated link}": 11,
+        "expert_transfer_bytes_total{cause=demand,source=emulated link}": 6000,
+        "expert_transfer_bytes_total{cause=demand,source=disk}": 3000,
+        "expert_transfer_seconds_total{cause=prefetch,source=disk}": 0.5,
+        "expert_cache_slots{tier=emulated device}": 8,
+        "expert_cache_slots{tier=host}": 5,
+        "expert_cache_used_bytes{tier=host}": 4000,
+    }.items():
+        assert page[f"moestro_{name}"] == value
+
+
+async def test_without_a_host_tier_it_has_no_samples(client):
+    page = await page_of(client)
+    assert not [name for name in page if "expert_host" in name or "expert_link" in name]
+    assert page["moestro_expert_cache_slots{tier=host}"] == 8

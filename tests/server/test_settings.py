@@ -172,3 +172,32 @@ def test_as_many_threads_as_make_sense():
     assert load_settings({"model": "demo", "threads": str(most)}).threads == most
     with pytest.raises(Refused, match=f"the most is {most}$"):
         load_settings({"model": "demo", "threads": str(most + 1)})
+
+
+@pytest.mark.parametrize(
+    ("text", "link"),
+    [
+        ("12GB/s", (12_000_000_000, 0.0)),
+        ("25GB/s,20us", (25_000_000_000, 2e-5)),
+        ("1.5GiB/s, 0.5ms", (3 << 29, 5e-4)),
+    ],
+)
+def test_an_emulated_link_has_a_speed_and_a_latency(text, link):
+    given = {"model": "demo", "emulate_link": text, "device_memory": "1GiB"}
+    config = load_settings(given).to_engine_config()
+    assert config.link is not None
+    assert (config.link.bandwidth_bytes_per_s, config.link.latency_s) == pytest.approx(link)
+    assert config.device_memory_bytes == 1 << 30
+
+
+@pytest.mark.parametrize(
+    "text", ["12GB", "fast", "12GB/s,", "12GB/s,20", "0GB/s", "-1GB/s", "9" * 400]
+)
+def test_what_is_no_link_is_refused(text):
+    with pytest.raises(Refused, match="^--emulate-link: .* is not a speed above 0"):
+        load_settings({"model": "demo", "emulate_link": text, "device_memory": "1GiB"})
+
+
+def test_an_emulated_link_leads_to_some_memory():
+    with pytest.raises(Refused, match="^--emulate-link: .* --device-memory"):
+        load_settings({"model": "demo", "emulate_link": "12GB/s"})

@@ -14,10 +14,16 @@ class ManualReader:
     `holds` is the truth about the bytes: which (layer, expert) each slot's memory holds.
     """
 
-    def __init__(self, pack: Pack, choose: Callable[[int], int] = lambda count: 0) -> None:
+    def __init__(
+        self,
+        pack: Pack,
+        choose: Callable[[int], int] = lambda count: 0,
+        sleep: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         """`choose(n)` picks which of n queued reads ends when the cache has to wait."""
         self._pack = pack
         self._choose = choose
+        self._sleep = sleep
         self._completed: list[Completion] = []
         self.queued: list[ReadRequest] = []
         self.submissions: list[list[ReadRequest]] = []
@@ -40,6 +46,11 @@ class ManualReader:
         if not self._completed:
             self.waits += 1
             self.finish(self._choose(len(self.queued)))
+        return self.poll()
+
+    def wait_at_most(self, seconds: float) -> list[Completion]:
+        """Whether a read ends meanwhile is the test's choice: none does by itself."""
+        self._sleep(seconds)
         return self.poll()
 
     def close(self) -> None:

@@ -1,0 +1,233 @@
+"""What every reader promises: from the pack, from a host tier in each mode, over each link.
+
+Real files, real threads, real clocks; nothing here asks how long anything took.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from manual_reader import ManualReader
+from moestro.cache import (
+    Completion,
+    DirectReader,
+    ExpertCache,
+    HostMode,
+    LinkSpec,
+    Pack,
+    Phase,
+    ReadFailed,
+    ReadRequest,
+    TierPlan,
+    cuda,
+    plan_slots,
+    two_tiers,
+)
+from moestro.cache.link import EmulatedLink
+from moestro.cache.slots import AliasArena, Arena, SlotArena
+from moestro.cache.tiers import moving, showing
+from tiny_packs import assert_is, build_tiny, tiny_spec
+
+SPEC = tiny_spec(6, 6, 6)
+FAST = LinkSpec(1e10, 1e-6)
+Open = Callable[[Pack], ExpertCache]
+
+
+def slots(count: int):
+    return plan_slots(count * SPEC.slot_bytes, SPEC, 1)
+
+
+def one_tier(threads: int) -> Open:
+    return lambda pack: ExpertCache(pack, slots(18), reader=DirectReader(pack, threads))
+
+
+def fake(pack: Pack) -> ExpertCache:
+    return ExpertCache(pack, slots(18), reader=ManualReader(pack))
+
+
+def tiers(mode: HostMode, host_slots: int, *, shown: bool = False) -> Open:
+    def wire(host: SlotArena) -> tuple[Arena, EmulatedLink]:
+        if shown:
+            alias = AliasArena(18, 3)
+            return alias, EmulatedLink(FAST, showing(host, alias))
+        kinds = [layer.kinds for layer in SPEC.layers]
+        arena = SlotArena(18, SPEC.slot_bytes, kinds)
+        return arena, EmulatedLink(FAST, moving(host, arena))
+
+    plan = TierPlan(slots(host_slots), slots(18), mode)
+    return lambda pack: two_tiers(pack, plan, wire)
+
+
+def on_gpu(mode: HostMode, host_slots: int) -> Open:
+    plan = TierPlan(slots(host_slots), slots(18), mode)
+    return lambda pack: two_tiers(pack, plan, cuda(torch.device("cuda", 0), pack, plan))
+
+
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+)
+READERS = {
+    "pack": one_tier(1),
+    "pack, three threads": one_tier(3),
+    "fake": fake,
+    "whole, moved": tiers(HostMode.WHOLE, 18),
+    "whole, shown": tiers(HostMode.WHOLE, 18, shown=True),
+    "inclusive": tiers(HostMode.INCLUSIVE, 4),
+    "inclusive, one slot": tiers(HostMode.INCLUSIVE, 1),
+    "exclusive": tiers(HostMode.EXCLUSIVE, 4),
+}
+GPU_READERS = {
+    "gpu, whole": on_gpu(HostMode.WHOLE, 18),
+    "gpu, inclusive": on_gpu(HostMode.INCLUSIVE, 4),
+    "gpu, exclusive": on_gpu(HostMode.EXCLUSIVE, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packs") / "tiny.pack"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param(make, id=name) for name, make in READERS.items()),
+        *(pytest.param(make, id=name, marks=GPU) for name, make in GPU_READERS.items()),
+    ],
+)
+def cache(request: pytest.FixtureRequest, path: Path) -> Iterator[ExpertCache]:
+    make: Open = request.param
+    cache = make(build_tiny(path, SPEC))
+    yield cache
+    cache.close()
+    cache.close()
+
+
+def ask(
+    cache: ExpertCache, layer: int, experts: range, into: Sequence[int], guessed: bool = False
+) -> ReadRequest:
+    sizes = SPEC.layers[layer].strides[experts.start : experts.stop]
+    for expert, slot in zip(experts, into, strict=True):
+        cache._arena.show(layer, slot, SPEC.layers[layer].layout_of(expert))
+    return ReadRequest(layer, experts, tuple(into), cache._arena.buffers(into, sizes), guessed)
+
+
+def collect(cache: ExpertCache, requests: Sequence[ReadRequest]) -> list[Completion]:
+    """Submits, checks the books at every turn, and waits for all of it."""
+    reader, done = cache._loader._reader, list[Completion]()
+    reader.submit(requests)
+    while len(done) < len(requests):
+        done += reader.poll()
+        check(cache)
+        if len(done) < len(requests):
+            done += reader.wait()
+        check(cache)
+    assert {id(each.request) for each in done} == {id(each) for each in requests}
+    assert reader.poll() == []
+    return done
+
+
+def check(cache: ExpertCache) -> None:
+    if cache._host is not None:
+        cache._host.check()
+
+
+def assert_there(cache: ExpertCache, done: Sequence[Completion]) -> None:
+    for each in done:
+        assert each.error is None
+        assert each.read_s >= 0
+        for expert, slot in zip(each.request.experts, each.request.slots, strict=True):
+            views = cache._arena.views[each.request.layer][slot]
+            assert_is(views, SPEC, each.request.layer, expert)
+
+
+def test_many_at_once(cache: ExpertCache) -> None:
+    asked = [
+        ask(cache, layer, range(first, first + 3), range(layer * 6 + first, layer * 6 + first + 3))
+        for layer in range(3)
+        for first in (0, 3)
+    ]
+    assert_there(cache, collect(cache, asked))
+
+
+def test_one_expert_into_several_slots(cache: ExpertCache) -> None:
+    asked = [ask(cache, 1, range(2, 4), (place, place + 1)) for place in (0, 5, 9)]
+    assert_there(cache, collect(cache, asked))
+
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(1, 3), st.booleans()), max_size=5
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches=st.lists(REQUESTS, max_size=4))
+def test_any_batches(cache: ExpertCache, batches: list[list[tuple[int, int, int, bool]]]) -> None:
+    for batch in batches:
+        place, asked = 0, list[ReadRequest]()
+        for layer, first, count, guessed in batch:
+            experts = range(first, min(6, first + count))
+            asked.append(ask(cache, layer, experts, range(place, place + len(experts)), guessed))
+            place += len(experts)
+        assert_there(cache, collect(cache, asked))
+
+
+def test_a_refused_read_fails_its_request_and_no_other(
+    cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cache._host is not None and cache._host.stats().mode == HostMode.WHOLE.value:
+        pytest.skip("by now, nothing is read any more")
+    pack, really = cache._pack, cache._pack.file.read_into
+
+    def refusing(offset: int, buffers: Sequence[memoryview]) -> None:
+        if offset == pack.offset(2, 4):
+            raise ReadFailed("no")
+        really(offset, buffers)
+
+    collect(cache, [ask(cache, 0, range(6), range(6))])  # a small host tier forgets the others
+    asked = [ask(cache, 2, range(4, 5), (0,)), ask(cache, 1, range(2), (1, 2))]
+    with monkeypatch.context() as patched:
+        patched.setattr(pack.file, "read_into", refusing)
+        if isinstance(cache._loader._reader, ManualReader):
+            cache._loader._reader.failures.append(ReadFailed("no"))
+        done = {each.request.layer: each for each in collect(cache, asked)}
+    assert isinstance(done[2].error, ReadFailed)
+    assert_there(cache, [done[1]])
+    assert_there(cache, collect(cache, [ask(cache, 2, range(4, 5), (0,))]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(pytest.param(make, id=name) for name, make in READERS.items()),
+        *(pytest.param(make, id=name, marks=GPU) for name, make in GPU_READERS.items()),
+    ],
+)
+def test_closing_with_work_under_way(path: Path, make: Open) -> None:
+    cache = make(build_tiny(path, SPEC))
+    first, second = ask(cache, 0, range(6), range(6)), ask(cache, 1, range(6), range(6, 12))
+    cache._loader._reader.submit([first, second])
+    cache.close()
+    cache.close()
+
+
+def test_how_long_a_slot_takes_is_known(cache: ExpertCache) -> None:
+    taken = cache.time_reads(0.01)
+    assert taken and min(taken) > 0
+    check(cache)
+
+
+def test_a_whole_life(cache: ExpertCache) -> None:
+    """Through the front door, with the free events of a device in play."""
+    for turn in range(30):
+        layer = turn % 3
+        with cache.acquire(layer, [turn % 6, (turn + 2) % 6], Phase.DECODE) as lease:
+            for expert, tensors in lease:
+                assert_is(tensors, SPEC, layer, expert)
+        cache.prefetch((layer + 1) % 3, [turn % 5], 1)
+        cache.check()
