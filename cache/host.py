@@ -214,9 +214,9 @@ class TierReader:
 
     def _serve_backlog(self) -> None:
         """Gives host slots to those who wait for one, as far as there are any, and reads."""
-        here, requests = list[_Task](), list[ReadRequest]()
+        requests = list[ReadRequest]()
         for queue in self._backlog:
-            fresh, row = list[int](), self._table.where
+            here, fresh, row = list[_Task](), list[int](), self._table.where
             room = self._residency.make_room(len(queue)) if queue else 0
             while queue:
                 key = queue[0].key
@@ -233,6 +233,7 @@ class TierReader:
                 task = queue.popleft()
                 (here if self._table.ready[slot] else self._awaiting[key]).append(task)
             requests += self._requests(fresh, guessed=queue is self._backlog[1])
+            self._copy(here)  # which pins their slots, before the other queue makes room
             if queue:
                 break
         if requests:
@@ -240,7 +241,6 @@ class TierReader:
             for request in requests:
                 self._books.of(request).started += len(request.slots)
             self._disk.submit(requests)
-        self._copy(here)
 
     def _requests(self, slots: Sequence[int], *, guessed: bool) -> Iterator[ReadRequest]:
         """Reads that fill `slots` with whom they were given to, neighbours in one."""

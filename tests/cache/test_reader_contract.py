@@ -165,7 +165,9 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(batches=st.lists(REQUESTS, max_size=4))
 def test_any_batches(cache: ExpertCache, batches: list[list[tuple[int, int, int, bool]]]) -> None:
     for batch in batches:
