@@ -14,7 +14,7 @@ from .expert_cache import ExpertCache
 from .frequency import DecayedFrequency, NextUse
 from .keys import ExpertKey, Phase, Routed, SlotState
 from .layout import BlobLayout, PackLayer, PackSpec, TensorSpec
-from .lease import Lease
+from .lease import Lease, Stay
 from .link import Copied, Copy, EmulatedLink, Link, LinkSpec
 from .pack import Pack
 from .pack_build import PackWriter, open_or_build
@@ -85,6 +85,7 @@ __all__ = [
     "Routed",
     "SlotPlan",
     "SlotState",
+    "Stay",
     "TensorSpec",
     "TierPlan",
     "TierStats",

@@ -32,6 +32,7 @@ class Counters:
     misses: list[int] = field(init=False)
     evictions: list[int] = field(init=False)
     loads: list[int] = field(init=False)
+    stayed: list[int] = field(init=False)  # missed, and computed with in the tier below
     demand: LinkCounters = field(default_factory=LinkCounters)
     prefetch: LinkCounters = field(default_factory=LinkCounters)
     used: int = 0
@@ -44,7 +45,8 @@ class Counters:
     guesses: GuessLedger = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("requested", "hits", "prefetch_hits", "misses", "evictions", "loads"):
+        each = ("requested", "hits", "prefetch_hits", "misses", "evictions", "loads", "stayed")
+        for name in each:
             setattr(self, name, [0] * self.layers)
         self.guesses = GuessLedger(self.layers)
 

@@ -7,7 +7,7 @@ from .frequency import NextUse
 from .host import TierReader
 from .keys import ExpertKey, Phase, Routed
 from .layout import PackSpec
-from .lease import Lease
+from .lease import Lease, Stay
 from .loader import Loader
 from .pack import Pack
 from .plan import SlotPlan
@@ -65,9 +65,17 @@ class ExpertCache:
         return self._pack.spec
 
     def acquire(
-        self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        phase: Phase,
+        routed: Routed | None = None,
+        stay: Stay | None = None,
     ) -> Lease:
         """One layer event: pins the residents, starts reading the others, and counts both.
+
+        `stay(residents, below)` says how many of those that are missing here and lie in the tier
+        below are lent from there instead: they are misses all the same, and move no byte.
 
         `experts` are distinct; `routed` says how a prompt's tokens chose among them. Use the lease
         at once as a context manager and leave it before the next call. Raises ValueError or
@@ -77,9 +85,8 @@ class ExpertCache:
             raise RuntimeError("a lease is open: leave its block first")
         if self._loader.in_flight:
             self._loader.poll()
-        self._lease = Lease(
-            self._loader, self._residency, self._arena, layer, experts, phase, routed
-        )
+        parts = self._loader, self._residency, self._arena
+        self._lease = Lease(*parts, layer, experts, phase, routed, stay)
         if self._trace is not None:
             self._trace.record(layer, experts, phase, routed)
         return self._lease
@@ -138,6 +145,7 @@ class ExpertCache:
                     prefetch_hits=books.prefetch_hits[index],
                     misses=books.misses[index],
                     evictions=books.evictions[index],
+                    stayed=books.stayed[index],
                 )
                 for index, layer in enumerate(self._pack.spec.layers)
             ),
@@ -205,7 +213,9 @@ class ExpertCache:
         agree("hits + misses per layer, requests", asked, books.requested)
         waiting = 0 if lease is None else lease.waiting
         accounted = books.demand.started + books.late + waiting + books.abandoned
-        agree("misses, reads started + late + waiting + abandoned", sum(books.misses), accounted)
+        accounted += sum(books.stayed)
+        what = "misses, reads started + late + waiting + abandoned + stayed below"
+        agree(what, sum(books.misses), accounted)
         moving = books.demand.moving + books.prefetch.moving
         agree("reads moving, LOADING slots", moving, len(table.loading))
         fate = books.used + books.late + books.wasted + len(table.guessed)

@@ -20,7 +20,7 @@ from .link import Copied, Copy, Link
 from .loader import MOST_BYTES_AT_ONCE, Failure, runs_of
 from .pack import Pack
 from .plan import SlotPlan
-from .slots import SlotArena
+from .slots import SlotArena, TensorViews
 from .speed import time_reads
 from .stats import TierStats
 from .table import NOWHERE, agree
@@ -89,11 +89,15 @@ class TierReader:
         self._awaiting: dict[ExpertKey, list[_Task]] = {}  # tasks by the expert being read
         self._copying: dict[Copy, _Task] = {}
         self._completed: list[Completion] = []
+        self._lent: tuple[int, list[int]] | None = None  # of the event that is being submitted
 
     def submit(self, requests: Sequence[ReadRequest]) -> None:
         here, books, table = list[_Task](), self._books, self._table
         for layer, of_layer in groupby(requests, lambda request: request.layer):
             distinct = dict.fromkeys(x for request in of_layer for x in request.experts)
+            if self._lent is not None and self._lent[0] == layer:
+                distinct |= dict.fromkeys(self._lent[1])
+                self._lent = None
             self._residency.asked(layer, list(distinct))
         for request in requests:
             job = _Job(request, len(request.slots))
@@ -109,6 +113,40 @@ class TierReader:
         books.misses += sum(len(request.slots) for request in requests) - len(here)
         self._copy(here)
         self._serve_backlog()
+
+    def resident(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of `experts` that are in a host slot and can be lent, in this order.
+
+        One slot is never lent: whoever else is missing comes through it.
+        """
+        row, ready = self._table.where[layer], self._table.ready
+        here = [expert for expert in experts if row[expert] != NOWHERE and ready[row[expert]]]
+        return here[: self._plan.slots - 1]
+
+    def lend(self, layer: int, experts: Sequence[int], *, alone: bool) -> list[TensorViews]:
+        """Views of `experts`, all resident, valid until `give_back`: to be computed with here.
+
+        Not `alone`: the rest of the same layer event is submitted next, and both are one event for
+        the policy.
+        """
+        row, views = self._table.where[layer], self._arena.views[layer]
+        slots = [row[expert] for expert in experts]
+        for slot in slots:
+            self._residency.lend(slot)
+        self._books.asked += len(slots)
+        self._books.hits += len(slots)
+        self._lent = (layer, list(experts))
+        if alone:
+            self._residency.asked(*self._lent)
+            self._lent = None
+        return [views[slot] for slot in slots]
+
+    def give_back(self) -> None:
+        """What was lent is not used any more."""
+        if self._lent is not None:  # nothing of the event was submitted
+            self._residency.asked(*self._lent)
+            self._lent = None
+        self._residency.give_back()
 
     def poll(self) -> list[Completion]:
         self._settle(self._disk.poll(), self._link.poll())

@@ -14,7 +14,7 @@ from .table import NOWHERE, SlotTable, agree
 
 
 class HostResidency:
-    """`table` is for reading; its pinned slots are those that copies read from."""
+    """`table` is for reading; its pinned slots are copied from, or lent."""
 
     def __init__(self, table: SlotTable, device: SlotTable, policy: Policy, mode: HostMode) -> None:
         """`device` is the table of the tier above; only asked."""
@@ -27,7 +27,8 @@ class HostResidency:
         ]
         self._policy = policy
         self._device = device
-        self._copies: dict[int, int] = {}  # of each pinned slot
+        self._copies: dict[int, int] = {}  # of each slot that copies read from
+        self._lent: set[int] = set()  # slots computed with where they lie
         self._doubled: dict[int, None] = {}  # slots copied to the device, first come first
 
     def asked(self, layer: int, experts: Sequence[int]) -> None:
@@ -56,10 +57,21 @@ class HostResidency:
         self._copies[slot] -= 1
         if not self._copies[slot]:
             del self._copies[slot]
-            self.table.pinned.remove(slot)
+            if slot not in self._lent:
+                self.table.pinned.remove(slot)
         if self.mode is HostMode.EXCLUSIVE:
             self._doubled.pop(slot, None)
             self._doubled[slot] = None
+
+    def lend(self, slot: int) -> None:
+        """`slot` is computed with: it keeps its expert until `give_back`."""
+        self._lent.add(slot)
+        self.table.pinned.add(slot)
+
+    def give_back(self) -> None:
+        """Nobody computes with host slots any more."""
+        self.table.pinned.difference_update(self._lent - self._copies.keys())
+        self._lent.clear()
 
     def make_room(self, count: int) -> int:
         """Up to `count` free slots, evicting for them; how many there are."""
@@ -84,7 +96,8 @@ class HostResidency:
         table.check()
         held = {key for key in table.keys if key is not None}
         agree("keys of the host's policy, keys with a host slot", set(self._policy.keys()), held)
-        agree("pinned host slots, sources of copies", table.pinned, set(self._copies))
+        users = set(self._copies) | self._lent
+        agree("pinned host slots, sources of copies or lent", table.pinned, users)
         idle = {slot for slot in table.pinned if not table.ready[slot]}
         agree("sources of copies that are not READY, none", idle, set())
 

@@ -2,11 +2,12 @@
 
 residents              yielded first, in the order of the request; pinned from the start
 missing, with a seat   read at once, yielded as they arrive; pinned from the start
+missing, staying       lent from the tier below, yielded after the residents
 missing, without       read in waves into slots of a rota: whose experts were yielded and are done
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from types import TracebackType
 
@@ -15,8 +16,11 @@ import torch
 from .keys import ExpertKey, Phase, Routed
 from .loader import MOST_BYTES_AT_ONCE, Failure, Loader
 from .residency import Residency, missing
-from .slots import Arena
+from .slots import Arena, TensorViews
 from .table import NOWHERE
+
+Stay = Callable[[int, int], int]
+"""(residents, missing ones that lie in the tier below) -> how many of these to lend from there."""
 
 
 class Lease:
@@ -37,6 +41,7 @@ class Lease:
         experts: Sequence[int],
         phase: Phase,
         routed: Routed | None = None,
+        stay: Stay | None = None,
     ) -> None:
         if len(set(experts)) != len(experts) or (experts and min(experts) < 0):
             raise ValueError(f"expert numbers must be distinct and not negative: {experts}")
@@ -55,10 +60,12 @@ class Lease:
         self._given: set[int] = set()  # slots of residents that were given up
         self._failure: Failure | None = None
 
+        self._below: list[tuple[int, TensorViews]] = []  # computed with in the tier below
+
         self._here = residency.ask(layer, experts, phase, routed)
         self._count_hits(len(experts))
         if len(self._here) < len(experts):
-            self._demand(experts, welcome=routed is not None)
+            self._demand(experts, stay, welcome=routed is not None)
 
     @property
     def waiting(self) -> int:
@@ -91,6 +98,8 @@ class Lease:
         self._pending.clear()
         self._arena.used(self._table.pinned)
         self._table.pinned.clear()
+        if self._below:
+            self._loader.give_back()
         self.open = False
 
     def groups(self) -> Iterator[list[tuple[int, dict[str, torch.Tensor]]]]:
@@ -101,6 +110,8 @@ class Lease:
             if self._pending:
                 for slot in self._here:
                     self._spend(slot)
+        if self._below:
+            yield self._below
         while self._coming or self._arrived or self._pending or self._failure:
             slots = [self._next(), *self._arrived]
             self._arrived.clear()
@@ -121,6 +132,7 @@ class Lease:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         self._once()
+        yield from self._below
         views, keys = self._views, self._table.keys
         for slot in self._slots():
             key = keys[slot]
@@ -158,12 +170,14 @@ class Lease:
             counters.used += len(guessed)
             counters.guesses.asked(self._keys_in(guessed), late=False)
 
-    def _demand(self, experts: Sequence[int], *, welcome: bool) -> None:
+    def _demand(self, experts: Sequence[int], stay: Stay | None, *, welcome: bool) -> None:
         """Everything that is not here: joins the reads under way and starts those that fit."""
         table, row, keys = self._table, self._table.where[self._layer], self._residency.keys
         self._pending = sorted(missing(row, experts))
+        if stay is not None:
+            self._borrow(experts, stay)
         late = [row[e] for e in experts if row[e] != NOWHERE and not table.ready[row[e]]]
-        self._counters.misses[self._layer] += len(self._pending) + len(late)
+        self._counters.misses[self._layer] += len(self._pending) + len(self._below) + len(late)
         self._counters.late += len(late)
         table.guessed.difference_update(late)
         if late:
@@ -175,13 +189,26 @@ class Lease:
         if welcome:
             self._pending = self._residency.welcome(self._layer, self._pending, experts)
         slots = self._seat(experts)
-        while not (slots or self._here or self._coming):
+        while self._pending and not (slots or self._here or self._coming):
             # All slots are taken by a prefetch of other experts, which cannot be called back.
             self._loader.wait(self._phase)
             slots = self._seat(experts)
         if len(slots) < len(self._pending):
             self._rota.extend(self._residency.rota([*self._here, *late], slots))
         self._start(slots)
+
+    def _borrow(self, experts: Sequence[int], stay: Stay) -> None:
+        """Leaves some of those who wait in the tier below, to be computed with there."""
+        wanting = set(self._pending)
+        below = self._loader.resident_below(self._layer, [x for x in experts if x in wanting])
+        count = stay(len(self._here), len(below)) if below else 0
+        if not count:
+            return
+        chosen = below[-count:]  # the last choices: the first are the likelier to be asked again
+        self._pending = sorted(wanting.difference(chosen))
+        views = self._loader.lend(self._layer, chosen, alone=not self._pending)
+        self._below = list(zip(chosen, views, strict=True))
+        self._counters.stayed[self._layer] += count
 
     def _keys_in(self, slots: Iterable[int]) -> list[ExpertKey]:
         return [key for slot in slots if (key := self._table.keys[slot]) is not None]

@@ -12,8 +12,8 @@ from .errors import PackInvalid, ReadFailed
 from .keys import Phase
 from .pack import Pack
 from .residency import Residency
-from .slots import Arena
-from .transfer import Completion, Reader, ReadRequest
+from .slots import Arena, TensorViews
+from .transfer import Completion, LendingReader, Reader, ReadRequest
 
 _log = logging.getLogger("moestro.cache")
 
@@ -32,6 +32,7 @@ class Loader:
         self._residency = residency
         self._counters = residency.counters
         self._reader = reader
+        self._below = reader if isinstance(reader, LendingReader) else None
         self._layers = pack.spec.layers
         self.strides = [layer.layout.stride_bytes for layer in self._layers]  # of the largest
         self._loads = [[0] * layer.num_experts for layer in self._layers]
@@ -74,6 +75,19 @@ class Loader:
         link.started += len(slots)
         self._under_way.extend(requests)
         self._reader.submit(requests)
+
+    def resident_below(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of `experts` that lie in a tier that can be computed with, in this order."""
+        return [] if self._below is None else self._below.resident(layer, experts)
+
+    def lend(self, layer: int, experts: Sequence[int], *, alone: bool) -> list[TensorViews]:
+        """Views of `experts`, resident below, valid until `give_back`."""
+        assert self._below is not None, "somebody is resident below"
+        return self._below.lend(layer, experts, alone=alone)
+
+    def give_back(self) -> None:
+        assert self._below is not None, "somebody was lent"
+        self._below.give_back()
 
     def poll(self) -> list[tuple[int, Failure | None]]:
         """Slots whose read ended since the last call, with the error if it failed."""

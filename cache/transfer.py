@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from .errors import PackInvalid, ReadFailed
 from .pack import Pack, prove
+from .slots import TensorViews
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +54,20 @@ class PackReader(Reader, Protocol):
 
     def wait_at_most(self, seconds: float) -> list[Completion]:
         """Like `wait`, but with none in it when `seconds` pass first."""
+
+
+@runtime_checkable
+class LendingReader(Reader, Protocol):
+    """A reader whose source lies in memory: experts can be computed with where they are."""
+
+    def resident(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of `experts` that can be lent, in this order."""
+
+    def lend(self, layer: int, experts: Sequence[int], *, alone: bool) -> list[TensorViews]:
+        """Their views, valid until `give_back`; not `alone`, if more of the event is submitted."""
+
+    def give_back(self) -> None:
+        """Nothing is borrowed any more."""
 
 
 def read_blobs(pack: Pack, request: ReadRequest) -> None:

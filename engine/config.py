@@ -38,6 +38,7 @@ class EngineConfig:
     experts_per_token: int | None = None
     prefetch: bool = True
     prefetch_experts: int = 1  # the most that one guess reads ahead
+    host_compute: bool = True  # experts that a device misses may be computed on the host
     threads: int | None = None
     max_model_len_tokens: int | None = None
     max_running: int = 16  # sequences in one batch
@@ -45,8 +46,14 @@ class EngineConfig:
     max_step_tokens: int = 512  # tokens in one packed pass
 
     def __post_init__(self) -> None:
-        counts = ("host_memory_bytes", "device_memory_bytes", "kv_memory_bytes")
-        for name in (*counts, "experts_per_token", "prefetch_experts", "threads"):
+        for name in (
+            "host_memory_bytes",
+            "device_memory_bytes",
+            "kv_memory_bytes",
+            "experts_per_token",
+            "prefetch_experts",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadParameter(f"{name} must be positive, not {value}", name)

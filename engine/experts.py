@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moestro.cache import ExpertCache, Phase, Routed
+from moestro.cache import ExpertCache, Phase, Routed, Stay
 
 from .formats import Codec, Span, per_row
 
@@ -166,11 +166,13 @@ class OffloadedExperts:
         math: ExpertMath,
         output_scale: float = 1.0,
         after: Callable[[torch.Tensor, Collection[int]], None] | None = None,
+        stay: Stay | None = None,
     ) -> None:
         self.layer = layer
         self.cache = cache
         self.step = step
         self.math = math
+        self.stay = stay  # who is computed where they lie, with few tokens
         self.output_scale = output_scale
         self.after = after  # called with the layer's input and experts when these are done
 
@@ -204,7 +206,8 @@ class OffloadedExperts:
         wanted = places_by_expert(ids.tolist(), weights.tolist(), num_experts)
         rows, results = self.math.codec.begin(hidden), None
         routed = self._routed(tokens, map(len, wanted.values()))
-        with self.cache.acquire(self.layer, list(wanted), self.step.phase, routed) as lease:
+        event = (self.layer, list(wanted), self.step.phase, routed, self.stay)
+        with self.cache.acquire(*event) as lease:
             for group in lease.groups():
                 places = [wanted[expert] for expert, _ in group]
                 out = self._together(module, rows, tokens, k, places, [who for _, who in group])

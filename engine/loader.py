@@ -43,6 +43,7 @@ from .linears import LastRows
 from .memory import MemoryPlan, release_freed_memory
 from .mixed import MIXED, encode_layer
 from .named_codecs import FORMATS
+from .placement import host_share
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
 from .runner import Runner
@@ -138,7 +139,7 @@ def load(
         undo.callback(cache.close)
         step = StepPhase()
         prefetch = _prefetch(config, blueprint, model, cache, step)
-        _bind(blueprint, model, cache, step, prefetch)
+        _bind(config, blueprint, model, cache, step, prefetch)
         phases.enter("check")
         step.phase = Phase.PREFILL  # what the check runs are prompts
         _check_once(config, blueprint, model, packed)
@@ -295,18 +296,22 @@ def _prefetch(
 
 
 def _bind(
+    config: EngineConfig,
     blueprint: Blueprint,
     model: PreTrainedModel,
     cache: ExpertCache,
     step: StepPhase,
     prefetch: Prefetch | None,
 ) -> None:
-    maths = MathByFlags(blueprint.codec)
+    maths, stay = MathByFlags(blueprint.codec), None
+    if config.link is not None and config.host_compute:
+        stay = host_share(config.link, blueprint)
     for layer, path in enumerate(blueprint.topology.experts_paths):
         after = None if prefetch is None else partial(prefetch.after, layer)
         module = model.get_submodule(path)
         math = maths.of(module)
-        bind(module, OffloadedExperts(layer, cache, step, math, blueprint.output_scale, after))
+        scale = blueprint.output_scale
+        bind(module, OffloadedExperts(layer, cache, step, math, scale, after, stay))
 
 
 def _assemble(

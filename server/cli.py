@@ -97,6 +97,7 @@ def serve(
     dense_format: flags.DenseFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
     no_prefetch: flags.NoPrefetch = False,
+    no_host_compute: flags.NoHostCompute = False,
     prefetch_experts: flags.PrefetchExperts = None,
     threads: flags.Threads = None,
     max_model_len: flags.MaxModelLen = None,
@@ -119,10 +120,12 @@ def serve(
     given: dict[str, Any] = {
         name: value
         for name, value in locals().items()
-        if value is not None and name != "no_prefetch"
+        if value is not None and not name.startswith("no_")
     }
     if no_prefetch:
         given["prefetch"] = False
+    if no_host_compute:
+        given["host_compute"] = False
     from .listen import listening_socket
     from .settings import load_settings
 

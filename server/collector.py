@@ -52,8 +52,8 @@ class EngineCollector(Collector):
         yield from _of_requests(stats)
         yield from _of_lookups(stats)
         yield from _of_transfers(stats)
-        yield from _of_prefetch(stats)
         yield from _of_host_tier(stats)
+        yield from _of_prefetch(stats)
         yield from _of_memory(stats)
 
 
@@ -93,14 +93,19 @@ def _of_lookups(stats: EngineStats) -> Iterator[Metric]:
     layers = stats.cache.layers
     lookups: Labelled = {}
     evictions: Labelled = {}
+    stayed: Labelled = {}  # none without a tier to stay in
     for label, layer in zip(layer_labels([layer.name for layer in layers]), layers, strict=True):
         lookups[label, "hit"] = layer.hits
         lookups[label, "prefetch_hit"] = layer.prefetch_hits
         lookups[label, "miss"] = layer.misses
         evictions[(label,)] = layer.evictions
+        if stats.cache.host is not None:
+            stayed[(label,)] = layer.stayed
     words = "Distinct experts asked for, per layer and step"
     yield _counter("expert_lookups", words, lookups, ("layer", "result"))
     yield _counter("expert_evictions", "Experts that made room for others", evictions, ("layer",))
+    what = "Misses computed on the host, where they lay"
+    yield _counter("expert_host_computed", what, stayed, ("layer",))
 
 
 def _of_transfers(stats: EngineStats) -> Iterator[Metric]:
@@ -130,6 +135,26 @@ def _of_transfers(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("expert_stall_seconds", "Computing waited for experts", stalls, ("phase",))
 
 
+def _of_host_tier(stats: EngineStats) -> Iterator[Metric]:
+    """Without samples where experts are computed from the host's slots."""
+    host = stats.cache.host
+    lookups: Labelled = {}
+    evictions: Labelled = {}
+    copies: Labelled = {}
+    if host is not None:
+        lookups = {("hit",): host.hits, ("miss",): host.misses}
+        evictions = {(host.mode,): host.evictions}
+        copies = {(_link_label(host),): host.link.copies}
+    words = "Experts that the device missed, looked for in host memory"
+    yield _counter("expert_host_lookups", words, lookups, ("result",))
+    yield _counter("expert_host_evictions", "Experts that left host memory", evictions, ("mode",))
+    yield _counter("expert_link_copies", "Experts copied to the device", copies, ("link",))
+
+
+def _link_label(host: TierStats) -> str:
+    return "emulated link" if host.link.emulated else "host"
+
+
 def _of_prefetch(stats: EngineStats) -> Iterator[Metric]:
     cache, prefetch = stats.cache, stats.prefetch
     guesses: Labelled = {}
@@ -151,26 +176,6 @@ def _of_prefetch(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("prefetch_account_seconds", words, account, ("side",))
     words = "Experts read again that had made room for a wrong guess"
     yield _counter("prefetch_rereads", words, cache.prefetch_rereads)
-
-
-def _of_host_tier(stats: EngineStats) -> Iterator[Metric]:
-    """Without samples where experts are computed from the host's slots."""
-    host = stats.cache.host
-    lookups: Labelled = {}
-    evictions: Labelled = {}
-    copies: Labelled = {}
-    if host is not None:
-        lookups = {("hit",): host.hits, ("miss",): host.misses}
-        evictions = {(host.mode,): host.evictions}
-        copies = {(_link_label(host),): host.link.copies}
-    words = "Experts that the device missed, looked for in host memory"
-    yield _counter("expert_host_lookups", words, lookups, ("result",))
-    yield _counter("expert_host_evictions", "Experts that left host memory", evictions, ("mode",))
-    yield _counter("expert_link_copies", "Experts copied to the device", copies, ("link",))
-
-
-def _link_label(host: TierStats) -> str:
-    return "emulated link" if host.link.emulated else "host"
 
 
 def _of_memory(stats: EngineStats) -> Iterator[Metric]:

@@ -88,6 +88,13 @@ NoPrefetch = Annotated[
     bool,
     Option("--no-prefetch", help="Load experts only when asked for. [default: guess ahead]"),
 ]
+NoHostCompute = Annotated[
+    bool,
+    Option(
+        "--no-host-compute",
+        help="Copy every expert that a device misses, however slow its link. [default: split]",
+    ),
+]
 PrefetchExperts = Annotated[
     str | None,
     Option(

@@ -141,6 +141,7 @@ class Settings(Places):
     )
     experts_per_token: Count | None = None
     prefetch: bool = Field(True, description="true or false")
+    host_compute: bool = Field(True, description="true or false")
     prefetch_experts: Count = Field(
         1, description="a whole number above 0 (--no-prefetch loads none ahead)"
     )
@@ -251,6 +252,7 @@ class Settings(Places):
             kv_memory_bytes=self.kv_memory,
             experts_per_token=self.experts_per_token,
             prefetch=self.prefetch,
+            host_compute=self.host_compute,
             prefetch_experts=self.prefetch_experts,
             threads=self.threads,
             max_model_len_tokens=self.max_model_len,

@@ -32,6 +32,7 @@ from moestro.cache import (
     Policy,
     ReadFailed,
     Routed,
+    Stay,
 )
 from rigs import KINDS, Kind, OneTier, Rig, TwoTiers
 from tiny_packs import assert_is, build_tiny, mixed_spec, tiny_spec
@@ -74,14 +75,27 @@ class CacheMachine(RuleBasedStateMachine):
         return OneTier(pack, slots, policy, choose)
 
     @precondition(lambda self: self.lease is None)
-    @rule(layer=LAYERS, experts=EXPERTS, phase=st.sampled_from(Phase), data=st.data())
-    def acquire(self, layer: int, experts: list[int], phase: Phase, data: st.DataObject) -> None:
+    @rule(
+        layer=LAYERS,
+        experts=EXPERTS,
+        phase=st.sampled_from(Phase),
+        stay=st.sampled_from([None, None, lambda _, below: below, lambda _, below: min(below, 1)]),
+        data=st.data(),
+    )
+    def acquire(
+        self,
+        layer: int,
+        experts: list[int],
+        phase: Phase,
+        stay: Stay | None,
+        data: st.DataObject,
+    ) -> None:
         # What was read but not collected yet counts as here: acquire collects first.
         here = self.here()
         counts = st.tuples(*[st.integers(1, 9)] * len(experts))
         routed = data.draw(st.none() | counts.map(lambda drawn: Routed(9, drawn)))
         routed = routed if phase is Phase.PREFILL else None
-        self.lease = self.cache.acquire(layer, experts, phase, routed)
+        self.lease = self.cache.acquire(layer, experts, phase, routed, stay)
         self.layer, self.experts, self.yielded = layer, experts, list[int]()
         self.turns: Iterator[tuple[int, dict[str, torch.Tensor]]] = iter(self.lease)
         self.requested += len(experts)

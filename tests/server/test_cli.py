@@ -60,8 +60,8 @@ def test_help_tells_the_true_defaults():
 def test_flags_are_those_that_were_promised():
     promised = (
         "--host --port --device --device-memory --emulate-link --host-memory --kv-memory "
-        "--expert-format --dense-format --experts-per-token --no-prefetch --prefetch-experts "
-        "--threads "
+        "--expert-format --dense-format --experts-per-token --no-prefetch --no-host-compute "
+        "--prefetch-experts --threads "
         "--max-model-len --served-model-name --cache-dir --api-key --help"
     )
     text = moestro("serve", "--help").stdout

@@ -40,6 +40,7 @@ FAMILIES = {
     "expert_host_evictions": "counter",
     "expert_link_copies": "counter",
     "expert_evictions": "counter",
+    "expert_host_computed": "counter",
     "expert_prefetches": "counter",
     "expert_loads": "counter",
     "prefetch_on": "gauge",

@@ -16,5 +16,5 @@ def parse_serve(arguments: Sequence[str]) -> Settings:
     serve = group.get_command(parent, "serve")
     assert serve is not None
     given = serve.make_context("serve", list(arguments[1:]), parent=parent).params
-    del given["no_prefetch"]
+    del given["no_prefetch"], given["no_host_compute"]
     return load_settings({name: value for name, value in given.items() if value is not None})
