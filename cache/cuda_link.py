@@ -123,7 +123,8 @@ class CudaLink:
             target.copy_(source, non_blocking=True)
             done.record(stream)
         done.synchronize()
-        return begin.elapsed_time(done) / 1000 * size_bytes / len(source)
+        taken_s: float = begin.elapsed_time(done) / 1000
+        return taken_s * size_bytes / len(source)
 
     def stats(self) -> LinkStats:
         """Copies of both streams may overlap: `busy_s` counts each by itself."""
