@@ -120,18 +120,35 @@ class ExpertMath:
         `spans` as `Codec.multiply_each` wants them. A row's result does not depend on who else is
         in the call by a bit: whoever is resident, the sum must be the same.
         """
-        inner = self.codec.multiply_each(rows, spans, [expert.first for expert in experts])
         counts = [end - start for start, end in spans]
+
+        def multiply(rows: Any, matrices: Sequence[Any]) -> torch.Tensor:
+            return self.codec.multiply_each(rows, spans, matrices)
+
+        return self._through(module, rows, experts, multiply, counts)
+
+    def apart(self, module: torch.nn.Module, rows: Any, experts: Sequence[_Expert]) -> torch.Tensor:
+        """Like `each`, for one token: its row through every expert -> [n, H]."""
+        return self._through(module, rows, experts, self.codec.multiply_apart, None)
+
+    def _through(
+        self,
+        module: torch.nn.Module,
+        rows: Any,
+        experts: Sequence[_Expert],
+        multiply: Callable[[Any, Sequence[Any]], torch.Tensor],
+        counts: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """`counts` rows of each expert; None: one of each."""
+        inner = multiply(rows, [expert.first for expert in experts])
         if self._biased:
             inner += per_row([expert.first_bias for expert in experts], counts)  # type: ignore[misc]
         if inner.shape[1] % (2 * VECTOR) == 0:
             inner = self._activate(module, inner)
         else:
-            inner = torch.cat([self._activate(module, part) for part in torch.split(inner, counts)])
-        below = list(accumulate(counts, initial=0))
-        out = self.codec.multiply_each(
-            self.codec.begin(inner), list(pairwise(below)), [expert.down for expert in experts]
-        )
+            parts = torch.split(inner, 1 if counts is None else list(counts))
+            inner = torch.cat([self._activate(module, part) for part in parts])
+        out = multiply(self.codec.begin(inner), [expert.down for expert in experts])
         if self._biased:
             out += per_row([expert.down_bias for expert in experts], counts)  # type: ignore[misc]
         return module.post_expert_norm(out) if self._normed else out  # type: ignore[operator]
@@ -190,6 +207,8 @@ class OffloadedExperts:
             self.after(hidden, asked)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale
+        if tokens == 1:
+            return torch.mm(weights.float(), results).to(hidden.dtype)
         combined = torch.bmm(weights.float()[:, None], results.view(tokens, k, -1))  # [T, 1, H]
         return combined[:, 0].to(hidden.dtype)
 
@@ -233,7 +252,7 @@ class OffloadedExperts:
         """The rows of all `places`, one below the other, each through its own expert."""
         experts = [self.math.open(each) for each in tensors]
         if tokens == 1:
-            return self.math.each(module, rows, [(0, 1)] * len(places), experts)
+            return self.math.apart(module, rows, experts)
         of_token = [place // k for some in places for place in some]
         below = accumulate((len(some) for some in places), initial=0)
         chosen = self.math.codec.take(rows, torch.tensor(of_token))

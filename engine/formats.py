@@ -9,7 +9,7 @@ Shape letters: E experts, N outputs, K inputs, n rows.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -53,13 +53,26 @@ class Codec(Protocol):
     ) -> torch.Tensor:
         """Rows [start, end) of each span times its own matrix, one below the other -> [n, N].
 
-        The spans are the whole of `rows`, in order; or there is one row, and each is (0, 1). For
-        few rows. What a row becomes does not depend on the other spans by a bit.
+        The spans are the whole of `rows`, in order. For few rows. What a row becomes does not
+        depend on the other spans by a bit.
+        """
+
+    def multiply_apart(self, rows: Any, matrices: Sequence[Any]) -> torch.Tensor:
+        """Row i, or the only row, times matrix i -> [n, N]: decoding alone.
+
+        What a row becomes does not depend on the others by a bit.
         """
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+class NativeMatrix(NamedTuple):
+    """One matrix, seen from both sides."""
+
+    by_input: torch.Tensor  # [K, N]
+    by_output: torch.Tensor  # [N, K]
 
 
 class NativeCodec:
@@ -86,9 +99,9 @@ class NativeCodec:
 
     def open(
         self, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool
-    ) -> torch.Tensor:
-        """[K, N]"""
-        return tensors[name] if transposed else tensors[name].t()
+    ) -> NativeMatrix:
+        stored = tensors[name]
+        return NativeMatrix(*((stored, stored.t()) if transposed else (stored.t(), stored)))
 
     def begin(self, rows: torch.Tensor) -> torch.Tensor:
         return rows
@@ -96,18 +109,22 @@ class NativeCodec:
     def take(self, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         return rows.index_select(0, places)
 
-    def multiply(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        return rows @ self._widen(matrix)
+    def multiply(self, rows: torch.Tensor, matrix: NativeMatrix) -> torch.Tensor:
+        return rows @ self._widen(matrix.by_input)
 
     def multiply_each(
-        self, rows: torch.Tensor, spans: Sequence[Span], matrices: Sequence[torch.Tensor]
+        self, rows: torch.Tensor, spans: Sequence[Span], matrices: Sequence[NativeMatrix]
     ) -> torch.Tensor:
-        count = sum(end - start for start, end in spans)
-        out, at = rows.new_empty((count, matrices[0].shape[1])), 0
+        out = rows.new_empty((len(rows), matrices[0].by_input.shape[1]))
         for (start, end), matrix in zip(spans, matrices, strict=True):
-            below = at + end - start
-            torch.mm(rows[start:end], self._widen(matrix), out=out[at:below])
-            at = below
+            torch.mm(rows[start:end], self._widen(matrix.by_input), out=out[start:end])
+        return out
+
+    def multiply_apart(self, rows: torch.Tensor, matrices: Sequence[NativeMatrix]) -> torch.Tensor:
+        out = rows.new_empty((len(matrices), matrices[0].by_input.shape[1]))
+        vectors = rows.unbind() if len(rows) > 1 else (rows[0],) * len(matrices)
+        for vector, matrix, into in zip(vectors, matrices, out.unbind(), strict=True):
+            torch.mv(self._widen(matrix.by_output), vector, out=into)
         return out
 
     def _widen(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -173,21 +190,27 @@ class Int8Codec:
         self, rows: Quantized, spans: Sequence[Span], matrices: Sequence[Int8Matrix]
     ) -> torch.Tensor:
         values, row_scales = rows
-        count = sum(end - start for start, end in spans)
-        products = values.new_empty((count, matrices[0][0].shape[1]), dtype=torch.int32)
-        at = 0
+        products = values.new_empty((len(values), matrices[0][0].shape[1]), dtype=torch.int32)
         for (start, end), (weight, _) in zip(spans, matrices, strict=True):
-            below = at + end - start
-            torch._int_mm(values[start:end], weight, out=products[at:below])
-            at = below
+            torch._int_mm(values[start:end], weight, out=products[start:end])
         scales = per_row([scale for _, scale in matrices], [end - start for start, end in spans])
-        return products.to(torch.float32).mul_(scales).mul_(row_scales)
+        return products.float().mul_(scales).mul_(row_scales)
+
+    def multiply_apart(self, rows: Quantized, matrices: Sequence[Int8Matrix]) -> torch.Tensor:
+        values, row_scales = rows
+        shape = (len(matrices), matrices[0][0].shape[1])
+        products, only = values.new_empty(shape, dtype=torch.int32), len(values) == 1
+        for place, (weight, _) in enumerate(matrices):
+            row = values if only else values[place : place + 1]
+            torch._int_mm(row, weight, out=products[place : place + 1])
+        scales = per_row([scale for _, scale in matrices], None)
+        return products.float().mul_(scales).mul_(row_scales)
 
 
-def per_row(each: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
-    """Tensors [N], each repeated as often as its count says, one below the other -> [n, N]."""
+def per_row(each: Sequence[torch.Tensor], counts: Sequence[int] | None) -> torch.Tensor:
+    """Tensors [N], each as often as its count says (None: once), one below the other -> [n, N]."""
     stacked = torch.stack(tuple(each))
-    if max(counts) == 1:
+    if counts is None or max(counts) == 1:
         return stacked
     return stacked.repeat_interleave(torch.tensor(counts), dim=0)
 
@@ -199,14 +222,14 @@ def largest_of_rows(rows: torch.Tensor) -> torch.Tensor:
 
 def quantize_rows(rows: torch.Tensor) -> Quantized:
     """fp32 [n, K] -> int8 [n, K] and fp32 [n, 1]: symmetric, each row by its own maximum."""
-    scale = largest_of_rows(rows).mul_(1 / LARGEST).clamp_(min=TINIEST)
-    return torch.div(rows, scale).round_().to(torch.int8), scale
+    scale = largest_of_rows(rows).mul_(1 / LARGEST).clamp_min_(TINIEST)
+    return torch.div(rows, scale).round_().char(), scale
 
 
 def multiply_int8(rows: Quantized, matrix: Int8Matrix) -> torch.Tensor:
     """Rows times a matrix, both with their scales -> fp32 [n, N]; the sum is exact."""
     (values, row_scale), (weight, scale) = rows, matrix
-    return torch._int_mm(values, weight).to(torch.float32).mul_(scale).mul_(row_scale)
+    return torch._int_mm(values, weight).float().mul_(scale).mul_(row_scale)
 
 
 Fine = tuple[torch.Tensor, torch.Tensor]  # two digits: int8 [2n, K], fp32 [n, 1]
@@ -219,7 +242,7 @@ def quantize_fine(rows: torch.Tensor) -> Fine:
     what the first rounds away, in steps of 1/254 of the first's: 15 bits.
     """
     count = rows.shape[0]
-    row_scale = largest_of_rows(rows).mul_(1 / LARGEST).clamp_(min=TINIEST)
+    row_scale = largest_of_rows(rows).mul_(1 / LARGEST).clamp_min_(TINIEST)
     exact = torch.div(rows, row_scale)
     digits = torch.empty((2 * count, rows.shape[1]), dtype=torch.int8)
     first = exact.round()

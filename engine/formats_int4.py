@@ -132,13 +132,12 @@ class Int4Codec:
     def multiply_each(
         self, rows: Int4Rows, spans: Sequence[Span], matrices: Sequence[Int4Matrix]
     ) -> torch.Tensor:
-        multiply, half = torch._weight_int4pack_mm_for_cpu, rows.half
-        return torch.cat(
-            [
-                multiply(half[start:end], packed, group, grid)
-                for (start, end), (packed, grid, group) in zip(spans, matrices, strict=True)
-            ]
-        ).float()
+        return _each_into_one(rows.half, spans, matrices)
+
+    def multiply_apart(self, rows: Int4Rows, matrices: Sequence[Int4Matrix]) -> torch.Tensor:
+        only = len(rows) == 1
+        spans = [(0, 1) if only else (place, place + 1) for place in range(len(matrices))]
+        return _each_into_one(rows.half, spans, matrices)
 
     def _expand(self, matrix: Int4Matrix, block: int) -> Int8Matrix:
         """int8 [K, N] and the scales [N] of the same weights, valid until the next call."""
@@ -162,6 +161,17 @@ def multiply_int4(rows: Int4Rows, matrix: Int4Matrix) -> torch.Tensor:
     """Rows times a matrix -> fp32 [n, N], summed in fp32 and rounded to bf16 by the kernel."""
     packed, grid, group = matrix
     return torch._weight_int4pack_mm_for_cpu(rows.half, packed, group, grid).float()
+
+
+def _each_into_one(
+    half: torch.Tensor, spans: Sequence[Span], matrices: Sequence[Int4Matrix]
+) -> torch.Tensor:
+    multiply = torch._weight_int4pack_mm_for_cpu
+    products = [
+        multiply(half[start:end], packed, group, grid)
+        for (start, end), (packed, grid, group) in zip(spans, matrices, strict=True)
+    ]
+    return torch.cat(products).float()
 
 
 def encode_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,6 +131,9 @@ class _Rows:
             self._begun[codec.name] = found
         return found
 
+    def __len__(self) -> int:
+        return len(self._rows if self._places is None else self._places)
+
     def take(self, places: torch.Tensor) -> "_Rows":
         return _Rows(self._rows, self, places)
 
@@ -195,21 +198,32 @@ class MixedCodec:
         if len(codecs) == 1:
             owns = [own for _, own in matrices]
             return codecs[0].multiply_each(rows.of(codecs[0]), spans, owns)
-        one_row = all(span == (0, 1) for span in spans)
         below = list(accumulate((end - start for start, end in spans), initial=0))
         outs, places = [], list[int]()
         for codec in codecs:
             mine = [number for number, (whose, _) in enumerate(matrices) if whose is codec]
             owns = [matrices[number][1] for number in mine]
             into = [row for number in mine for row in range(below[number], below[number + 1])]
-            if one_row:
-                out = codec.multiply_each(rows.of(codec), [(0, 1)] * len(mine), owns)
-            else:
-                counts = (below[number + 1] - below[number] for number in mine)
-                part = codec.take(rows.of(codec), torch.tensor(into))
-                out = codec.multiply_each(part, list(pairwise(accumulate(counts, initial=0))), owns)
-            outs.append(out)
+            counts = (below[number + 1] - below[number] for number in mine)
+            part = codec.take(rows.of(codec), torch.tensor(into))
+            spans_of_part = list(pairwise(accumulate(counts, initial=0)))
+            outs.append(codec.multiply_each(part, spans_of_part, owns))
             places += into
+        joined = torch.cat(outs)
+        return torch.empty_like(joined).index_copy_(0, torch.tensor(places), joined)
+
+    def multiply_apart(self, rows: _Rows, matrices: Sequence[Matrix]) -> torch.Tensor:
+        codecs = list(dict.fromkeys(codec for codec, _ in matrices))
+        outs, places = [], list[int]()
+        for codec in codecs:
+            mine = [number for number, (whose, _) in enumerate(matrices) if whose is codec]
+            part = rows.of(codec)
+            if len(rows) > 1 and len(codecs) > 1:
+                part = codec.take(part, torch.tensor(mine))
+            outs.append(codec.multiply_apart(part, [matrices[number][1] for number in mine]))
+            places += mine
+        if len(codecs) == 1:
+            return outs[0]
         joined = torch.cat(outs)
         return torch.empty_like(joined).index_copy_(0, torch.tensor(places), joined)
 

@@ -82,9 +82,14 @@ def test_many_matrices_at_once_are_each_alone_bit_for_bit(name: str) -> None:
         near = codec.multiply(alone, matrix)
         assert (together[start:end] - near).abs().max() <= 1e-5 * near.abs().max()
     shared = codec.take(rows, torch.tensor([2]))
-    each = codec.multiply_each(shared, [(0, 1)] * 3, matrices)
-    for index, matrix in enumerate(matrices):
-        assert torch.equal(each[index : index + 1], codec.multiply_each(shared, [(0, 1)], [matrix]))
+    three = codec.take(rows, torch.arange(3))
+    for some, width in ((shared, 1), (three, 3)):
+        apart = codec.multiply_apart(some, matrices)
+        for index, matrix in enumerate(matrices):
+            row = codec.take(some, torch.tensor([index % width]))
+            assert torch.equal(apart[index : index + 1], codec.multiply_apart(row, [matrix]))
+            near = codec.multiply(row, matrix)
+            assert (apart[index : index + 1] - near).abs().max() <= 1e-5 * near.abs().max()
 
 
 def test_int8_company_cannot_change_a_row() -> None:

@@ -132,7 +132,7 @@ def test_every_expert_is_kept_and_multiplied_by_its_own_codec(transposed: bool) 
 @pytest.mark.parametrize(
     "spans",
     [
-        [(0, 1)] * 6,
+        [(place, place + 1) for place in range(6)],
         [(0, 2), (2, 3), (3, 6), (6, 7), (7, 8), (8, 9)],
         [(0, 4), (4, 5), (5, 5), (5, 6), (6, 9), (9, 9)],
     ],
@@ -151,6 +151,18 @@ def test_products_of_several_formats_at_once_are_those_alone(
         assert torch.equal(found[below : below + end - start], wanted)
         below += end - start
     assert len(found) == below
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_one_row_through_several_formats_is_as_through_each(width: int) -> None:
+    codec = MixedCodec(MAP, torch.float32)
+    matrices = [codec.open(blob, "up_proj", False) for blob in blobs(codec, False)]
+    rows = codec.begin(torch.randn(width, IN))
+    found = codec.multiply_apart(rows, matrices)
+    assert len(found) == len(matrices) == 6
+    for place, matrix in enumerate(matrices):
+        row = codec.take(rows, torch.tensor([place % width]))
+        assert torch.equal(found[place : place + 1], codec.multiply_apart(row, [matrix]))
 
 
 def half(default: str, other: str) -> dict[str, Any]:
