@@ -85,8 +85,22 @@ def nearest_plan(
 ) -> EngineConfig | None:
     """The same settings with as few as possible of the given budgets changed, so that they fit.
 
-    Changed ones are explicit in what is returned. None where no budgets would fit.
+    Where no budgets would fit, a given size of steps goes too. Changed ones are explicit in what is
+    returned. None where nothing would fit.
     """
+    found = _nearest_budgets(config, plan)
+    if found is not None or config.max_step_tokens is None:
+        return found
+    found = _nearest_budgets(replace(config, max_step_tokens=None), plan)
+    if found is None:
+        return None
+    return replace(found, max_step_tokens=plan(found).demand.step_tokens)
+
+
+def _nearest_budgets(
+    config: EngineConfig, plan: Callable[[EngineConfig], MemoryPlan]
+) -> EngineConfig | None:
+    """With as few as possible of the given budgets changed; None where none would fit."""
     try:
         free = plan(
             replace(config, host_memory_bytes=None, kv_memory_bytes=None, max_model_len_tokens=None)
@@ -149,4 +163,6 @@ def flags_of(config: EngineConfig) -> str:
         flags.append(f"--kv-memory {size_flag(config.kv_memory_bytes)}")
     if config.max_model_len_tokens is not None:
         flags.append(f"--max-model-len {config.max_model_len_tokens}")
+    if config.max_step_tokens is not None:
+        flags.append(f"--max-step-tokens {config.max_step_tokens}")
     return " ".join(flags)

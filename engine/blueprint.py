@@ -1,7 +1,7 @@
 """A model understood and its memory planned, before anything is loaded."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -15,15 +15,25 @@ from .dense import Replacement, replacements, saved_bytes
 from .errors import BudgetTooSmall, ModelRefused, StartError
 from .formats import Codec
 from .manifest import Manifest
-from .memory import ALLOWANCE_BYTES, Demand, MemoryPlan, memory_limit, settle
+from .memory import (
+    ALLOWANCE_BYTES,
+    DEFAULT_KV_BYTES,
+    Demand,
+    MemoryPlan,
+    memory_limit,
+    settle,
+)
 from .mixed import expert_codec, pack_layer
 from .sequence import round_up_tokens
+from .step_size import plan_best_steps, plan_given_steps
 from .topology import Topology, trace
 
 log = logging.getLogger("moestro.engine")
 
 COMPUTE_DTYPE = torch.float32
 PACKING_COPIES = 2.5  # of one layer, while transformers converts it: 2.3 seen
+# Of a token and one that it may see: two masks of booleans, and one of them as a product wants it.
+MASK_BYTES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +116,22 @@ def _experts_per_token(
 
 def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = False) -> MemoryPlan:
     """With `packing`, the pack has to be built first. Raises BudgetTooSmall with the arithmetic."""
-    spec, topology = blueprint.spec, blueprint.topology
+    spec = blueprint.spec
+    demand = _demand(config, blueprint, spec, packing)
+
+    def plan(step_tokens: int) -> MemoryPlan:
+        workspace = _workspace_bytes(config, blueprint, demand, step_tokens)
+        asked = replace(demand, workspace_bytes=workspace, step_tokens=step_tokens)
+        return _settled(config, blueprint, spec, asked)
+
+    if config.max_step_tokens is not None:
+        return plan_given_steps(plan, config.max_step_tokens)
+    return plan_best_steps(plan, None if config.link is None else config.device_memory_bytes)
+
+
+def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing: bool) -> Demand:
+    """All but the workspace, which follows from the step. Raises BudgetTooSmall."""
+    topology = blueprint.topology
     least = max(topology.experts_per_token)
     own_context = _own_context_tokens(blueprint)
     wanted_context = config.max_model_len_tokens or own_context
@@ -116,16 +141,23 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = F
         )
     itemsize, dense_bytes = COMPUTE_DTYPE.itemsize, _dense_bytes(config, blueprint)
     loading_bytes = _loading_bytes(blueprint, dense_bytes)
-    demand = Demand(
+    return Demand(
         interpreter_bytes=psutil.Process().memory_info().rss,
         dense_bytes=dense_bytes,
-        workspace_bytes=_workspace_bytes(config, blueprint),
+        workspace_bytes=0,
         experts_total_bytes=spec.slot_bytes * spec.num_experts,
         experts_least_bytes=spec.slot_bytes * (least if config.link is None else LEAST_HOST_SLOTS),
         kv_bytes_per_token=topology.kv_numbers_per_token * itemsize,
         context_tokens=wanted_context,
         packing_bytes=max(_packing_bytes(blueprint) if packing else 0, loading_bytes),
     )
+
+
+def _settled(
+    config: EngineConfig, blueprint: Blueprint, spec: PackSpec, demand: Demand
+) -> MemoryPlan:
+    """The budgets beside `demand`. Raises BudgetTooSmall."""
+    wanted_context, least = demand.context_tokens, max(blueprint.topology.experts_per_token)
     if config.host_memory_bytes is not None:
         try:
             plan_slots(
@@ -209,7 +241,9 @@ def _own_context_tokens(blueprint: Blueprint) -> int:
     return min(longest, int(original or longest))
 
 
-def _workspace_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
+def _workspace_bytes(
+    config: EngineConfig, blueprint: Blueprint, demand: Demand, step_tokens: int
+) -> int:
     """What one step takes beside weights and KV, from the widths of the model."""
     text_config = blueprint.checkpoint.config.get_text_config()
     hidden = int(text_config.hidden_size)
@@ -224,5 +258,6 @@ def _workspace_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
         for entry in blueprint.experts
         for _, shape in entry.tensors.values()
     )
-
-    return ALLOWANCE_BYTES + config.max_step_tokens * per_token + logits + widened
+    kv_bytes = config.kv_memory_bytes or DEFAULT_KV_BYTES
+    seen = min(demand.context_tokens, kv_bytes // demand.kv_bytes_per_token)
+    return ALLOWANCE_BYTES + step_tokens * (per_token + MASK_BYTES * seen) + logits + widened

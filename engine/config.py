@@ -43,7 +43,7 @@ class EngineConfig:
     max_model_len_tokens: int | None = None
     max_running: int = 16  # sequences in one batch
     max_waiting: int = 256  # sequences in the queue behind it
-    max_step_tokens: int = 512  # tokens in one packed pass
+    max_step_tokens: int | None = None  # tokens in one packed pass
 
     def __post_init__(self) -> None:
         for name in (
@@ -53,10 +53,17 @@ class EngineConfig:
             "experts_per_token",
             "prefetch_experts",
             "threads",
+            "max_step_tokens",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadParameter(f"{name} must be positive, not {value}", name)
+        if self.max_step_tokens is not None and self.max_step_tokens < self.max_running:
+            raise BadParameter(
+                f"max_step_tokens must be at least max_running ({self.max_running}), not"
+                f" {self.max_step_tokens}: each running sequence decodes one token a step",
+                "max_step_tokens",
+            )
         if self.device == "cpu" and (self.link is None) != (self.device_memory_bytes is None):
             raise BadParameter(
                 "device_memory_bytes and link belong together: a cpu has no memory of its own",

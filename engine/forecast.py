@@ -194,7 +194,7 @@ class Forecast:
     @property
     def context_tokens(self) -> int:
         """The longest sequence that will be served."""
-        return min(self.plan.demand.context_tokens, self.plan.kv_tokens)
+        return self.plan.longest_tokens
 
     @property
     def decode(self) -> Outlook:

@@ -324,7 +324,7 @@ def _assemble(
     load_s: dict[str, float],
     prefetch: Prefetch | None,
 ) -> Loaded:
-    context = min(plan.demand.context_tokens, plan.kv_tokens)
+    context = plan.longest_tokens
     if context < plan.demand.context_tokens:
         log.info(
             "context: %d tokens, as many as --kv-memory holds (the model could take %d)",
@@ -334,7 +334,7 @@ def _assemble(
     limits = SchedulerLimits(
         config.max_running,
         config.max_waiting,
-        config.max_step_tokens,
+        plan.demand.step_tokens,
         plan.kv_bytes,
         plan.demand.kv_bytes_per_token,
     )

@@ -24,6 +24,7 @@ ALLOWANCE_BYTES = 96 * MIB
 # Left alone when a budget is chosen here: the rest of the machine lives from it.
 RESERVE_SHARE = 0.15
 DEFAULT_KV_BYTES = GIB
+LEAST_STEP_TOKENS = 512  # of one step, where nothing else is wanted: some rows for each expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Demand:
     kv_bytes_per_token: int
     context_tokens: int  # the longest sequence asked for
     packing_bytes: int = 0  # taken once, at the start: one layer of experts, or one tensor, twice
+    step_tokens: int = LEAST_STEP_TOKENS  # the most in one step; they make the workspace
 
     @property
     def fixed_bytes(self) -> int:
@@ -54,6 +56,7 @@ class MemoryPlan:
     limit_bytes: int
     limit_name: str
     device_bytes: int = 0  # slots of an emulated device that are memory of their own
+    step_reason: str = ""  # why a step has so many tokens
 
     @property
     def serving_bytes(self) -> int:
@@ -74,6 +77,11 @@ class MemoryPlan:
         """Tokens that can be reserved: whole rounds only, as admission reserves them."""
         tokens = self.kv_bytes // self.demand.kv_bytes_per_token
         return tokens // ROUND_TOKENS * ROUND_TOKENS
+
+    @property
+    def longest_tokens(self) -> int:
+        """The longest sequence that will be served."""
+        return min(self.demand.context_tokens, self.kv_tokens)
 
     def parts(self) -> dict[str, int]:
         """Bytes by part; they sum to the total."""
@@ -103,6 +111,8 @@ class MemoryPlan:
             *self._device_line(),
             f"  kv        {human_bytes(self.kv_bytes):>10}  {self.kv_tokens} tokens of"
             f" {human_bytes(demand.kv_bytes_per_token)} (--kv-memory)",
+            f"  step      {demand.step_tokens:>10}  tokens at once: {self.step_reason}"
+            " (--max-step-tokens)",
             *self._packing_line(),
         ]
 

@@ -52,7 +52,7 @@ def plan_model(
         blueprint = understand(config, checkpoint)
         plan = _plan(config, blueprint)
         model = checkpoint.build_meta_model(COMPUTE_DTYPE)
-        work = _work(config, blueprint, model)
+        work = _work(blueprint, model, plan.demand.step_tokens)
         spec = blueprint.spec
     finally:
         checkpoint.close()
@@ -119,7 +119,7 @@ def _matrices(blueprint: Blueprint) -> list[tuple[torch.dtype, tuple[int, ...]]]
     return [(dtype, shape[1:]) for dtype, shape in tensors if len(shape) == 3]
 
 
-def _work(config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel) -> Work:
+def _work(blueprint: Blueprint, model: PreTrainedModel, step_tokens: int) -> Work:
     """Which weights a token is multiplied with: all but the embedding, which is looked up."""
     layers = tuple(
         MoeLayer(
@@ -147,7 +147,7 @@ def _work(config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel) ->
         layers=layers,
         dense_numbers=max(0, numbers - sum(both.values())),
         head_numbers=head.weight.numel() if head is not None else 0,
-        chunk_tokens=config.max_step_tokens,
+        chunk_tokens=step_tokens,
     )
 
 

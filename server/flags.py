@@ -117,6 +117,16 @@ MaxModelLen = Annotated[
         help="Longest prompt plus answer. [default: the model's own]",
     ),
 ]
+MaxStepTokens = Annotated[
+    str | None,
+    Option(
+        "--max-step-tokens",
+        metavar="N",
+        help="Tokens that one step computes at most. Each step of a prompt loads the missing"
+        " experts once: larger ones load fewer bytes, take memory and make running answers wait."
+        " [default: 512 to 2048, as memory allows]",
+    ),
+]
 ServedModelName = Annotated[
     str | None,
     Option(

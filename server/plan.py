@@ -7,7 +7,7 @@ The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
              are those of config.json)
     memory   interpreter, dense, workspace, experts, kv, packing (each with _bytes; what only the
              first start takes beyond the others), their total_bytes, limit_bytes, limit, kv_tokens,
-             max_model_len_tokens
+             max_model_len_tokens, max_step_tokens (which the workspace is for), max_step_reason
     experts  slots, total, slots_per_layer (average), resident_share
     link     scattered_bytes_per_s (one expert a read, decode), ordered_bytes_per_s (neighbours
              together, prefill), source
@@ -104,6 +104,8 @@ def as_object(forecast: Forecast) -> dict[str, Any]:
             "limit": plan.limit_name,
             "kv_tokens": plan.kv_tokens,
             "max_model_len_tokens": forecast.context_tokens,
+            "max_step_tokens": plan.demand.step_tokens,
+            "max_step_reason": plan.step_reason,
         },
         "experts": {
             "slots": forecast.slots,

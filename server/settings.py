@@ -37,6 +37,7 @@ _MOST_BYTES = (1 << 63) - 1
 _SHOWN_CHARS = 100
 # More threads than this share of the logical cores is a slip of the keyboard.
 THREADS_PER_CORE = 4
+LEAST_STEP_TOKENS = 16  # as many sequences run together, each decodes one token a step
 
 
 def parse_size(value: object) -> object:
@@ -101,6 +102,9 @@ def parse_link(value: object) -> object:
 LinkSpeed = Annotated[tuple[int, float], BeforeValidator(parse_link)]
 Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0, description=_SIZE_FORM)]
 Count = Annotated[int, Field(gt=0, description=_COUNT_FORM)]
+StepTokens = Annotated[
+    int, Field(ge=LEAST_STEP_TOKENS, description=f"a whole number from {LEAST_STEP_TOKENS} on")
+]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, description="seconds above 0")]
 
 
@@ -147,6 +151,7 @@ class Settings(Places):
     )
     threads: Count | None = None
     max_model_len: Count | None = None
+    max_step_tokens: StepTokens | None = None
     served_model_name: str | None = Field(
         None, min_length=1, max_length=256, description="a name of 1 to 256 characters"
     )
@@ -256,6 +261,7 @@ class Settings(Places):
             prefetch_experts=self.prefetch_experts,
             threads=self.threads,
             max_model_len_tokens=self.max_model_len,
+            max_step_tokens=self.max_step_tokens,
         )
 
 

@@ -81,6 +81,7 @@ TORCH_FREE = {
         "scheduler",
         "sequence",
         "stats",
+        "step_size",
     },
     "factorize": {"errors"},
     "server": {"settings"},

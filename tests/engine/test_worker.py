@@ -1,7 +1,9 @@
 """The thread: requests in, events out, and every way to stop."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,18 +137,38 @@ def test_a_load_that_fails_says_why(tmp_path: Path) -> None:
         worker.stats()
 
 
-def test_a_load_can_be_stopped_and_leaves_nothing_half_written(
-    folder: Path, tmp_path: Path
+def test_a_stopped_load_leaves_no_pack_and_the_next_start_resumes_it(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def leftovers() -> list[str]:
+        ends = (".pack", ".partial", ".journal")
+        return sorted(path.name for path in tmp_path.rglob("*") if path.suffix in ends)
+
     def stop_while_packing(progress: Progress) -> None:
         if progress.phase == "pack" and progress.done == 2:
             packing._stopping.set()
 
-    packing = EngineWorker(EngineConfig(folder, tmp_path), stop_while_packing)
+    config = EngineConfig(folder, tmp_path, kv_memory_bytes=1 << 20, threads=1)
+    packing = EngineWorker(config, stop_while_packing)
     packing.start()
     assert packing.wait_loaded(60)
     assert isinstance(packing.failure, LoadCancelled)
-    assert [path.name for path in tmp_path.rglob("*") if path.suffix in (".pack", ".partial")] == []
+    assert leftovers() == ["native.journal", "native.partial"]
+
+    again = EngineWorker(config, ignore)
+    with caplog.at_level(logging.INFO):
+        again.start()
+        assert again.wait_loaded(60) and again.state is EngineState.READY, again.failure
+    again.stop()
+    # A stop is seen at the next notice, after the third layer.
+    assert "resuming: 3 of 4 layers are packed" in caplog.text
+    assert leftovers() == ["native.pack"]
+    once = EngineWorker(replace(config, cache_dir=tmp_path / "once"), ignore)
+    once.start()
+    assert once.wait_loaded(60) and once.state is EngineState.READY, once.failure
+    once.stop()
+    resumed, whole = sorted(tmp_path.rglob("native.pack"), key=lambda path: "once" in path.parts)
+    assert resumed.read_bytes() == whole.read_bytes()
 
 
 def test_prepare_runs_first_and_its_refusal_is_the_failure(folder: Path, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
         "model": "dense_format expert_bytes expert_format experts_per_layer experts_per_token"
         " family layers stored_dtype weights",
         "memory": "dense_bytes experts_bytes interpreter_bytes kv_bytes kv_tokens limit"
-        " limit_bytes max_model_len_tokens packing_bytes total_bytes workspace_bytes",
+        " limit_bytes max_model_len_tokens max_step_reason max_step_tokens packing_bytes"
+        " total_bytes workspace_bytes",
         "experts": "resident_share slots slots_per_layer total",
         "link": "ordered_bytes_per_s scattered_bytes_per_s source",
         "compute": "threads",
@@ -88,11 +89,26 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
     assert found["model"]["expert_format"] == "int8"
     names = ("interpreter", "dense", "workspace", "experts", "kv", "packing")
     assert sum(found["memory"][f"{name}_bytes"] for name in names) == found["memory"]["total_bytes"]
+    assert found["prefill"]["tokens"] == found["memory"]["max_step_tokens"] == 512
     for step in (found["decode"], found["prefill"]):
         assert step["low"]["tokens_per_s"] <= step["high"]["tokens_per_s"]
         assert step["low"]["limit"] in ("disk", "compute")
         assert step["routing"] == "uniform"
     assert all(sorted(change) == ["effect", "flags"] for change in found["changes"])
+
+
+def test_given_steps_are_planned(plan: Command, folder: Path) -> None:
+    code, out, _ = plan(folder, *BUDGETS, "--max-step-tokens", "64", "--json")
+    small = json.loads(out)
+    assert (code, small["prefill"]["tokens"]) == (0, 64)
+    assert (small["memory"]["max_step_tokens"], small["memory"]["max_step_reason"]) == (
+        64,
+        "as given",
+    )
+    code, out, _ = plan(folder, *BUDGETS, "--max-step-tokens", "4096")
+    assert code == 0
+    assert re.search(r"^  step +4096  tokens at once: as given \(--max-step-tokens\)$", out, re.M)
+    assert "per 4096 tokens" in out
 
 
 def test_a_folder_with_only_a_config_will_do(plan: Command, folder: Path, tmp_path: Path) -> None:
@@ -126,6 +142,14 @@ def test_a_trace_replaces_the_guess(plan: Command, folder: Path, tmp_path: Path)
     [
         (("--host-memory", "50KiB"), "the nearest plan that fits: --host-memory 96KiB"),
         (("--max-model-len", "9999"), "the nearest plan that fits: --max-model-len 512"),
+        (
+            ("--max-step-tokens", "99999999999"),
+            "with --max-step-tokens 99999999999, the model needs at least",
+        ),
+        (
+            ("--max-step-tokens", "99999999999"),
+            "the nearest plan that fits: --max-step-tokens 512",
+        ),
         (("--device-memory", "1GiB"), "--device-memory: device cpu has no memory of its own"),
         (("--disk-speed", "quick"), "--disk-speed: 'quick' is not a size"),
         (("--disk-speed", "0"), "--disk-speed: '0' is not above 0"),

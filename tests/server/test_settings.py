@@ -67,6 +67,8 @@ def test_flags_win_over_variables(monkeypatch):
         ("threads", "0", "--threads: '0' is not a whole number above 0"),
         ("experts_per_token", "x", "--experts-per-token: 'x' is not a whole number above 0"),
         ("max_model_len", "-1", "--max-model-len: '-1' is not a whole number above 0"),
+        ("max_step_tokens", "15", "--max-step-tokens: '15' is not a whole number from 16 on"),
+        ("max_step_tokens", "1e3", "--max-step-tokens: '1e3' is not a whole number from 16 on"),
         (
             "expert_format",
             "int3",
@@ -139,6 +141,7 @@ def test_engine_config(tmp_path):
             "prefetch_experts": "2",
             "threads": "1",
             "max_model_len": "100",
+            "max_step_tokens": "16",
             "cache_dir": str(tmp_path),
         }
     )
@@ -153,7 +156,17 @@ def test_engine_config(tmp_path):
         prefetch_experts=2,
         threads=1,
         max_model_len_tokens=100,
+        max_step_tokens=16,
     )
+
+
+def test_the_least_step_has_a_token_for_each_who_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOESTRO_MAX_STEP_TOKENS", "16")
+    config = load_settings({"model": str(tmp_path)}).to_engine_config()
+    assert config.max_step_tokens == 16 == config.max_running
+    monkeypatch.setenv("MOESTRO_MAX_STEP_TOKENS", "0")
+    with pytest.raises(Refused, match="^MOESTRO_MAX_STEP_TOKENS: '0' is not a whole number"):
+        load_settings({"model": "demo"})
 
 
 def test_places(monkeypatch, tmp_path):
