@@ -111,8 +111,7 @@ class MemoryPlan:
             *self._device_line(),
             f"  kv        {human_bytes(self.kv_bytes):>10}  {self.kv_tokens} tokens of"
             f" {human_bytes(demand.kv_bytes_per_token)} (--kv-memory)",
-            f"  step      {demand.step_tokens:>10}  tokens at once: {self.step_reason}"
-            " (--max-step-tokens)",
+            f"  step      {demand.step_tokens:>10}  tokens (--max-step-tokens): {self.step_reason}",
             *self._packing_line(),
         ]
 

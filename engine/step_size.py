@@ -53,7 +53,7 @@ def plan_best_steps(
         more_bytes = tried.demand.workspace_bytes - least.demand.workspace_bytes
         if more_bytes > WORKSPACE_SHARE * budget_bytes:
             reason = (
-                f"{tokens} would take {human_bytes(more_bytes)} more than {LEAST_STEP_TOKENS},"
+                f"{tokens} would take {human_bytes(more_bytes)} more,"
                 f" above {100 * WORKSPACE_SHARE:.0f} % of the experts' room"
             )
             return replace(best, step_reason=reason)

@@ -72,7 +72,7 @@ def test_the_most_where_memory_is_plenty() -> None:
 @pytest.mark.parametrize(
     ("experts_mib", "tokens", "words"),
     [
-        (159, 512, "1024 would take 8 MiB more than 512, above 5 % of the experts' room"),
+        (159, 512, "1024 would take 8 MiB more, above 5 % of the experts' room"),
         (160, 1024, "2048 would take 24 MiB more"),
         (479, 1024, "2048 would take 24 MiB more"),
         (480, 2048, "least often"),
@@ -120,7 +120,7 @@ def test_never_more_than_the_longest_sequence(context: int, tokens: int) -> None
 def test_given_ones_are_taken_or_named_in_the_refusal() -> None:
     plan = plan_given_steps(Plans(10_000), 8192)
     assert (plan.demand.step_tokens, plan.demand.workspace_bytes) == (8192, 228 * MIB)
-    assert f"{8192:>10}  tokens at once: as given (--max-step-tokens)" in "\n".join(plan.lines())
+    assert f"{8192:>10}  tokens (--max-step-tokens): as given" in "\n".join(plan.lines())
     tight = Plans(None, limit_mib=1000)
     assert plan_given_steps(tight, 512).demand.step_tokens == 512
     with pytest.raises(

@@ -107,7 +107,7 @@ def test_given_steps_are_planned(plan: Command, folder: Path) -> None:
     )
     code, out, _ = plan(folder, *BUDGETS, "--max-step-tokens", "4096")
     assert code == 0
-    assert re.search(r"^  step +4096  tokens at once: as given \(--max-step-tokens\)$", out, re.M)
+    assert re.search(r"^  step +4096  tokens \(--max-step-tokens\): as given$", out, re.M)
     assert "per 4096 tokens" in out
 
 
