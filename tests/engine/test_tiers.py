@@ -65,7 +65,9 @@ def test_logits_are_bit_identical_over_all_tiers(family: str, tmp_path: Path) ->
 
 def test_what_the_host_holds_is_read_once_and_copied_again(tmp_path: Path) -> None:
     folder = tiny.build("mixtral", tmp_path / "model")
-    with opened(folder, tmp_path / "cache", prefetch=False, **two(2, ALL)) as loaded:
+    with opened(
+        folder, tmp_path / "cache", prefetch=False, host_compute=False, **two(2, ALL)
+    ) as loaded:
         run_logits(loaded, STEPS)
         stats = loaded.cache.stats()
     assert stats.host is not None
