@@ -75,6 +75,7 @@ TORCH_FREE = {
     "engine": {
         "advice",
         "config",
+        "device_memory",
         "errors",
         "forecast",
         "manifest",

@@ -4,6 +4,7 @@ All of it runs twice: `imagined` takes every path but the GPU's kernels; where a
 marked `gpu` run the same on it.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ import tiny
 from engine_kit import MIB, generate, opened, run_logits
 from imagined import imagined, nothing
 from moestro.engine import BudgetTooSmall, EngineConfig, SamplingParams, StartError
+from moestro.engine.attention import for_every_head
 from moestro.engine.device import Device, Later, choose, places
-from moestro.engine.loader import Loaded
+from moestro.engine.experts import mark, places_by_expert, sort_by_expert
+from moestro.engine.formats import filled_int_mm
 from moestro.engine.sequence import Sequence as Running
 
 STEPS: list[list[tuple[int, list[int]]]] = [
@@ -257,24 +260,52 @@ def test_numbers_cross_as_they_are() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_decode_step_waits_once_a_layer(tmp_path: Path) -> None:
-    """torch counts: in its debug mode for synchronisation every wait is a warning."""
-    import warnings
-
-    folder = tiny.build("mixtral", tmp_path / "model", torch.bfloat16)
-    with opened(folder, tmp_path / "cache", device="cuda", prefetch=False) as loaded:
-        run_logits(loaded, [[(1, [5, 6, 7])], [(1, [8])], [(1, [9])]])
-        waits = _waits(loaded, warnings)
-    # The routers' ids of 4 layers, the logits, and the three small tensors that a step begins with.
-    assert waits <= 4 + 1 + 3
+def test_a_layer_more_is_one_wait_more(tmp_path: Path) -> None:
+    """For its router's ids. In torch's debug mode for synchronisation every wait is a warning."""
+    assert _waits(4, tmp_path) - _waits(2, tmp_path) == 2
 
 
-def _waits(loaded: Loaded, warnings: Any) -> int:
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            run_logits(loaded, [[(2, [5])]])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def _waits(layers: int, folder: Path) -> int:
+    """Of a decode step, with all experts resident."""
+    import transformers as hf
+
+    widths: dict[str, Any] = {**tiny.WIDTHS, "num_hidden_layers": layers}
+    config = hf.MixtralConfig(**widths, num_local_experts=8, num_experts_per_tok=2)
+    model = tiny.save(config, folder / f"{layers}", torch.bfloat16)
+    with opened(model, folder / "cache", device="cuda") as loaded:
+        run_logits(loaded, [[(1, [5])], [(1, [5])]])
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                run_logits(loaded, [[(2, [5])]])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(each.message) for each in seen)
+
+
+def test_key_heads_are_repeated_for_their_query_heads() -> None:
+    keys = torch.randn(2, 5, 4)
+    found = for_every_head(keys, 6)
+    assert found.shape == (6, 5, 4)
+    for head in range(6):
+        assert torch.equal(found[head], keys[head // 3])
+
+
+def test_what_has_no_weight_is_marked_before_it_leaves_the_device() -> None:
+    ids, weights = torch.tensor([[3, 0], [1, 3]]), torch.tensor([[0.0, 0.5], [0.5, 0.5]])
+    marked = mark(ids, weights, 8).tolist()
+    assert marked == [[8, 0], [1, 3]]
+    ones = [[1.0, 1.0], [1.0, 1.0]]
+    wanted = places_by_expert(ids.tolist(), weights.tolist(), 8)
+    assert places_by_expert(marked, ones, 8) == wanted == {0: [1], 1: [2], 3: [3]}
+    order, starts = sort_by_expert(ids, weights, 8)
+    assert starts == [0, 1, 2, 2, 3, 3, 3, 3, 3]
+    assert order[:3].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33])
+def test_an_int8_product_filled_up_for_a_gpu_is_the_same(rows: int) -> None:
+    numbers = torch.randint(-127, 128, (rows, 64), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (48, 64), dtype=torch.int8).t()
+    assert torch.equal(filled_int_mm(numbers, weight), torch._int_mm(numbers, weight))
