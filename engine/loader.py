@@ -138,7 +138,13 @@ def load(
     for line in plan.lines():
         log.info("%s", line)
     tokenizer = Tokenizer(config.model_path)
-    model, cache, packed = _load_weights(config, blueprint, plan, phases)
+    try:
+        model, cache, packed = _load_weights(config, blueprint, plan, phases)
+    except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile
+        raise StartError(
+            f"--device {config.device}: less memory is free there than was planned with; lower"
+            f" --device-memory or --kv-memory ({str(error).splitlines()[0]})"
+        ) from error
     with ExitStack() as undo:
         undo.callback(cache.close)
         step = StepPhase()
