@@ -105,7 +105,7 @@ class Nf4Codec:
         return torch.cat(parts)
 
     def multiply_apart(self, rows: torch.Tensor, matrices: Sequence[Nf4Matrix]) -> torch.Tensor:
-        each = rows.split(1) if len(rows) > 1 else (rows,) * len(matrices)
+        each = torch.split(rows, 1) if len(rows) > 1 else (rows,) * len(matrices)
         parts = [self.multiply(row, matrix) for row, matrix in zip(each, matrices, strict=True)]
         return torch.cat(parts)
 

@@ -19,7 +19,7 @@ from moestro.engine import BudgetTooSmall, EngineConfig, SamplingParams, StartEr
 from moestro.engine.attention import for_every_head
 from moestro.engine.device import Device, Later, choose, places
 from moestro.engine.experts import mark, places_by_expert, sort_by_expert
-from moestro.engine.formats import filled_int_mm, filled_int_mm_each
+from moestro.engine.formats import filled_int_mm, filled_int_mm_apart
 from moestro.engine.sequence import Sequence as Running
 
 STEPS: list[list[tuple[int, list[int]]]] = [
@@ -311,13 +311,10 @@ def test_an_int8_product_filled_up_for_a_gpu_is_the_same(rows: int) -> None:
     assert torch.equal(filled_int_mm(numbers, weight), torch._int_mm(numbers, weight))
 
 
-@pytest.mark.parametrize(
-    "spans", [[(0, 1)] * 3, [(0, 1), (1, 2), (2, 3)], [(0, 2), (2, 3), (3, 6)]]
-)
-def test_int8_products_of_spans_filled_up_are_the_same(spans: list[tuple[int, int]]) -> None:
-    numbers = torch.randint(-127, 128, (max(end for _, end in spans), 64), dtype=torch.int8)
-    weights = [torch.randint(-127, 128, (48, 64), dtype=torch.int8).t() for _ in spans]
-    wanted = [
-        torch._int_mm(numbers[a:b], each) for (a, b), each in zip(spans, weights, strict=True)
-    ]
-    assert torch.equal(filled_int_mm_each(numbers, spans, weights), torch.cat(wanted))
+@pytest.mark.parametrize("shared", [True, False])
+def test_int8_rows_apart_filled_up_for_a_gpu_are_the_same(shared: bool) -> None:
+    numbers = torch.randint(-127, 128, (1 if shared else 3, 64), dtype=torch.int8)
+    weights = [torch.randint(-127, 128, (48, 64), dtype=torch.int8).t() for _ in range(3)]
+    rows = numbers.expand(3, 64)
+    wanted = [torch._int_mm(row[None], each) for row, each in zip(rows, weights, strict=True)]
+    assert torch.equal(filled_int_mm_apart(numbers, weights), torch.cat(wanted))
