@@ -8,6 +8,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 PYTEST_ARGS ?=
+REPORT ?= gpu-report.json
 export MOESTRO_TORCH
 export PYTHON
 
@@ -41,8 +42,8 @@ test-fast: dev
 test-slow: dev ## the tests that take more than a few seconds
 	@.venv/bin/pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
-gpu-check: dev ## the tests that need an NVIDIA GPU
-	@scripts/gpu_check.sh $(PYTEST_ARGS)
+gpu-check: dev ## tests and benchmarks on an NVIDIA GPU, into one JSON (REPORT=file)
+	@scripts/gpu_check.sh $(REPORT)
 
 bench: dev ## the benchmarks (ARGS="bench_engine" for one)
 	@scripts/bench.sh $(ARGS)

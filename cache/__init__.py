@@ -30,7 +30,7 @@ from .plan import (
 from .policy import Lru, PerLayer, Policy
 from .replayer import LayerReplay, Replayed, belady, replay, replay_events
 from .stats import CacheStats, LayerStats, LinkStats, TierStats
-from .tiers import emulated, two_tiers
+from .tiers import Wiring, emulated, two_tiers
 from .tracefile import (
     LiveCount,
     TraceEvent,
@@ -95,6 +95,7 @@ __all__ = [
     "TraceLayer",
     "TraceReader",
     "TraceWriter",
+    "Wiring",
     "belady",
     "cuda",
     "emulated",

@@ -132,6 +132,10 @@ def _attend(
         grouped = rows.reshape(1, keys.shape[0], heads // keys.shape[0], rows.shape[3])
         out = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scaling)
         return out.reshape(1, heads, 1, values.shape[2])
+    if mask is not None and rows.device.type != "cpu":
+        # A GPU's kernels take a mask or grouped heads, not both: what takes both there writes out
+        # all scores. `_workspace_bytes` counts these copies.
+        keys, values = for_every_head(keys, heads), for_every_head(values, heads)
     return F.scaled_dot_product_attention(
         rows,
         keys[None],
@@ -141,6 +145,11 @@ def _attend(
         scale=scaling,
         enable_gqa=heads != keys.shape[0],
     )
+
+
+def for_every_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """[Hk, S, D] -> [H, S, D], each key head as often as query heads share it."""
+    return rows.repeat_interleave(heads // rows.shape[0], dim=0)
 
 
 def _attend_with_sinks(

@@ -7,17 +7,27 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from moestro.cache import LEAST_HOST_SLOTS, DoesNotFit, PackSpec, human_bytes, plan_slots
+from moestro.cache import (
+    LEAST_HOST_SLOTS,
+    DoesNotFit,
+    PackSpec,
+    SlotPlan,
+    human_bytes,
+    plan_slots,
+)
 
 from .checkpoint import Checkpoint, ExpertsModule
 from .config import EngineConfig
 from .dense import Replacement, replacements, saved_bytes
+from .device import CPU, Device
+from .device_memory import DEVICE_ALLOWANCE_BYTES, HostDemand, Room, settle_host
 from .errors import BudgetTooSmall, ModelRefused, StartError
 from .formats import Codec
 from .manifest import Manifest
 from .memory import (
     ALLOWANCE_BYTES,
     DEFAULT_KV_BYTES,
+    DEVICE_BUDGET,
     Demand,
     MemoryPlan,
     memory_limit,
@@ -30,7 +40,6 @@ from .topology import Topology, trace
 
 log = logging.getLogger("moestro.engine")
 
-COMPUTE_DTYPE = torch.float32
 PACKING_COPIES = 2.5  # of one layer, while transformers converts it: 2.3 seen
 # Of a token and one that it may see: two masks of booleans, and one of them as a product wants it.
 MASK_BYTES = 6
@@ -48,6 +57,7 @@ class Blueprint:
     experts_per_token: int
     output_scale: float
     codec: Codec
+    device: Device
 
     @property
     def vocab_size(self) -> int:
@@ -58,22 +68,27 @@ class Blueprint:
         return int(self.checkpoint.config.get_text_config().num_hidden_layers)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number that is computed with."""
+        return self.device.compute_dtype.itemsize
+
+    @property
     def spec(self) -> PackSpec:
         """The pack that this model needs."""
         layers = tuple(pack_layer(self.codec, entry) for entry in self.experts)
         return PackSpec(self.checkpoint.fingerprint(), self.codec.name, layers)
 
 
-def inspect(config: EngineConfig) -> Blueprint:
+def inspect(config: EngineConfig, device: Device = CPU) -> Blueprint:
     """Understand the model without loading it. Raises ModelNotFound or ModelRefused."""
-    return understand(config, Checkpoint(config.model_path))
+    return understand(config, Checkpoint(config.model_path), device)
 
 
-def understand(config: EngineConfig, checkpoint: Checkpoint) -> Blueprint:
+def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CPU) -> Blueprint:
     """The same from files that are already open, or from a sketch of them."""
     manifest = Manifest.read(config.model_path)
     experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
-    model = checkpoint.build_meta_model(COMPUTE_DTYPE)
+    model = checkpoint.build_meta_model(device.compute_dtype)
     modules, dense_keys = checkpoint.split_keys(model)
     most = min(entry.num_experts for entry in modules)
     if experts_per_token > most:
@@ -83,9 +98,10 @@ def understand(config: EngineConfig, checkpoint: Checkpoint) -> Blueprint:
     topology = trace(model)
     by_path = {entry.path: entry for entry in modules}
     experts = tuple(by_path[path] for path in topology.experts_paths)
-    codec = expert_codec(config.expert_format, experts, COMPUTE_DTYPE)
+    dtype, kind = device.compute_dtype, device.place.type
+    codec = expert_codec(config.expert_format, experts, dtype, kind)
     return Blueprint(
-        checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale, codec
+        checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale, codec, device
     )
 
 
@@ -139,15 +155,15 @@ def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing:
         raise BudgetTooSmall(
             f"--max-model-len {wanted_context}: the model's own limit is {own_context} tokens"
         )
-    itemsize, dense_bytes = COMPUTE_DTYPE.itemsize, _dense_bytes(config, blueprint)
-    loading_bytes = _loading_bytes(blueprint, dense_bytes)
+    dense_bytes = _dense_bytes(config, blueprint)
+    loading_bytes = dense_bytes + 2 * _largest_bytes(blueprint)  # in two forms
     return Demand(
         interpreter_bytes=psutil.Process().memory_info().rss,
         dense_bytes=dense_bytes,
         workspace_bytes=0,
         experts_total_bytes=spec.slot_bytes * spec.num_experts,
         experts_least_bytes=spec.slot_bytes * (least if config.link is None else LEAST_HOST_SLOTS),
-        kv_bytes_per_token=topology.kv_numbers_per_token * itemsize,
+        kv_bytes_per_token=topology.kv_numbers_per_token * blueprint.itemsize,
         context_tokens=wanted_context,
         packing_bytes=max(_packing_bytes(blueprint) if packing else 0, loading_bytes),
     )
@@ -158,16 +174,10 @@ def _settled(
 ) -> MemoryPlan:
     """The budgets beside `demand`. Raises BudgetTooSmall."""
     wanted_context, least = demand.context_tokens, max(blueprint.topology.experts_per_token)
-    if config.host_memory_bytes is not None:
-        try:
-            plan_slots(
-                config.host_memory_bytes, spec, demand.experts_least_bytes // spec.slot_bytes
-            )
-        except DoesNotFit as error:
-            raise BudgetTooSmall(f"--host-memory: {error}") from error
-    plan = settle(demand, config.host_memory_bytes, config.kv_memory_bytes, memory_limit())
-    if config.device_memory_bytes is not None:
-        plan = _with_device(config, plan, spec, least)
+    if blueprint.device.room is None:
+        plan = _in_host_memory(config, demand, spec, least)
+    else:
+        plan = _apart(config, blueprint, blueprint.device.room, demand)
     if config.max_model_len_tokens is not None and plan.kv_tokens < wanted_context:
         needed = round_up_tokens(wanted_context) * demand.kv_bytes_per_token
         raise BudgetTooSmall(
@@ -178,27 +188,67 @@ def _settled(
     return plan
 
 
-def _with_device(config: EngineConfig, plan: MemoryPlan, spec: PackSpec, least: int) -> MemoryPlan:
-    """The plan with the slots of an emulated device, which take memory unless they only show the
-
-    host's (where the host holds all experts). Raises BudgetTooSmall.
-    """
-    assert config.device_memory_bytes is not None
-    try:
-        device = plan_slots(config.device_memory_bytes, spec, least)
-    except DoesNotFit as error:
-        raise BudgetTooSmall(f"--device-memory: {error}") from error
-    if plan.experts_bytes >= plan.demand.experts_total_bytes:
+def _in_host_memory(config: EngineConfig, demand: Demand, spec: PackSpec, least: int) -> MemoryPlan:
+    host, slots = config.host_memory_bytes, demand.experts_least_bytes // spec.slot_bytes
+    if host is not None:
+        _check_slots("--host-memory", host, spec, slots)
+    plan = settle(demand, host, config.kv_memory_bytes, memory_limit())
+    if config.device_memory_bytes is None:
         return plan
-    host, kv = config.host_memory_bytes, config.kv_memory_bytes
-    return settle(plan.demand, host, kv, memory_limit(), device.arena_bytes)
+    # An emulated device's slots take memory unless they only show the host's.
+    device = _check_slots("--device-memory", config.device_memory_bytes, spec, least)
+    if plan.experts_bytes >= demand.experts_total_bytes:
+        return plan
+    return settle(demand, host, config.kv_memory_bytes, memory_limit(), device.arena_bytes)
+
+
+def _apart(config: EngineConfig, blueprint: Blueprint, room: Room, demand: Demand) -> MemoryPlan:
+    """All that is computed from in a device's own memory; the host has its tier of experts."""
+    spec, staging = blueprint.spec, blueprint.device.staging_bytes
+    least = max(blueprint.topology.experts_per_token)
+    if config.device_memory_bytes is not None:
+        _check_slots("--device-memory", config.device_memory_bytes, spec, least)
+    if config.host_memory_bytes is not None:
+        _check_slots("--host-memory", config.host_memory_bytes, spec, LEAST_HOST_SLOTS, staging)
+    there = replace(
+        demand,
+        interpreter_bytes=0,
+        workspace_bytes=demand.workspace_bytes + DEVICE_ALLOWANCE_BYTES - ALLOWANCE_BYTES,
+        packing_bytes=demand.dense_bytes + 2 * _largest_bytes(blueprint),
+    )
+    kv, wanted = config.kv_memory_bytes, config.device_memory_bytes
+    plan = settle(there, wanted, kv, room.limit, kind=DEVICE_BUDGET)
+    total = demand.experts_total_bytes
+    # Behind a device that holds all, the host passes experts on: room to read a layer ahead.
+    holds_all = plan.experts_bytes >= total
+    wish = max(layer.num_experts for layer in spec.layers) * spec.slot_bytes if holds_all else total
+    packing = demand.packing_bytes - demand.dense_bytes  # which are never here as a whole
+    host = HostDemand(
+        interpreter_bytes=demand.interpreter_bytes,
+        experts_total_bytes=total,
+        experts_least_bytes=LEAST_HOST_SLOTS * spec.slot_bytes + staging,
+        experts_wish_bytes=wish + staging,
+        staging_bytes=staging,
+        packing_bytes=packing,
+    )
+    return replace(plan, host=settle_host(host, config.host_memory_bytes, memory_limit()))
+
+
+def _check_slots(
+    flag: str, size_bytes: int, spec: PackSpec, least: int, staging_bytes: int = 0
+) -> SlotPlan:
+    """Raises BudgetTooSmall where a budget that was given holds fewer than `least` experts."""
+    try:
+        return plan_slots(size_bytes, spec, least, staging_bytes)
+    except DoesNotFit as error:
+        raise BudgetTooSmall(f"{flag}: {error}") from error
 
 
 def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
     """Dense weights in the compute dtype, less what int8 saves."""
-    itemsize = COMPUTE_DTYPE.itemsize
+    itemsize = blueprint.itemsize
     whole = blueprint.checkpoint.dense_bytes(blueprint.dense_keys, itemsize)
-    model = blueprint.checkpoint.build_meta_model(COMPUTE_DTYPE)
+    model = blueprint.checkpoint.build_meta_model(blueprint.device.compute_dtype)
     return whole - saved_bytes(model, compact_modules(config, blueprint, model), itemsize)
 
 
@@ -209,13 +259,10 @@ def compact_modules(
     return replacements(model, blueprint.topology, config.dense_format, blueprint.checkpoint)
 
 
-def _loading_bytes(blueprint: Blueprint, dense_bytes: int) -> int:
-    """The dense weights while the largest one is there in two forms."""
+def _largest_bytes(blueprint: Blueprint) -> int:
+    """Of the dense tensors."""
     checkpoint = blueprint.checkpoint
-    largest = max(
-        checkpoint.dense_bytes([key], COMPUTE_DTYPE.itemsize) for key in blueprint.dense_keys
-    )
-    return dense_bytes + 2 * largest
+    return max(checkpoint.dense_bytes([key], blueprint.itemsize) for key in blueprint.dense_keys)
 
 
 def _packing_bytes(blueprint: Blueprint) -> int:
@@ -260,4 +307,16 @@ def _workspace_bytes(
     )
     kv_bytes = config.kv_memory_bytes or DEFAULT_KV_BYTES
     seen = min(demand.context_tokens, kv_bytes // demand.kv_bytes_per_token)
-    return ALLOWANCE_BYTES + step_tokens * (per_token + MASK_BYTES * seen) + logits + widened
+    fixed = ALLOWANCE_BYTES + logits + widened
+    if blueprint.device.room is not None:
+        fixed += _repeated_heads_bytes(blueprint, seen)
+    return fixed + step_tokens * (per_token + MASK_BYTES * seen)
+
+
+def _repeated_heads_bytes(blueprint: Blueprint, context: int) -> int:
+    """Keys and values of one sequence and layer, once for every query head (attention.py)."""
+    text_config, topology = blueprint.checkpoint.config.get_text_config(), blueprint.topology
+    heads = int(getattr(text_config, "num_attention_heads", 1))
+    key_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
+    numbers = topology.kv_numbers_per_token // topology.attention_layers * heads // key_heads
+    return numbers * blueprint.itemsize * context

@@ -194,7 +194,7 @@ class Checkpoint:
         for name, (dtype, shape) in entry.tensors.items():
             module.register_parameter(name, _meta_parameter(shape, dtype))
         try:
-            self._load(model, list(entry.source_keys))
+            self._load(model, list(entry.source_keys), torch.device("cpu"))
             loaded = {name: getattr(module, name).detach() for name in entry.tensors}
         finally:
             for name, parameter in metas.items():
@@ -210,9 +210,11 @@ class Checkpoint:
         keys: list[str],
         entries: list[ExpertsModule],
         after_group: Callable[[int, int], None],
+        device: torch.device = torch.device("cpu"),  # noqa: B008  # a value like any other
     ) -> None:
         """Give `model` everything but its experts, whose parameters it loses for good.
 
+        On `device`, in the dtype that `model` has, or where its class says so (fp16, bf16) in fp32.
         Layer after layer; `after_group(done, total)` may replace modules that have their weights.
         """
         for entry in entries:
@@ -223,12 +225,12 @@ class Checkpoint:
         missing, unexpected = set(model.state_dict()), set()
         groups = _by_layer(keys)
         for done, group in enumerate(groups, start=1):
-            info = self._load(model, group)
+            info = self._load(model, group, device)
             missing &= info.missing_keys
             unexpected |= info.unexpected_keys
             after_group(done, len(groups))
         info.missing_keys, info.unexpected_keys = missing & set(model.state_dict()), unexpected
-        model._finalize_model_loading(model, _load_config(model), info)
+        model._finalize_model_loading(model, _load_config(model, device), info)
         if info.missing_keys:
             raise ModelRefused(
                 f"{self.folder}: tensors are missing in the files: {few(info.missing_keys)}"
@@ -236,8 +238,8 @@ class Checkpoint:
         if info.unexpected_keys:
             log.info("tensors that the model does not use: %s", few(info.unexpected_keys))
 
-    def _load(self, model: PreTrainedModel, keys: list[str]) -> Any:
-        load_config = _load_config(model)
+    def _load(self, model: PreTrainedModel, keys: list[str], device: torch.device) -> Any:
+        load_config = _load_config(model, device)
         subset = {key: self._slices[key] for key in keys}
         try:
             info, _ = convert_and_load_state_dict_in_model(model, subset, load_config)
@@ -253,9 +255,12 @@ class Checkpoint:
         return info
 
 
-def _load_config(model: PreTrainedModel) -> LoadStateDictConfig:
-    mapping = get_model_conversion_mapping(model)
-    return LoadStateDictConfig(weight_mapping=mapping)  # type: ignore[arg-type]  # as stock does
+def _load_config(model: PreTrainedModel, device: torch.device) -> LoadStateDictConfig:
+    return LoadStateDictConfig(
+        device_map={"": device},
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]  # as stock does
+    )
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -28,12 +28,12 @@ class EngineConfig:
 
     model_path: Path
     cache_dir: Path
-    device: str = "cpu"
+    device: str = "cpu"  # or "cuda", "cuda:N", "auto"
     expert_format: str = "native"  # or "mixed:FILE" (mixed.py)
     dense_format: str = "native"
     host_memory_bytes: int | None = None  # expert slots and staging
     device_memory_bytes: int | None = None  # expert slots of a device with its own memory
-    link: LinkSpec | None = None  # with the device "cpu": one with memory behind it is imagined
+    link: LinkSpec | None = None  # on a cpu: a device behind it is imagined
     kv_memory_bytes: int | None = None
     experts_per_token: int | None = None
     prefetch: bool = True
@@ -64,6 +64,8 @@ class EngineConfig:
                 f" {self.max_step_tokens}: each running sequence decodes one token a step",
                 "max_step_tokens",
             )
+        if self.link is not None and self.device.startswith("cuda"):
+            raise BadParameter("a link is emulated on a cpu; this device has a real one", "link")
         if self.device == "cpu" and (self.link is None) != (self.device_memory_bytes is None):
             raise BadParameter(
                 "device_memory_bytes and link belong together: a cpu has no memory of its own",

@@ -84,6 +84,7 @@ def load_dense(
     found: Iterable[Replacement],
     last: LastRows | None,
     report: Callable[[int, int], None],
+    device: torch.device = torch.device("cpu"),  # noqa: B008  # a value like any other
 ) -> None:
     """Give `model` its dense weights, and replace the modules of `found` as soon as they have them.
 
@@ -103,7 +104,7 @@ def load_dense(
             _replace(model, left.pop(path), last)
         report(done, total)
 
-    checkpoint.load_dense(model, keys, experts, after_group)
+    checkpoint.load_dense(model, keys, experts, after_group, device)
     for each in left.values():  # tied to another tensor: it has its weights only now
         _replace(model, each, last)
 

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.cache import ExpertCache, Phase, Routed, Stay
 
+from .device import places as places_on
 from .formats import Codec, Span, per_row
 
 NAME = "moestro"
@@ -172,6 +173,16 @@ class MathByFlags:
         return self._made[flags]
 
 
+class Ahead(Protocol):
+    """Prefetch for the layer after this one."""
+
+    def before(self, layer: int, hidden: torch.Tensor) -> None:
+        """`hidden` [T, H] is what the experts of `layer` will read."""
+
+    def after(self, layer: int, asked: Collection[int]) -> None:
+        """These were its experts; their work is queued, or done."""
+
+
 class OffloadedExperts:
     """The experts of one layer, wherever their weights are."""
 
@@ -182,7 +193,7 @@ class OffloadedExperts:
         step: StepPhase,
         math: ExpertMath,
         output_scale: float = 1.0,
-        after: Callable[[torch.Tensor, Collection[int]], None] | None = None,
+        ahead: Ahead | None = None,
         stay: Stay | None = None,
     ) -> None:
         self.layer = layer
@@ -191,7 +202,7 @@ class OffloadedExperts:
         self.math = math
         self.stay = stay  # who is computed where they lie, with few tokens
         self.output_scale = output_scale
-        self.after = after  # called with the layer's input and experts when these are done
+        self.ahead = ahead
 
     def __call__(
         self,
@@ -203,13 +214,14 @@ class OffloadedExperts:
         tokens, k = ids.shape
         run = self._few_tokens if tokens <= FEW_TOKENS else self._many_tokens
         results, asked = run(module, hidden, ids, weights)
-        if self.after is not None:
-            self.after(hidden, asked)
+        if self.ahead is not None:
+            self.ahead.after(self.layer, asked)
         if self.output_scale != 1.0:
             weights = weights * self.output_scale
+        shares, results = weights.float(), results.float()
         if tokens == 1:
-            return torch.mm(weights.float(), results).to(hidden.dtype)
-        combined = torch.bmm(weights.float()[:, None], results.view(tokens, k, -1))  # [T, 1, H]
+            return torch.mm(shares, results).to(hidden.dtype)
+        combined = torch.bmm(shares[:, None], results.view(tokens, k, -1))  # [T, 1, H]
         return combined[:, 0].to(hidden.dtype)
 
     def _few_tokens(
@@ -222,20 +234,21 @@ class OffloadedExperts:
         """Decoding: experts that are here together run together; place by place [T*k, H]."""
         tokens, k = ids.shape
         num_experts: int = module.num_experts  # type: ignore[assignment]
-        wanted = places_by_expert(ids.tolist(), weights.tolist(), num_experts)
+        wanted = places_by_expert(*on_host(ids, weights, num_experts), num_experts)
         rows, results = self.math.codec.begin(hidden), None
         routed = self._routed(tokens, map(len, wanted.values()))
         event = (self.layer, list(wanted), self.step.phase, routed, self.stay)
         with self.cache.acquire(*event) as lease:
+            self._look_ahead(hidden)
             for group in lease.groups():
                 places = [wanted[expert] for expert, _ in group]
-                out = self._together(module, rows, tokens, k, places, [who for _, who in group])
+                out = self._together(module, rows, hidden, k, places, [who for _, who in group])
                 flat = list(chain.from_iterable(places))
                 if flat == list(range(tokens * k)):
                     return out, wanted  # all at once and in order already
                 if results is None:
                     results = hidden.new_zeros((tokens * k, hidden.shape[1]))
-                results.index_copy_(0, torch.tensor(flat), out)
+                results.index_copy_(0, places_on(flat, out.device), out)
         if results is None:
             results = hidden.new_zeros((tokens * k, hidden.shape[1]))
         return results, wanted
@@ -244,18 +257,18 @@ class OffloadedExperts:
         self,
         module: torch.nn.Module,
         rows: Any,
-        tokens: int,
+        hidden: torch.Tensor,
         k: int,
         places: Sequence[Sequence[int]],
         tensors: Sequence[dict[str, torch.Tensor]],
     ) -> torch.Tensor:
         """The rows of all `places`, one below the other, each through its own expert."""
         experts = [self.math.open(each) for each in tensors]
-        if tokens == 1:
+        if len(hidden) == 1:
             return self.math.apart(module, rows, experts)
         of_token = [place // k for some in places for place in some]
         below = accumulate((len(some) for some in places), initial=0)
-        chosen = self.math.codec.take(rows, torch.tensor(of_token))
+        chosen = self.math.codec.take(rows, places_on(of_token, hidden.device))
         return self.math.each(module, chosen, list(pairwise(below)), experts)
 
     def _many_tokens(
@@ -274,6 +287,7 @@ class OffloadedExperts:
         rows = codec.begin(hidden)
         routed = self._routed(tokens, (to - since for since, to in pairwise(starts)))
         with self.cache.acquire(self.layer, wanted, self.step.phase, routed) as lease:
+            self._look_ahead(hidden)
             for expert, tensors in lease:
                 places = order[starts[expert] : starts[expert + 1]]
                 chosen = codec.take(rows, places // k)
@@ -286,6 +300,32 @@ class OffloadedExperts:
         if self.step.phase is Phase.DECODE:
             return None
         return Routed(tokens, tuple(count for count in counts if count))
+
+    def _look_ahead(self, hidden: torch.Tensor) -> None:
+        """Asks for the guess while reads are under way and before the experts are computed: on a
+
+        device that runs behind, it has then come when the last of them is queued.
+        """
+        if self.ahead is not None:
+            self.ahead.before(self.layer, hidden)
+
+
+def on_host(
+    ids: torch.Tensor, weights: torch.Tensor, num_experts: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """`ids` and `weights` [T, k] as lists for `places_by_expert`.
+
+    A device is waited for once: what has weight 0 is marked there by an id that is none.
+    """
+    if ids.device.type == "cpu":
+        return ids.tolist(), weights.tolist()
+    marked = mark(ids, weights, num_experts).tolist()
+    return marked, [[1.0] * len(row) for row in marked]
+
+
+def mark(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """`ids`, with `num_experts` where the weight is 0."""
+    return torch.where(weights == 0, num_experts, ids)
 
 
 def places_by_expert(
@@ -313,16 +353,12 @@ def sort_by_expert(
     Ids from `num_experts` on ("contributes nothing") and places of weight 0 are in no group, so
     that no expert is loaded for nothing.
     """
-    flat = ids.reshape(-1)
-    keyed = torch.where(weights.reshape(-1) == 0, num_experts, flat).clamp_(max=num_experts)
-    order = keyed.argsort(stable=True)
-    counts = torch.bincount(keyed, minlength=num_experts + 1).tolist()
-    starts = [0]
-    for count in counts[:num_experts]:
-        starts.append(starts[-1] + count)
-    return order, starts
+    keyed = mark(ids, weights, num_experts).reshape(-1).clamp_(max=num_experts)
+    ordered, order = keyed.sort(stable=True)
+    experts = torch.arange(num_experts + 1, device=ids.device)
+    return order, torch.searchsorted(ordered, experts).tolist()
 
 
-def experts_in_rank_order(ids: torch.Tensor) -> Iterable[int]:
-    """Distinct experts of `ids` [T, k], the first choices of all tokens before the second ones."""
-    return dict.fromkeys(ids.t().reshape(-1).tolist())
+def in_rank_order(ids: Sequence[Sequence[int]]) -> Iterable[int]:
+    """Distinct experts of `ids` [T][k], the first choices of all tokens before the second ones."""
+    return dict.fromkeys(chain.from_iterable(zip(*ids, strict=True)))

@@ -1,9 +1,9 @@
 """How an expert's matrices become bytes, and how they are multiplied with.
 
-`native` keeps the checkpoint's dtype and computes in fp32. `int8` keeps one byte per weight, with
-one scale per output row, and quantizes every activation row by its own maximum (W8A8): the product
-is taken in integers, so company in the batch cannot change a row by a bit. `int4` is next door
-(formats_int4.py); named_codecs.py has all names.
+`native` keeps the checkpoint's dtype and computes in the compute dtype. `int8` keeps one byte per
+weight, with one scale per output row, and quantizes every activation row by its own maximum (W8A8):
+the product is taken in integers, so company in the batch cannot change a row by a bit. `int4` and
+`nf4` are next door; named_codecs.py has all names.
 
 Shape letters: E experts, N outputs, K inputs, n rows.
 """
@@ -12,10 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
+
+from .device import places
 
 SCALE = "scale"  # a quantized matrix `x` has its scales beside it as `x.scale`
 LARGEST = 127.0
 SECOND_DIGIT = 254.0  # steps of the second digit in one of the first: half a step is 127
+LEAST_ROWS = 32
+"""Of an int8 product on a GPU, whose kernel refuses 16; whole eights are safe. Fewer are filled up:
+
+few rows take as long as reading the weights does, and expanding these would read four times."""
 TINIEST = 1e-30  # scale of a row of zeros: anything but 0
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape of one expert)
@@ -145,6 +152,9 @@ class Int8Codec:
 
     name = "int8"
 
+    def __init__(self, compute_dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = compute_dtype
+
     def layout(self, tensors: Source, transposed: bool) -> Layout:
         found: Layout = {}
         for name, (_, shape) in tensors.items():
@@ -178,33 +188,42 @@ class Int8Codec:
         return tensors[name].t(), tensors[f"{name}.{SCALE}"]
 
     def begin(self, rows: torch.Tensor) -> Quantized:
-        return quantize_rows(rows)
+        return quantize_rows(rows.float())
 
     def take(self, rows: Quantized, places: torch.Tensor) -> Quantized:
         return rows[0].index_select(0, places), rows[1].index_select(0, places)
 
     def multiply(self, rows: Quantized, matrix: Int8Matrix) -> torch.Tensor:
-        return multiply_int8(rows, matrix)
+        return multiply_int8(rows, matrix).to(self._dtype)
 
     def multiply_each(
         self, rows: Quantized, spans: Sequence[Span], matrices: Sequence[Int8Matrix]
     ) -> torch.Tensor:
         values, row_scales = rows
+        scales = per_row([scale for _, scale in matrices], [end - start for start, end in spans])
+        if values.device.type != "cpu":
+            each = zip(spans, matrices, strict=True)
+            products = torch.cat(
+                [filled_int_mm(values[a:b], weight) for (a, b), (weight, _) in each]
+            )
+            return products.float().mul_(scales).mul_(row_scales).to(self._dtype)
         products = values.new_empty((len(values), matrices[0][0].shape[1]), dtype=torch.int32)
         for (start, end), (weight, _) in zip(spans, matrices, strict=True):
             torch._int_mm(values[start:end], weight, out=products[start:end])
-        scales = per_row([scale for _, scale in matrices], [end - start for start, end in spans])
-        return products.float().mul_(scales).mul_(row_scales)
+        return products.float().mul_(scales).mul_(row_scales).to(self._dtype)
 
     def multiply_apart(self, rows: Quantized, matrices: Sequence[Int8Matrix]) -> torch.Tensor:
         values, row_scales = rows
+        scales = per_row([scale for _, scale in matrices], None)
+        if values.device.type != "cpu":
+            products = filled_int_mm_apart(values, [weight for weight, _ in matrices])
+            return products.float().mul_(scales).mul_(row_scales).to(self._dtype)
         shape = (len(matrices), matrices[0][0].shape[1])
         products, only = values.new_empty(shape, dtype=torch.int32), len(values) == 1
         for place, (weight, _) in enumerate(matrices):
             row = values if only else values[place : place + 1]
             torch._int_mm(row, weight, out=products[place : place + 1])
-        scales = per_row([scale for _, scale in matrices], None)
-        return products.float().mul_(scales).mul_(row_scales)
+        return products.float().mul_(scales).mul_(row_scales).to(self._dtype)
 
 
 def per_row(each: Sequence[torch.Tensor], counts: Sequence[int] | None) -> torch.Tensor:
@@ -212,7 +231,8 @@ def per_row(each: Sequence[torch.Tensor], counts: Sequence[int] | None) -> torch
     stacked = torch.stack(tuple(each))
     if counts is None or max(counts) == 1:
         return stacked
-    return stacked.repeat_interleave(torch.tensor(counts), dim=0)
+    rows = sum(counts)
+    return stacked.repeat_interleave(places(counts, stacked.device), dim=0, output_size=rows)
 
 
 def largest_of_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -229,7 +249,31 @@ def quantize_rows(rows: torch.Tensor) -> Quantized:
 def multiply_int8(rows: Quantized, matrix: Int8Matrix) -> torch.Tensor:
     """Rows times a matrix, both with their scales -> fp32 [n, N]; the sum is exact."""
     (values, row_scale), (weight, scale) = rows, matrix
-    return torch._int_mm(values, weight).float().mul_(scale).mul_(row_scale)
+    return int_mm(values, weight).float().mul_(scale).mul_(row_scale)
+
+
+def int_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int8 [n, K] x [K, N] -> int32 [n, N]"""
+    return torch._int_mm(rows, weight) if rows.device.type == "cpu" else filled_int_mm(rows, weight)
+
+
+def filled_int_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same on a GPU. K and N are multiples of 8."""
+    count = len(rows)
+    whole = max(LEAST_ROWS, -(-count // 8) * 8)
+    filled = rows if whole == count else F.pad(rows, (0, 0, 0, whole - count))
+    return torch._int_mm(filled, weight)[:count]
+
+
+def filled_int_mm_apart(rows: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A row for each matrix, or one for all, on a GPU: filled up in one go -> int32 [m, N]."""
+    count = len(weights)
+    filled = rows.new_zeros((count, LEAST_ROWS, rows.shape[1]))
+    filled[:, 0] = rows
+    products = rows.new_empty((count, LEAST_ROWS, weights[0].shape[1]), dtype=torch.int32)
+    for some, weight, out in zip(filled, weights, products, strict=True):
+        torch._int_mm(some, weight, out=out)
+    return products[:, 0]
 
 
 Fine = tuple[torch.Tensor, torch.Tensor]  # two digits: int8 [2n, K], fp32 [n, 1]
@@ -244,7 +288,7 @@ def quantize_fine(rows: torch.Tensor) -> Fine:
     count = rows.shape[0]
     row_scale = largest_of_rows(rows).mul_(1 / LARGEST).clamp_min_(TINIEST)
     exact = torch.div(rows, row_scale)
-    digits = torch.empty((2 * count, rows.shape[1]), dtype=torch.int8)
+    digits = torch.empty((2 * count, rows.shape[1]), dtype=torch.int8, device=rows.device)
     first = exact.round()
     digits[:count] = first
     digits[count:] = exact.sub_(first).mul_(SECOND_DIGIT).round_()
@@ -255,6 +299,6 @@ def multiply_fine(rows: Fine, weight: torch.Tensor, scale: torch.Tensor) -> torc
     """Rows of two digits x int8 [K, N] with scales [N] -> fp32 [n, N]: one product of 2n rows."""
     digits, row_scale = rows
     count = row_scale.shape[0]
-    products = torch._int_mm(digits, weight)
+    products = int_mm(digits, weight)
     whole = products[count:].to(torch.float32).mul_(1 / SECOND_DIGIT).add_(products[:count])
     return whole.mul_(scale).mul_(row_scale)

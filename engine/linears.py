@@ -34,8 +34,8 @@ class Int8Weights:
     """int8 rows [N, K], one scale each; the other side in two int8 digits."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.values = torch.empty(weight.shape, dtype=torch.int8)
-        self.scale = torch.empty(weight.shape[0])
+        self.values = torch.empty_like(weight, dtype=torch.int8)
+        self.scale = torch.empty(weight.shape[0], device=weight.device)
         for start in range(0, weight.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             values, scale = quantize_rows(weight[rows].float())
@@ -44,7 +44,7 @@ class Int8Weights:
         self.size_bytes = self.values.nbytes + self.scale.nbytes
 
     def begin(self, rows: torch.Tensor) -> Fine:
-        return quantize_fine(rows)
+        return quantize_fine(rows.float())
 
     def multiply(self, rows: Fine) -> torch.Tensor:
         return multiply_fine(rows, self._transposed, self.scale)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -32,17 +31,18 @@ from moestro.cache import (
 )
 
 from .attention import install
-from .blueprint import COMPUTE_DTYPE, Blueprint, compact_modules, inspect, plan_memory
+from .blueprint import Blueprint, compact_modules, inspect, plan_memory
+from .choices import check_choices, check_device
 from .config import EngineConfig, Progress, ProgressFn
 from .core import Engine
-from .dense import DENSE_FORMATS, load_dense
+from .dense import load_dense
+from .device import Device, choose
 from .errors import StartError
 from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
 from .kv import PackedCache
 from .linears import LastRows
 from .memory import MemoryPlan, release_freed_memory
-from .mixed import MIXED, encode_layer
-from .named_codecs import FORMATS
+from .mixed import encode_layer
 from .placement import host_share
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
@@ -54,7 +54,6 @@ from .tokenizer import Tokenizer
 
 log = logging.getLogger("moestro.engine")
 
-DEVICES = ("cpu",)
 READS_S = 0.2  # for timing a few reads of one expert
 NO_PREFETCH = PrefetchStats(on=False, pauses=0, gain_s=0.0, cost_s=0.0, layers=())
 
@@ -117,10 +116,15 @@ class Phases:
 
 
 def load(
-    config: EngineConfig, progress: ProgressFn, prepare: Callable[[ProgressFn], Path] | None = None
+    config: EngineConfig,
+    progress: ProgressFn,
+    prepare: Callable[[ProgressFn], Path] | None = None,
+    choose_device: Callable[[EngineConfig], Device] = choose,
 ) -> Loaded:
     """Raises StartError or CacheError, with nothing half-written and no file open."""
-    _check_choices(config)
+    check_choices(config)
+    device = choose_device(config)
+    check_device(config, device)
     threads = _set_threads(config.threads)
     phases = Phases(progress)
     if prepare is not None:
@@ -128,13 +132,19 @@ def load(
         config = replace(config, model_path=prepare(progress))
         release_freed_memory()
     phases.enter("inspect")
-    blueprint = inspect(config)
+    blueprint = inspect(config, device)
     plan = plan_memory(config, blueprint, packing=not _pack_path(config).exists())
     _log_found(blueprint, config, threads)
     for line in plan.lines():
         log.info("%s", line)
     tokenizer = Tokenizer(config.model_path)
-    model, cache, packed = _load_weights(config, blueprint, plan, phases)
+    try:
+        model, cache, packed = _load_weights(config, blueprint, plan, phases)
+    except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile
+        raise StartError(
+            f"--device {config.device}: less memory is free there than was planned with; lower"
+            f" --device-memory or --kv-memory ({str(error).splitlines()[0]})"
+        ) from error
     with ExitStack() as undo:
         undo.callback(cache.close)
         step = StepPhase()
@@ -150,20 +160,6 @@ def load(
         )
         undo.pop_all()
     return loaded
-
-
-def _check_choices(config: EngineConfig) -> None:
-    if config.device not in DEVICES:
-        raise StartError(f"--device {config.device}: this build computes on {', '.join(DEVICES)}")
-    if config.expert_format not in FORMATS and not config.expert_format.startswith(MIXED):
-        raise StartError(
-            f"--expert-format {config.expert_format}: this build has {', '.join(FORMATS)} and"
-            f" {MIXED}FILE"
-        )
-    if config.dense_format not in DENSE_FORMATS:
-        raise StartError(
-            f"--dense-format {config.dense_format}: this build has {', '.join(DENSE_FORMATS)}"
-        )
 
 
 def _set_threads(wanted: int | None) -> int:
@@ -191,7 +187,10 @@ def _log_found(blueprint: Blueprint, config: EngineConfig, threads: int) -> None
             blueprint.manifest.source,
             blueprint.output_scale,
         )
-    log.info("compute: %s on %s, %d thread(s)", COMPUTE_DTYPE, config.device, threads)
+    device = blueprint.device
+    name = device.place if device.room is None else device.room.name
+    log.info("compute: %s on %s (%s)", device.compute_dtype, name, device.why)
+    log.info("threads: %d", threads)
 
 
 def _pack_path(config: EngineConfig) -> Path:
@@ -215,7 +214,7 @@ def _load_weights(
     layers = len(blueprint.experts)
 
     def fill(writer: PackWriter) -> None:
-        scratch = checkpoint.build_meta_model(COMPUTE_DTYPE)
+        scratch = checkpoint.build_meta_model(torch.float32)  # experts keep the file's dtype
         missing = writer.missing
         for place, index in enumerate(missing):
             phases.report(layers - len(missing) + place, layers, "layers")
@@ -233,7 +232,7 @@ def _load_weights(
         on_proof=lambda done, total: phases.report(done, total, "layers compared"),
     )
     phases.enter("load")
-    model = checkpoint.build_meta_model(COMPUTE_DTYPE)
+    model = checkpoint.build_meta_model(blueprint.device.compute_dtype)
     load_dense(
         checkpoint,
         model,
@@ -242,6 +241,7 @@ def _load_weights(
         compact_modules(config, blueprint, model),
         LastRows() if blueprint.topology.inputs_stay else None,
         lambda done, total: phases.report(done, total, "groups"),
+        blueprint.device.place,
     )
     checkpoint.close()
     packed = PackedCache()
@@ -249,10 +249,17 @@ def _load_weights(
     install(model, packed)
     release_freed_memory()
     least = max(blueprint.topology.experts_per_token)
-    return model, _open_cache(config, plan, pack, least), packed
+    return model, _open_cache(config, blueprint.device, plan, pack, least), packed
 
 
-def _open_cache(config: EngineConfig, plan: MemoryPlan, pack: Pack, least: int) -> ExpertCache:
+def _open_cache(
+    config: EngineConfig, device: Device, plan: MemoryPlan, pack: Pack, least: int
+) -> ExpertCache:
+    if plan.host is not None and device.wire is not None:
+        host_bytes, staging_bytes = plan.host.experts_bytes, device.staging_bytes
+        tiers = plan_tiers(plan.experts_bytes, host_bytes, pack.spec, least, staging_bytes)
+        log.info("expert cache: %s, next use over all layers, from %s", tiers, pack.path)
+        return two_tiers(pack, tiers, device.wire(pack, tiers))
     tiers = plan_tiers(config.device_memory_bytes, plan.experts_bytes, pack.spec, least)
     log.info("expert cache: %s, next use over all layers, from %s", tiers, pack.path)
     if config.link is None:
@@ -306,12 +313,13 @@ def _bind(
     maths, stay = MathByFlags(blueprint.codec), None
     if config.link is not None and config.host_compute:
         stay = host_share(config.link, blueprint)
+    elif blueprint.device.room is not None:
+        log.info("experts where they lie: off, every miss is copied (only emulated links split)")
     for layer, path in enumerate(blueprint.topology.experts_paths):
-        after = None if prefetch is None else partial(prefetch.after, layer)
         module = model.get_submodule(path)
         math = maths.of(module)
         scale = blueprint.output_scale
-        bind(module, OffloadedExperts(layer, cache, step, math, scale, after, stay))
+        bind(module, OffloadedExperts(layer, cache, step, math, scale, prefetch, stay))
 
 
 def _assemble(
@@ -366,13 +374,14 @@ def _check_once(
 ) -> None:
     """The self-check reads experts, so its verdict on model, formats and versions is kept."""
     formats = f"{blueprint.codec.name} {config.dense_format}"
+    device = f"{blueprint.device.place.type} {blueprint.device.compute_dtype}"
     versions = f"moestro {version('moestro')}, transformers {transformers.__version__}"
-    verdict = f"{blueprint.spec.model} {formats} {versions}\n"
+    verdict = f"{blueprint.spec.model} {formats} {device} {versions}\n"
     record = _pack_path(config).with_suffix(f".{config.dense_format}.checked")
     if record.is_file() and record.read_text("utf-8") == verdict:
         return
-    quantized = formats != "native native"
-    worst = check_packed(model, packed, blueprint.vocab_size, quantized=quantized)
+    coarse = formats != "native native" or blueprint.itemsize < 4
+    worst = check_packed(model, packed, blueprint.vocab_size, coarse=coarse)
     log.info("self-check: packed, chunked and alone agree (relative difference %.1e)", worst)
     try:
         record.write_text(verdict, "utf-8")

@@ -14,6 +14,7 @@ import psutil
 
 from moestro.cache import human_bytes
 
+from .device_memory import HostPlan
 from .errors import BudgetTooSmall
 from .sequence import ROUND_TOKENS, round_up_tokens
 
@@ -23,8 +24,21 @@ MIB = 1 << 20
 ALLOWANCE_BYTES = 96 * MIB
 # Left alone when a budget is chosen here: the rest of the machine lives from it.
 RESERVE_SHARE = 0.15
+MARGIN_SHARE = 0.10  # the same, of what is free on a device
 DEFAULT_KV_BYTES = GIB
 LEAST_STEP_TOKENS = 512  # of one step, where nothing else is wanted: some rows for each expert
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetKind:
+    """Of the experts that a model computes from."""
+
+    flag: str
+    reserve_share: float  # left alone when it is chosen here
+
+
+HOST_BUDGET = BudgetKind("--host-memory", RESERVE_SHARE)
+DEVICE_BUDGET = BudgetKind("--device-memory", MARGIN_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +62,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The demand with both budgets settled."""
+    """The demand with both budgets settled, in the memory that the model computes from."""
 
     demand: Demand
     experts_bytes: int
@@ -57,6 +71,7 @@ class MemoryPlan:
     limit_name: str
     device_bytes: int = 0  # slots of an emulated device that are memory of their own
     step_reason: str = ""  # why a step has so many tokens
+    host: HostPlan | None = None  # beside it, where that is a device's own memory
 
     @property
     def serving_bytes(self) -> int:
@@ -84,7 +99,9 @@ class MemoryPlan:
         return min(self.demand.context_tokens, self.kv_tokens)
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part; they sum to the total."""
+        """Bytes by part; they sum to the total (with the host's, where it is apart)."""
+        if self.host is not None:
+            return self._apart() | self.host.parts()
         device = {"device": self.device_bytes} if self.device_bytes else {}
         return {
             "interpreter": self.demand.interpreter_bytes,
@@ -96,23 +113,34 @@ class MemoryPlan:
             "packing": self.packing_excess_bytes,
         }
 
+    def _apart(self) -> dict[str, int]:
+        return {
+            "device_dense": self.demand.dense_bytes,
+            "device_workspace": self.demand.workspace_bytes,
+            "device_experts": self.experts_bytes,
+            "device_kv": self.kv_bytes,
+            "device_packing": self.packing_excess_bytes,
+        }
+
     def lines(self) -> list[str]:
         """The plan as the start prints it."""
-        demand = self.demand
+        demand, host = self.demand, self.host
+        of, flag = ("", "--host-memory") if host is None else (" of the device", "--device-memory")
+        interpreter = f"interpreter {human_bytes(demand.interpreter_bytes)} + " if not host else ""
         share = min(100, 100 * self.experts_bytes // max(1, demand.experts_total_bytes))
         return [
-            f"memory plan: {human_bytes(self.total_bytes)} of {human_bytes(self.limit_bytes)}"
+            f"memory plan{of}: {human_bytes(self.total_bytes)} of {human_bytes(self.limit_bytes)}"
             f" ({self.limit_name})",
-            f"  fixed     {human_bytes(demand.fixed_bytes):>10}  interpreter"
-            f" {human_bytes(demand.interpreter_bytes)} + dense weights"
+            f"  fixed     {human_bytes(demand.fixed_bytes):>10}  {interpreter}dense weights"
             f" {human_bytes(demand.dense_bytes)} + workspace {human_bytes(demand.workspace_bytes)}",
             f"  experts   {human_bytes(self.experts_bytes):>10}  {share} % of"
-            f" {human_bytes(demand.experts_total_bytes)} (--host-memory)",
+            f" {human_bytes(demand.experts_total_bytes)} ({flag})",
             *self._device_line(),
             f"  kv        {human_bytes(self.kv_bytes):>10}  {self.kv_tokens} tokens of"
             f" {human_bytes(demand.kv_bytes_per_token)} (--kv-memory)",
             f"  step      {demand.step_tokens:>10}  tokens (--max-step-tokens): {self.step_reason}",
             *self._packing_line(),
+            *(host.lines() if host else ()),
         ]
 
     def _device_line(self) -> list[str]:
@@ -195,15 +223,17 @@ def settle(
     kv_memory_bytes: int | None,
     limit: tuple[int, str],
     device_bytes: int = 0,
+    kind: BudgetKind = HOST_BUDGET,
 ) -> MemoryPlan:
     """Budgets where the user gave none, then the check. Raises BudgetTooSmall with the sums.
 
     Room beyond all experts is not planned: nothing would ever take it. `device_bytes` are an
-    emulated device's slots, where they lie in the same memory.
+    emulated device's slots, where they lie in the same memory. `kind` says
+    which budget the first one is.
     """
     limit_bytes, limit_name = limit
     taken = demand.fixed_bytes + device_bytes
-    left = int(limit_bytes * (1 - RESERVE_SHARE)) - taken
+    left = int(limit_bytes * (1 - kind.reserve_share)) - taken
     least_kv = ROUND_TOKENS * demand.kv_bytes_per_token
     kv = kv_memory_bytes
     if kv is None:
@@ -221,11 +251,11 @@ def settle(
             f" {human_bytes(demand.kv_bytes_per_token)}, {human_bytes(least_kv)}"
         )
     if plan.total_bytes > limit_bytes:
-        raise BudgetTooSmall(_too_large(plan, kv_memory_bytes is not None))
+        raise BudgetTooSmall(_too_large(plan, kv_memory_bytes is not None, kind.flag))
     return plan
 
 
-def _too_large(plan: MemoryPlan, kv_is_given: bool) -> str:
+def _too_large(plan: MemoryPlan, kv_is_given: bool, flag: str) -> str:
     """The sums, and what to change; or what the model needs at the least, where nothing helps."""
     demand, limit = plan.demand, f"{plan.limit_name} is {human_bytes(plan.limit_bytes)}"
     fixed = f"fixed {human_bytes(demand.fixed_bytes)}"
@@ -244,7 +274,7 @@ def _too_large(plan: MemoryPlan, kv_is_given: bool) -> str:
         f" {human_bytes(plan.experts_bytes)} + kv {human_bytes(plan.kv_bytes)} + packing"
         f" {human_bytes(plan.packing_excess_bytes)}), {limit};"
     ) + (
-        f" --host-memory {experts_room // MIB}MiB would fit"
+        f" {flag} {experts_room // MIB}MiB would fit"
         if least <= plan.limit_bytes
         else f" the least that works with this --kv-memory is {human_bytes(least)}"
     )

@@ -22,6 +22,7 @@ import torch
 from moestro.cache import BlobLayout, PackLayer, TraceInvalid, TraceReader
 
 from .checkpoint import ExpertsModule
+from .device import places as places_on
 from .errors import StartError
 from .formats import Codec, Layout, Source, Span
 from .named_codecs import FORMATS, codec_of
@@ -121,6 +122,10 @@ class _Rows:
         self._rows, self._whole, self._places = rows, whole, places
         self._begun: dict[str, Any] = {}
 
+    @property
+    def device(self) -> torch.device:
+        return self._rows.device
+
     def of(self, codec: Codec) -> Any:
         found = self._begun.get(codec.name)
         if found is None:
@@ -141,10 +146,10 @@ class _Rows:
 class MixedCodec:
     """A codec for each format of a map; every expert is computed by its own."""
 
-    def __init__(self, formats: FormatMap, compute_dtype: torch.dtype) -> None:
+    def __init__(self, formats: FormatMap, compute_dtype: torch.dtype, device: str = "cpu") -> None:
         self.formats = formats
         self.name = f"mixed-{formats.digest}"
-        self._codecs = {name: codec_of(name, compute_dtype) for name in formats.formats}
+        self._codecs = {name: codec_of(name, compute_dtype, device) for name in formats.formats}
         self._by_mark = {MARK + codec.name: codec for codec in self._codecs.values()}
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
@@ -205,12 +210,12 @@ class MixedCodec:
             owns = [matrices[number][1] for number in mine]
             into = [row for number in mine for row in range(below[number], below[number + 1])]
             counts = (below[number + 1] - below[number] for number in mine)
-            part = codec.take(rows.of(codec), torch.tensor(into))
+            part = codec.take(rows.of(codec), places_on(into, rows.device))
             spans_of_part = list(pairwise(accumulate(counts, initial=0)))
             outs.append(codec.multiply_each(part, spans_of_part, owns))
             places += into
         joined = torch.cat(outs)
-        return torch.empty_like(joined).index_copy_(0, torch.tensor(places), joined)
+        return torch.empty_like(joined).index_copy_(0, places_on(places, joined.device), joined)
 
     def multiply_apart(self, rows: _Rows, matrices: Sequence[Matrix]) -> torch.Tensor:
         codecs = list(dict.fromkeys(codec for codec, _ in matrices))
@@ -219,13 +224,13 @@ class MixedCodec:
             mine = [number for number, (whose, _) in enumerate(matrices) if whose is codec]
             part = rows.of(codec)
             if len(rows) > 1 and len(codecs) > 1:
-                part = codec.take(part, torch.tensor(mine))
+                part = codec.take(part, places_on(mine, rows.device))
             outs.append(codec.multiply_apart(part, [matrices[number][1] for number in mine]))
             places += mine
         if len(codecs) == 1:
             return outs[0]
         joined = torch.cat(outs)
-        return torch.empty_like(joined).index_copy_(0, torch.tensor(places), joined)
+        return torch.empty_like(joined).index_copy_(0, places_on(places, joined.device), joined)
 
     def _layout(self, name: str, tensors: Source, transposed: bool) -> Layout:
         codec = self._codecs[name]
@@ -240,13 +245,21 @@ class MixedCodec:
         return {MARK + codec.name: mark, **codec.encode(tensors, transposed)}
 
 
-def expert_codec(name: str, modules: Iterable[ExpertsModule], compute_dtype: torch.dtype) -> Codec:
-    """What `--expert-format` names. Raises StartError where a map does not fit the model."""
+def expert_codec(
+    name: str,
+    modules: Iterable[ExpertsModule],
+    compute_dtype: torch.dtype,
+    device: str = "cpu",
+) -> Codec:
+    """What `--expert-format` names. Raises StartError where a map does not fit the model, or a
+
+    format the device.
+    """
     if not name.startswith(MIXED):
-        return codec_of(name, compute_dtype)
+        return codec_of(name, compute_dtype, device)
     formats = FormatMap.read(Path(name.removeprefix(MIXED)))
     formats.check_against(modules)
-    return MixedCodec(formats, compute_dtype)
+    return MixedCodec(formats, compute_dtype, device)
 
 
 def pack_layer(codec: Codec, entry: ExpertsModule) -> PackLayer:

@@ -22,13 +22,15 @@ from moestro.cache import (
 )
 
 from .advice import flags_of, nearest_plan
-from .blueprint import COMPUTE_DTYPE, Blueprint, plan_memory, understand
+from .blueprint import Blueprint, plan_memory, understand
 from .calibrate import Matrices, measure_link, measure_multiply
 from .checkpoint import Checkpoint
+from .choices import check_choices
 from .config import EngineConfig
+from .device import CPU, choose
 from .errors import BudgetTooSmall, StartError
 from .forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Rates, Traced, Work
-from .loader import _check_choices, _pack_path, _set_threads
+from .loader import _pack_path, _set_threads
 from .memory import MemoryPlan
 from .named_codecs import codec_of
 from .sketch import Sketch, weights_are_here
@@ -43,15 +45,20 @@ def plan_model(
 
     Raises StartError as the start would; where budgets contradict, with the nearest plan that fits.
     """
-    _check_choices(config)
+    check_choices(config)
     if config.link is not None:
         raise StartError("--emulate-link: a plan is for real links; it is for serving alone")
+    if choose(config).room is not None:
+        raise StartError(
+            f"--device {config.device}: a plan foretells the CPU alone so far; `moestro serve`"
+            " prints a GPU's memory plan before it takes any of it"
+        )
     here = weights_are_here(config.model_path)
     checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
     try:
         blueprint = understand(config, checkpoint)
         plan = _plan(config, blueprint)
-        model = checkpoint.build_meta_model(COMPUTE_DTYPE)
+        model = checkpoint.build_meta_model(CPU.compute_dtype)
         work = _work(blueprint, model, plan.demand.step_tokens)
         spec = blueprint.spec
     finally:
@@ -163,7 +170,7 @@ def _compute(config: EngineConfig, blueprint: Blueprint, work: Work) -> ComputeS
     threads = _set_threads(config.threads)
     hidden = int(blueprint.checkpoint.config.get_text_config().hidden_size)
     dense = Matrices(
-        {"dense": (COMPUTE_DTYPE, (4 * hidden, hidden))}, False, work.dense_numbers + hidden**2
+        {"dense": (CPU.compute_dtype, (4 * hidden, hidden))}, False, work.dense_numbers + hidden**2
     )
     first = blueprint.experts[0]
     experts = Matrices(
@@ -171,7 +178,7 @@ def _compute(config: EngineConfig, blueprint: Blueprint, work: Work) -> ComputeS
         first.transposed,
         sum(layer.num_experts * layer.numbers for layer in work.layers),
     )
-    dense_codec = codec_of(config.dense_format, COMPUTE_DTYPE)
+    dense_codec = codec_of(config.dense_format, CPU.compute_dtype)
     layer, tokens = work.layers[0], work.chunk_tokens
     rows = max(1, round(tokens * layer.experts_per_token / layer.num_experts))
     return ComputeSpeed(

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from moestro.cache import ExpertCache, Phase
 
-from .experts import StepPhase, experts_in_rank_order
+from .device import Later
+from .experts import StepPhase, in_rank_order
 from .regret import Regret
 from .stats import PrefetchStats, RecallStats
 from .topology import RouterPlace, Topology
@@ -31,11 +32,11 @@ class NextGate:
     ids_index: int
     ratio: torch.Tensor | None  # [H]
 
-    def __call__(self, hidden: torch.Tensor) -> list[int]:
-        """`hidden` [T, H]: what the experts of the layer before have read. Best guess first."""
+    def __call__(self, hidden: torch.Tensor) -> Later:
+        """`hidden` [T, H]: what the experts of the layer before read -> ids [T, k]."""
         guess = hidden if self.ratio is None else hidden * self.ratio
         ids: torch.Tensor = self.router(guess)[self.ids_index]
-        return [int(expert) for expert in experts_in_rank_order(ids)]
+        return Later(ids)
 
 
 @dataclass(slots=True)
@@ -59,7 +60,10 @@ class _Guess:
 
 
 class Prefetch:
-    """One for all layers of a model: `after` is called when a layer's experts are done."""
+    """One for all layers of a model: asks before a layer's experts are computed, and reads after.
+
+    A device that runs behind the host has answered by then, and is not waited for.
+    """
 
     def __init__(
         self,
@@ -83,21 +87,30 @@ class Prefetch:
         self._clock = clock
         self._work_clock = work_clock
         self._recall = [_Recall() for _ in gates]
+        self._asked: tuple[Later, float] | None = None  # by `before`, and what that took
         self._guess: _Guess | None = None  # of the layer that runs next
         self._began_s: float | None = None  # when the first layer of this decode step was done
         self._stall_s = 0.0  # by then
 
-    def after(self, layer: int, hidden: torch.Tensor, asked: Collection[int]) -> None:
-        """`hidden` [T, H] is what the experts of `layer` have read; `asked` are those experts."""
+    def before(self, layer: int, hidden: torch.Tensor) -> None:
+        """`hidden` [T, H] is what the experts of `layer` read."""
+        gate, self._asked = self._gates[layer], None
+        if gate is not None and self.regret.on and hidden.shape[0] <= MOST_TOKENS:
+            began_s = self._work_clock()
+            ids = gate(hidden)
+            self._asked = ids, self._work_clock() - began_s
+
+    def after(self, layer: int, asked: Collection[int]) -> None:
+        """`asked` were the experts of `layer`."""
         decoding = self._step.phase is Phase.DECODE
         guess, self._guess = self._guess, None
         if decoding and guess is not None and guess.layer == layer:  # else a step had failed
             self._compare(guess, asked)
         if decoding and layer == 0:
             self._note_begin()
-        gate = self._gates[layer]
-        if gate is not None and self.regret.on and hidden.shape[0] <= MOST_TOKENS:
-            self._ask(layer + 1, gate, hidden)
+        if self._asked is not None:
+            (ids, took_s), self._asked = self._asked, None
+            self._fetch(layer + 1, ids, took_s)
         if decoding and layer == len(self._gates) - 1:
             self._note_end()
 
@@ -113,15 +126,15 @@ class Prefetch:
             ),
         )
 
-    def _ask(self, layer: int, gate: NextGate, hidden: torch.Tensor) -> None:
+    def _fetch(self, layer: int, ids: Later, took_s: float) -> None:
         began_s = self._work_clock()
-        experts = gate(hidden)
+        experts = list(in_rank_order(ids.tolist()))
         chosen = self._cache.absent(layer, experts)[: self._most]
         if chosen:
             self._cache.prefetch(layer, experts, self._most)
         self._guess = _Guess(layer, experts, chosen)
         if self._step.phase is Phase.DECODE:
-            self.regret.guessed(self._work_clock() - began_s)
+            self.regret.guessed(took_s + self._work_clock() - began_s)
 
     def _compare(self, guess: _Guess, asked: Collection[int]) -> None:
         wanted, recall = set(asked), self._recall[guess.layer]

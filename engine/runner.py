@@ -21,7 +21,9 @@ class Runner:
         self._kv: dict[int, SequenceKV] = {}
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits [n, V], fp32, of the parts that end their pending tokens, in batch order.
+        """Logits [n, V] in fp32 of the parts that end their pending tokens, in batch order.
+
+        On the host: a device is waited for here, once, and before anything counts as computed.
 
         Either every sequence of the batch is advanced, or (on an exception) none.
         """
@@ -40,7 +42,9 @@ class Runner:
         done = False
         try:
             with torch.inference_mode():
-                logits = run_packed(self._model, self._cache, lists, starts, keep or [end - 1])
+                logits = run_packed(
+                    self._model, self._cache, lists, starts, keep or [end - 1]
+                ).cpu()
             done = True
         finally:
             self._cache.end(commit=done)

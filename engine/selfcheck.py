@@ -12,16 +12,16 @@ from .errors import ModelRefused
 from .kv import PackedCache, SequenceKV
 from .topology import run_packed
 
-# Of the largest logit. Float rounding stays a hundred times below the first; with int8, rounding
-# can turn a digit or a router's choice, while a state that leaks gives differences near 1.
+# Of the largest logit. Float rounding stays a hundred times below the first; with int8 or in bf16,
+# rounding can turn a digit or a router's choice, while a state that leaks gives differences near 1.
 TOLERANCE = 1e-3
-QUANTIZED_TOLERANCE = 0.1
+COARSE_TOLERANCE = 0.1
 LENGTH_TOKENS = 6
 SPLIT_TOKENS = 4
 
 
 def check_packed(
-    model: PreTrainedModel, cache: PackedCache, vocab_size: int, *, quantized: bool = False
+    model: PreTrainedModel, cache: PackedCache, vocab_size: int, *, coarse: bool = False
 ) -> float:
     """The largest relative difference found. Raises ModelRefused where it is not rounding."""
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +35,7 @@ def check_packed(
     if not bool(torch.isfinite(alone).all()):
         raise ModelRefused("the weights give logits that are not finite: damaged or NaN tensors")
     worst = float((alone[0] - packed[0]).abs().max() / alone[0].abs().max().clamp(min=1e-6))
-    if not worst <= (QUANTIZED_TOLERANCE if quantized else TOLERANCE):  # NaN too
+    if not worst <= (COARSE_TOLERANCE if coarse else TOLERANCE):  # NaN too
         raise ModelRefused(
             f"models of type {model.config.model_type!r} are not carried yet: a sequence in company"
             f" gives other logits than alone (relative difference {worst:.1e})"

@@ -122,7 +122,7 @@ def trace(model: PreTrainedModel) -> Topology:
     first, second = SequenceKV(TRACE_TOKENS), SequenceKV(TRACE_TOKENS)
     try:
         cache.begin([(first, TRACE_TOKENS), (second, TRACE_TOKENS)])
-        run_packed(model, cache, [[0] * TRACE_TOKENS] * 2, [0, 0], device="meta")
+        run_packed(model, cache, [[0] * TRACE_TOKENS] * 2, [0, 0])
     except (
         UnknownKeyword,
         NotImplementedError,
@@ -172,13 +172,14 @@ def run_packed(
     token_lists: list[list[int]],
     starts: list[int],
     keep: list[int] | None = None,
-    device: str | torch.device = "cpu",
 ) -> torch.Tensor:
     """One forward pass over `token_lists` packed into one row; list i continues at `starts[i]`.
 
     `cache.begin` has been called with the same parts. Returns the logits [len(keep), vocabulary]
-    of the packed positions `keep` (default: the last token of every list), in fp32.
+    of the packed positions `keep` (default: the last token of every list), in fp32 and where the
+    model is.
     """
+    device = model.device
     ids = [token for tokens in token_lists for token in tokens]
     positions = [
         position

@@ -22,14 +22,20 @@ Port = Annotated[
 ]
 Device = Annotated[
     str | None,
-    Option("--device", metavar="DEVICE", help="Where to compute: auto or cpu. [default: cpu]"),
+    Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where to compute: cpu, cuda, cuda:N, or auto (cuda where there is one)."
+        " [default: cpu]",
+    ),
 ]
 DeviceMemory = Annotated[
     str | None,
     Option(
         "--device-memory",
         metavar="SIZE",
-        help="Room for experts on a device with its own memory; on cpu only with --emulate-link.",
+        help="Room for experts on a device with its own memory; on cpu only with --emulate-link."
+        " [default: what is free there]",
     ),
 ]
 EmulateLink = Annotated[
@@ -63,7 +69,8 @@ ExpertFormat = Annotated[
         "--expert-format",
         metavar="FORMAT",
         help="How experts are kept: native (bytes as in the checkpoint), int8 (one byte a weight,"
-        " W8A8), int4 (half a byte, in groups of 64) or mixed:FILE (each as FILE says; see"
+        " W8A8), int4 (half a byte, in groups of 64; CPU only), nf4 (half a byte, for CUDA: slow on"
+        " a CPU; needs moestro[nf4]) or mixed:FILE (each as FILE says; see"
         " `moestro trace mix`). [default: native]",
     ),
 ]

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 ENV_PREFIX = "MOESTRO_"
-DEVICES = ("auto", "cpu")
-EXPERT_FORMATS = ("native", "int8", "int4")
+DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+EXPERT_FORMATS = ("native", "int8", "int4", "nf4")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 _SIZE_FORM = "a size above 0 such as 16MiB, 2GiB, 500MB or a number of bytes"
@@ -204,17 +204,19 @@ class Settings(Places):
     @field_validator("device")
     @classmethod
     def _device_exists(cls, value: str) -> str:
-        if value not in DEVICES:
-            raise ValueError(f"{value!r} is not served; what exists: {', '.join(DEVICES)}")
-        return "cpu"
+        if not DEVICES.fullmatch(value):
+            raise ValueError(f"{value!r} is not served; what exists: auto, cpu, cuda, cuda:N")
+        return value
 
     @field_validator("device_memory")
     @classmethod
     def _no_device_tier(cls, value: int | None, others: ValidationInfo) -> int | None:
-        if value is not None and others.data.get("emulate_link") is None:
+        on_cpu = others.data.get("device") == "cpu"
+        if value is not None and on_cpu and others.data.get("emulate_link") is None:
             raise ValueError(
                 "device cpu has no memory of its own to hold experts; they live in host memory "
-                "(--host-memory) and on disk. To measure what a device would do: --emulate-link"
+                "(--host-memory) and on disk. To measure what a device would do: --emulate-link; "
+                "to compute on a GPU: --device cuda"
             )
         return value
 
@@ -271,6 +273,11 @@ def load_settings(flags: Mapping[str, object]) -> Settings:
         settings = Settings(**flags)  # type: ignore[arg-type]
     except ValidationError as error:
         raise Refused(_in_one_line(error.errors()[0], flags)) from None
+    if settings.emulate_link is not None and settings.device.startswith("cuda"):
+        raise Refused(
+            "--emulate-link: it imagines a device beside the cpu, and --device cuda has a real one;"
+            " leave one of them out"
+        )
     if settings.emulate_link is not None and settings.device_memory is None:
         raise Refused(
             "--emulate-link: how much the device behind the link holds is missing, such as"

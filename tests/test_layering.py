@@ -24,6 +24,7 @@ LAZY_DOORS = {"server": {"factorize"}}
 THIRD_PARTIES = {
     "cache": {"torch", "safetensors", "numpy"},
     "engine": {
+        "bitsandbytes",
         "huggingface_hub",
         "numpy",
         "psutil",
@@ -48,7 +49,7 @@ THIRD_PARTIES = {
     },
 }
 # Optional extras: importable only inside the function that needs them.
-LAZY_LIBRARIES = {"matplotlib"}
+LAZY_LIBRARIES = {"bitsandbytes", "matplotlib"}
 
 # Files that decide. They hold integers and keys, never tensors: neither they nor what they import
 # of their own room may import a tensor library.
@@ -74,6 +75,7 @@ TORCH_FREE = {
     "engine": {
         "advice",
         "config",
+        "device_memory",
         "errors",
         "forecast",
         "manifest",

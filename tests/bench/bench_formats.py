@@ -28,6 +28,7 @@ FORMATS = [
     ("native", "int8"),
     ("int8", "int8"),
     ("int4", "native"),
+    ("nf4", "native"),
 ]
 
 

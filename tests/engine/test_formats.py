@@ -39,7 +39,9 @@ def test_encoded_tensors_are_what_the_layout_says(name: str, transposed: bool) -
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("name", "error"), [("native", 1e-6), ("int8", 0.02), ("int4", 0.12)])
+@pytest.mark.parametrize(
+    ("name", "error"), [("native", 1e-6), ("int8", 0.02), ("int4", 0.12), ("nf4", 0.12)]
+)
 def test_products_are_near_those_of_the_source(name: str, error: float, transposed: bool) -> None:
     codec, tensors = codec_of(name, torch.float32), source(transposed)
     encoded = codec.encode(tensors, transposed)

@@ -176,7 +176,7 @@ def named(name: str, other: str) -> dict[str, Any]:
     return {"default": other, "layers": {LAYER.format(n): {name: list(range(8))} for n in range(4)}}
 
 
-@pytest.mark.parametrize("name", ["native", "int8", "int4"])
+@pytest.mark.parametrize("name", ["native", "int8", "int4", "nf4"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_all_in_one_format_is_that_format(tmp_path: Path, name: str, family: str) -> None:
     folder = tiny.build(family, tmp_path / "m", torch.bfloat16)

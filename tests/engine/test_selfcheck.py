@@ -15,7 +15,7 @@ from moestro.engine.selfcheck import check_packed
 def look(loaded: Loaded, *, quantized: bool) -> float:
     runner = loaded.engine.runner
     vocab_size = loaded.info.vocab_size
-    return check_packed(runner._model, runner._cache, vocab_size, quantized=quantized)
+    return check_packed(runner._model, runner._cache, vocab_size, coarse=quantized)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoeshared"])

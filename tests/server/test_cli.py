@@ -89,7 +89,7 @@ def test_no_arguments_teach():
         (("serve", "demo", "--port", "abc"), ("--port", "'abc'", "port number")),
         (("serve", "demo", "--host-memory", "lots"), ("--host-memory", "'lots'", "16MiB")),
         (("serve", "demo", "--prefetch-experts", "0"), ("--prefetch-experts", "--no-prefetch")),
-        (("serve", "demo", "--device", "cuda"), ("--device", "auto, cpu")),
+        (("serve", "demo", "--device", "tpu"), ("--device", "auto, cpu, cuda")),
         (("serve", "demo", "--device-memory", "1GiB"), ("--device-memory", "--host-memory")),
         (("serve", "demo", "--emulate-link", "fast"), ("--emulate-link", "12GB/s")),
         (("serve", "demo", "--emulate-link", "12GB/s"), ("--emulate-link", "--device-memory")),

@@ -72,9 +72,9 @@ def test_flags_win_over_variables(monkeypatch):
         (
             "expert_format",
             "int3",
-            "--expert-format: 'int3' is not an expert format (native, int8, int4, mixed:FILE)",
+            "--expert-format: 'int3' is not an expert format (native, int8, int4, nf4, mixed:FILE)",
         ),
-        ("device", "cuda", "--device: 'cuda' is not served; what exists: auto, cpu"),
+        ("device", "cuda:x", "--device: 'cuda:x' is not served; what exists: auto, cpu, cuda"),
         ("device_memory", "1GiB", "--device-memory: device cpu has no memory of its own"),
         ("model", "/no/where", "MODEL: there is no folder '/no/where'"),
         (
@@ -148,7 +148,7 @@ def test_engine_config(tmp_path):
     assert settings.to_engine_config() == EngineConfig(
         model_path=tmp_path,
         cache_dir=tmp_path,
-        device="cpu",
+        device="auto",
         host_memory_bytes=16 << 20,
         kv_memory_bytes=1 << 20,
         experts_per_token=3,

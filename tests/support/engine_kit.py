@@ -9,6 +9,7 @@ import torch
 
 from moestro.engine import EngineConfig, Progress, SamplingParams
 from moestro.engine.core import Engine
+from moestro.engine.device import choose
 from moestro.engine.loader import Loaded, load
 from moestro.engine.sequence import Batch, Part
 from moestro.engine.sequence import Sequence as Running
@@ -23,10 +24,11 @@ def ignore(_: Progress) -> None:
 
 @contextmanager
 def opened(folder: Path, cache_dir: Path, **settings: Any) -> Iterator[Loaded]:
-    """A loaded engine on one thread; closed afterwards."""
+    """A loaded engine on one thread; closed afterwards. `choose_device` is for `load`."""
     defaults = {"kv_memory_bytes": 4 * MIB, "threads": 1}
+    choose_device = settings.pop("choose_device", choose)
     config = EngineConfig(folder, cache_dir, **defaults | settings)
-    loaded = load(config, ignore)
+    loaded = load(config, ignore, choose_device=choose_device)
     try:
         yield loaded
     finally:

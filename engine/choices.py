@@ -1,0 +1,32 @@
+"""Choices that do not go together, refused by name before anything else is looked at."""
+
+from .config import EngineConfig
+from .dense import DENSE_FORMATS
+from .device import Device
+from .errors import StartError
+from .mixed import MIXED
+from .named_codecs import FORMATS
+
+
+def check_choices(config: EngineConfig) -> None:
+    if config.expert_format not in FORMATS and not config.expert_format.startswith(MIXED):
+        raise StartError(
+            f"--expert-format {config.expert_format}: this build has {', '.join(FORMATS)} and"
+            f" {MIXED}FILE"
+        )
+    if config.dense_format not in DENSE_FORMATS:
+        raise StartError(
+            f"--dense-format {config.dense_format}: this build has {', '.join(DENSE_FORMATS)}"
+        )
+
+
+def check_device(config: EngineConfig, device: Device) -> None:
+    """Choices that hang on the device. Raises StartError."""
+    if device.room is None and config.link is None and config.device_memory_bytes is not None:
+        raise StartError(
+            f"--device-memory: {device.why}, which has no memory of its own to hold experts"
+        )
+    if device.room is not None and config.dense_format == "int4":
+        raise StartError(
+            "--dense-format int4 is for the CPU's kernels alone; on a GPU use int8 or native"
+        )

@@ -1,0 +1,114 @@
+"""Where a model computes. Every line of the engine that needs CUDA is in this file.
+
+The rest of the engine makes its tensors beside those it is given, so that a `Device` which is only
+imagined (tests/support/imagined.py) runs the same code on a CPU.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from moestro.cache import STAGING_BYTES, Pack, TierPlan, Wiring, cuda
+
+from .config import EngineConfig
+from .device_memory import Room
+from .errors import StartError
+
+NAMES = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Facts, found before anything is allocated."""
+
+    place: torch.device
+    compute_dtype: torch.dtype
+    why: str  # in words, for the log
+    room: Room | None = None  # of its own; None: it computes in the host's memory
+    wire: Callable[[Pack, TierPlan], Wiring] | None = None  # how experts get there, if it has room
+    staging_bytes: int = 0  # of the host tier, that `wire` may need
+
+
+CPU = Device(torch.device("cpu"), torch.float32, "--device cpu")
+
+
+def choose(config: EngineConfig) -> Device:
+    """What `--device` names. Raises StartError where it is not here."""
+    name = config.device
+    if not NAMES.fullmatch(name):
+        raise StartError(f"--device {name}: this build computes on auto, cpu, cuda and cuda:N")
+    if name == "cpu":
+        return CPU
+    if name != "auto":
+        return _cuda(name, f"--device {name}")
+    if config.link is not None:
+        return replace(CPU, why="--device auto: --emulate-link imagines a device beside the cpu")
+    if not torch.cuda.is_available():
+        return replace(CPU, why=f"--device auto: {_no_cuda()}")
+    return _cuda("cuda", "--device auto: CUDA is here")
+
+
+def _no_cuda() -> str:
+    built = "is built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
+    return f"torch {torch.__version__} {built}"
+
+
+def _cuda(name: str, why: str) -> Device:
+    """A GPU, made the calling thread's own."""
+    if not torch.cuda.is_available():
+        raise StartError(
+            f"--device {name}: {_no_cuda()}; use --device cpu, or install a torch for your GPU"
+            " (make setup MOESTRO_TORCH=torch)"
+        )
+    index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= count:
+        raise StartError(f"--device {name}: there are {count} CUDA devices, cuda:0 is the first")
+    place = torch.device("cuda", index)
+    try:
+        torch.cuda.set_device(place)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(place)
+        model = torch.cuda.get_device_name(place)
+    except RuntimeError as error:
+        raise StartError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    half = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Device(
+        place,
+        torch.bfloat16 if half else torch.float16,
+        why,
+        Room(f"{model}, {place}", free_bytes, total_bytes),
+        partial(cuda, place),
+        STAGING_BYTES,
+    )
+
+
+def places(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 [n] on `device`, which is not made to wait: out of pinned memory, where it is a GPU."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.long, device=device)
+    pinned = torch.tensor(values, dtype=torch.long, pin_memory=True)
+    return pinned.to(device, non_blocking=True)
+
+
+class Later:
+    """Numbers on their way to the host: asked for now, read when the device has got so far.
+
+    What is queued between does not delay them.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers, self._there = numbers, None
+        if numbers.device.type == "cuda":
+            pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers = pinned.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._there.record(torch.cuda.current_stream(numbers.device))
+
+    def tolist(self) -> Any:
+        """As torch.Tensor.tolist."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()
