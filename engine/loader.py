@@ -32,14 +32,14 @@ from moestro.cache import (
 )
 
 from .attention import install
-from .blueprint import COMPUTE_DTYPE, Blueprint, compact_modules, inspect, plan_memory
+from .blueprint import COMPUTE_DTYPE, Blueprint, inspect, plan_memory
 from .config import EngineConfig, Progress, ProgressFn
 from .core import Engine
-from .dense import DENSE_FORMATS, load_dense
+from .dense import DENSE_FORMATS
+from .dense_file import dense_model
 from .errors import StartError
 from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
 from .kv import PackedCache
-from .linears import LastRows
 from .memory import MemoryPlan, release_freed_memory
 from .mixed import MIXED, encode_layer
 from .named_codecs import FORMATS
@@ -233,16 +233,7 @@ def _load_weights(
         on_proof=lambda done, total: phases.report(done, total, "layers compared"),
     )
     phases.enter("load")
-    model = checkpoint.build_meta_model(COMPUTE_DTYPE)
-    load_dense(
-        checkpoint,
-        model,
-        blueprint.dense_keys,
-        list(blueprint.experts),
-        compact_modules(config, blueprint, model),
-        LastRows() if blueprint.topology.inputs_stay else None,
-        lambda done, total: phases.report(done, total, "groups"),
-    )
+    model = dense_model(config, blueprint, path.parent, phases.report)
     checkpoint.close()
     packed = PackedCache()
     packed.expanded_layers = set(blueprint.topology.expanded_layers)
