@@ -30,6 +30,7 @@ from .plan import (
 from .policy import Lru, PerLayer, Policy
 from .replayer import LayerReplay, Replayed, belady, replay, replay_events
 from .stats import CacheStats, LayerStats, LinkStats, TierStats
+from .tensor_file import read_tensors, write_tensors
 from .tiers import Wiring, emulated, two_tiers
 from .tracefile import (
     LiveCount,
@@ -103,7 +104,9 @@ __all__ = [
     "open_or_build",
     "plan_slots",
     "plan_tiers",
+    "read_tensors",
     "replay",
     "replay_events",
     "two_tiers",
+    "write_tensors",
 ]

@@ -18,7 +18,7 @@ from .speed import time_reads
 from .stats import CacheStats, LayerStats
 from .table import SlotTable, agree
 from .tracefile import TraceWriter
-from .transfer import DirectReader, Reader
+from .transfer import DISK_READERS, DirectReader, Reader
 
 
 class ExpertCache:
@@ -49,7 +49,7 @@ class ExpertCache:
         self._table = SlotTable(plan.slots, experts) if table is None else table
         self._policy: Policy = NextUse() if policy is None else policy
         self._residency = Residency(self._table, self._policy, self._counters, experts)
-        reader = DirectReader(pack) if reader is None else reader
+        reader = DirectReader(pack, DISK_READERS) if reader is None else reader
         self._host = reader if isinstance(reader, TierReader) else None
         self._loader = Loader(pack, self._arena, self._residency, reader)
         self._lease: Lease | None = None

@@ -12,7 +12,7 @@ from .plan import HostMode, TierPlan
 from .policy import Policy
 from .slots import AliasArena, Arena, SlotArena
 from .table import SlotTable
-from .transfer import DirectReader, PackReader
+from .transfer import DISK_READERS, DirectReader, PackReader
 
 Wiring = Callable[[SlotArena], tuple[Arena, Link]]
 """From the host's slots to the device's slots and the link between them."""
@@ -79,6 +79,6 @@ def two_tiers(
         NextUse() if host_policy is None else host_policy,
         plan.mode,
     )
-    disk = DirectReader(pack) if disk is None else disk
+    disk = DirectReader(pack, DISK_READERS) if disk is None else disk
     reader = TierReader(pack, plan.host, host, residency, disk, link)
     return ExpertCache(pack, plan.device, policy=policy, reader=reader, arena=arena, table=table)

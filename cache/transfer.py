@@ -12,6 +12,9 @@ from .errors import PackInvalid, ReadFailed
 from .pack import Pack, prove
 from .slots import TensorViews
 
+DISK_READERS = 2
+"""Threads that read packs: one reads while the other compares what it has read with its sum."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadRequest:

@@ -217,11 +217,7 @@ class Checkpoint:
         On `device`, in the dtype that `model` has, or where its class says so (fp16, bf16) in fp32.
         Layer after layer; `after_group(done, total)` may replace modules that have their weights.
         """
-        for entry in entries:
-            module = model.get_submodule(entry.path)
-            for name in entry.tensors:
-                del module._parameters[name]
-            module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
+        drop_experts(model, entries)
         missing, unexpected = set(model.state_dict()), set()
         groups = _by_layer(keys)
         for done, group in enumerate(groups, start=1):
@@ -253,6 +249,15 @@ class Checkpoint:
         if info.conversion_errors:
             raise ModelRefused(f"{self.folder}: {one_line(next(iter(info.conversion_errors)))}")
         return info
+
+
+def drop_experts(model: PreTrainedModel, entries: list[ExpertsModule]) -> None:
+    """Their modules lose their parameters for good."""
+    for entry in entries:
+        module = model.get_submodule(entry.path)
+        for name in entry.tensors:
+            del module._parameters[name]
+        module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
 
 
 def _load_config(model: PreTrainedModel, device: torch.device) -> LoadStateDictConfig:

@@ -33,6 +33,10 @@ class Replacement:
     def is_embedding(self) -> bool:
         return self.kind not in DENSE_FORMATS
 
+    @property
+    def weights(self) -> type[Int8Weights | Int4Weights]:
+        return Int4Weights if self.kind == "int4" else Int8Weights
+
 
 def replacements(
     model: PreTrainedModel, topology: Topology, dense_format: str, checkpoint: Checkpoint
@@ -115,12 +119,16 @@ def _is_loaded(model: PreTrainedModel, path: str) -> bool:
 
 def _replace(model: PreTrainedModel, what: Replacement, last: LastRows | None) -> None:
     old = model.get_submodule(what.path)
-    parent, _, name = what.path.rpartition(".")
     new: torch.nn.Module
     if isinstance(old, torch.nn.Embedding):
-        new = StoredEmbedding(old, getattr(torch, what.kind))
+        rows = old.weight.detach().to(getattr(torch, what.kind))
+        new = StoredEmbedding(rows, old.weight.dtype)
     else:
         assert isinstance(old, torch.nn.Linear)
-        kind = Int4Weights if what.kind == "int4" else Int8Weights
-        new = CompactLinear(old, kind(old.weight.detach()), last)
+        new = CompactLinear(old, what.weights.encode(old.weight.detach()), last)
+    put_module(model, what.path, new)
+
+
+def put_module(model: PreTrainedModel, path: str, new: torch.nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)

@@ -6,7 +6,7 @@ Shape letters: N outputs, K inputs, n rows.
 """
 
 import weakref
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +23,41 @@ class Weights(Protocol):
     """One matrix in some format. `begin` prepares up to BLOCK_ROWS rows."""
 
     size_bytes: int
+    parts: ClassVar[tuple[str, ...]]
+    """Names of the tensors that its class is made of, in order."""
 
     def begin(self, rows: torch.Tensor) -> Any: ...
 
     def multiply(self, rows: Any) -> torch.Tensor:
         """[n, K], as `begin` made them, -> fp32 [n, N]."""
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its parts by name."""
+
 
 class Int8Weights:
     """int8 rows [N, K], one scale each; the other side in two int8 digits."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.values = torch.empty_like(weight, dtype=torch.int8)
-        self.scale = torch.empty(weight.shape[0], device=weight.device)
+    parts: ClassVar[tuple[str, ...]] = ("values", "scale")
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        """int8 [N, K], fp32 [N]"""
+        self.values, self.scale = values, scale
+        self._transposed = values.t()
+        self.size_bytes = values.nbytes + scale.nbytes
+
+    @classmethod
+    def encode(cls, weight: torch.Tensor) -> Self:
+        values = torch.empty_like(weight, dtype=torch.int8)
+        scale = torch.empty(weight.shape[0], device=weight.device)
         for start in range(0, weight.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            values, scale = quantize_rows(weight[rows].float())
-            self.values[rows], self.scale[rows] = values, scale[:, 0]
-        self._transposed = self.values.t()
-        self.size_bytes = self.values.nbytes + self.scale.nbytes
+            values[rows], row_scale = quantize_rows(weight[rows].float())
+            scale[rows] = row_scale[:, 0]
+        return cls(values, scale)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.parts, (self.values, self.scale), strict=True))
 
     def begin(self, rows: torch.Tensor) -> Fine:
         return quantize_fine(rows.float())
@@ -53,10 +69,19 @@ class Int8Weights:
 class Int4Weights:
     """Groups of int4 (formats_int4.py)."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        packed, grid = encode_int4(weight)
-        self._matrix = Int4Matrix(packed, grid, group_of(weight.shape[1]))
+    parts: ClassVar[tuple[str, ...]] = ("packed", "grid")
+
+    def __init__(self, packed: torch.Tensor, grid: torch.Tensor) -> None:
+        """uint8 [N, K/2] in the kernel's order, bf16 [K/g, N, 2]"""
+        self._matrix = Int4Matrix(packed, grid, group_of(2 * packed.shape[1]))
         self.size_bytes = packed.nbytes + grid.nbytes
+
+    @classmethod
+    def encode(cls, weight: torch.Tensor) -> Self:
+        return cls(*encode_int4(weight))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.parts, self._matrix[:2], strict=True))
 
     def begin(self, rows: torch.Tensor) -> Int4Rows:
         return Int4Rows(rows)
@@ -109,11 +134,12 @@ class CompactLinear(torch.nn.Module):
 class StoredEmbedding(torch.nn.Module):
     """Looks rows up in the checkpoint's own dtype and widens those alone: no bit is lost."""
 
-    def __init__(self, embedding: torch.nn.Embedding, stored: torch.dtype) -> None:
+    def __init__(self, rows: torch.Tensor, widened: torch.dtype) -> None:
+        """`widened` is what it hands out."""
         super().__init__()
-        self.num_embeddings, self.embedding_dim = embedding.weight.shape
-        self.rows = embedding.weight.detach().to(stored)
-        self._dtype = embedding.weight.dtype
+        self.num_embeddings, self.embedding_dim = rows.shape
+        self.rows = rows
+        self._dtype = widened
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.rows).to(self._dtype)

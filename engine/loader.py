@@ -31,16 +31,15 @@ from moestro.cache import (
 )
 
 from .attention import install
-from .blueprint import Blueprint, compact_modules, inspect, plan_memory
+from .blueprint import Blueprint, inspect, plan_memory
 from .choices import check_choices, check_device
 from .config import EngineConfig, Progress, ProgressFn
 from .core import Engine
-from .dense import load_dense
+from .dense_file import dense_model
 from .device import Device, choose
 from .errors import StartError
 from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
 from .kv import PackedCache
-from .linears import LastRows
 from .memory import MemoryPlan, release_freed_memory
 from .mixed import encode_layer
 from .placement import host_share
@@ -232,17 +231,7 @@ def _load_weights(
         on_proof=lambda done, total: phases.report(done, total, "layers compared"),
     )
     phases.enter("load")
-    model = checkpoint.build_meta_model(blueprint.device.compute_dtype)
-    load_dense(
-        checkpoint,
-        model,
-        blueprint.dense_keys,
-        list(blueprint.experts),
-        compact_modules(config, blueprint, model),
-        LastRows() if blueprint.topology.inputs_stay else None,
-        lambda done, total: phases.report(done, total, "groups"),
-        blueprint.device.place,
-    )
+    model = dense_model(config, blueprint, path.parent, phases.report)
     checkpoint.close()
     packed = PackedCache()
     packed.expanded_layers = set(blueprint.topology.expanded_layers)

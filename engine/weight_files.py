@@ -6,6 +6,7 @@ model.safetensors, else the only one. Pickles are never opened.
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ log = logging.getLogger("moestro.engine")
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_CAUSE_CHARS = 300
+LENGTH_BYTES = 8  # of the header, in front of it
+MAX_HEADER_BYTES = 100_000_000  # that safetensors takes
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -113,14 +116,25 @@ def open_weights(paths: list[Path]) -> dict[str, tuple[Path, Any]]:
 
 
 def _open_safetensors(path: Path) -> Any:
-    with readable(path), path.open("rb"):
-        pass  # asked apart: what safetensors says of a file that it may not read is another cause
+    _read_header(path)
     try:
         return safe_open(path, framework="pt", device="cpu", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ModelRefused(
             f"{path} is not a whole safetensors file ({one_line(error)}); fetch it again"
         ) from error
+
+
+def _read_header(path: Path) -> None:
+    """Ask for the header's pages alone, so that they are there when safetensors wants them.
+
+    Its own read lets the system read on into the weights, megabytes in each file. Asked apart, too,
+    because what safetensors says of a file that it may not read is another cause.
+    """
+    with readable(path), path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        file.read(min(length, MAX_HEADER_BYTES))
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_rows_are_prepared_once_for_layers_that_read_the_same_tensor() -> None:
     torch.manual_seed(0)
     last = LastRows()
     linears = [torch.nn.Linear(32, 48), torch.nn.Linear(32, 16)]
-    made = [CompactLinear(each, Counting(each.weight.detach()), last) for each in linears]
+    made = [CompactLinear(each, Counting.encode(each.weight.detach()), last) for each in linears]
     one, other = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
     with torch.inference_mode():
         for rows, begun in ((one, 1), (other, 2), (one, 3)):

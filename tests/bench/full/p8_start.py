@@ -12,7 +12,6 @@ from server_process import ServerProcess
 
 from .bars import Bar
 from .bench import Bench, begin, finish
-from .geometry import BF16_BYTES
 from .memgroup import forget_pages
 
 PROMPT = [101, 2003, 30007, 4011, 50001, 6007, 17, 8009]
@@ -61,7 +60,7 @@ def start(bench: Bench, model: Path, *, cold: bool = True) -> dict[str, Any]:
             "first_token_s": first_token_s,
             "ready_s": ready_s,
             "read_bytes": read_bytes,
-            "needed_bytes": loaded + dense_bytes(bench),
+            "needed_bytes": loaded + dense_bytes(bench, model),
             "experts_bytes": loaded,
             "peak_rss_bytes": server.peak_rss_bytes,
         }
@@ -70,10 +69,10 @@ def start(bench: Bench, model: Path, *, cold: bool = True) -> dict[str, Any]:
         server.wait_exit()
 
 
-def dense_bytes(bench: Bench) -> int:
-    shape = bench.shape
-    experts = shape.layers * shape.experts * shape.expert_numbers
-    return BF16_BYTES * (shape.numbers - experts)
+def dense_bytes(bench: Bench, model: Path) -> int:
+    """Of the dense part, as the first start has kept it."""
+    (kept,) = bench.cache.glob(f"packs/{model.name}-*/dense.{FORMAT}")
+    return kept.stat().st_size
 
 
 def expert_bytes(metrics: str) -> int:
