@@ -156,7 +156,9 @@ def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing:
             f"--max-model-len {wanted_context}: the model's own limit is {own_context} tokens"
         )
     dense_bytes = _dense_bytes(config, blueprint)
-    loading_bytes = dense_bytes + 2 * _largest_bytes(blueprint)  # in two forms
+    loading_bytes = 2 * _largest_bytes(blueprint)  # in two forms
+    if blueprint.device.room is None:  # else the dense weights are never here as a whole
+        loading_bytes += dense_bytes
     return Demand(
         interpreter_bytes=psutil.Process().memory_info().rss,
         dense_bytes=dense_bytes,
@@ -222,14 +224,13 @@ def _apart(config: EngineConfig, blueprint: Blueprint, room: Room, demand: Deman
     # Behind a device that holds all, the host passes experts on: room to read a layer ahead.
     holds_all = plan.experts_bytes >= total
     wish = max(layer.num_experts for layer in spec.layers) * spec.slot_bytes if holds_all else total
-    packing = demand.packing_bytes - demand.dense_bytes  # which are never here as a whole
     host = HostDemand(
         interpreter_bytes=demand.interpreter_bytes,
         experts_total_bytes=total,
         experts_least_bytes=LEAST_HOST_SLOTS * spec.slot_bytes + staging,
         experts_wish_bytes=wish + staging,
         staging_bytes=staging,
-        packing_bytes=packing,
+        packing_bytes=demand.packing_bytes,
     )
     return replace(plan, host=settle_host(host, config.host_memory_bytes, memory_limit()))
 
