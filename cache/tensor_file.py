@@ -16,7 +16,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,8 @@ def write_tensors(
     with _refused(path), _alone(aside) as fd:
         if fd < 0:
             return False
-        try:
+        with ExitStack() as undo:
+            undo.callback(aside.unlink, missing_ok=True)
             os.ftruncate(fd, 0)
             first = _first_byte(key, places, data_bytes)
             sums = []
@@ -77,10 +78,8 @@ def write_tensors(
             _write(fd, 0, memoryview(_header(key, places, sums)))
             _sync(fd)
             aside.replace(path)
+            undo.pop_all()
             sync_folder(path.parent)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
     return True
 
 

@@ -8,7 +8,7 @@ the product is taken in integers, so company in the batch cannot change a row by
 Shape letters: E experts, N outputs, K inputs, n rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -143,6 +143,36 @@ class NativeCodec:
         return self._buffer.as_strided(matrix.shape, matrix.stride()).copy_(matrix)
 
 
+def biases_layout(tensors: Source) -> Layout:
+    """What is no matrix is kept as fp32 by every quantized format."""
+    return {
+        name: ("float32", tuple(shape[1:]))
+        for name, (_, shape) in tensors.items()
+        if len(shape) != 3
+    }
+
+
+def biases(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, [E, ...] in fp32."""
+    return {name: tensor.float() for name, tensor in tensors.items() if tensor.dim() != 3}
+
+
+def matrix_sides(tensors: Source, transposed: bool) -> Iterator[tuple[str, int, int]]:
+    """Name, outputs N and inputs K of each matrix of an expert."""
+    for name, (_, shape) in tensors.items():
+        if len(shape) == 3:
+            yield (name, shape[2], shape[1]) if transposed else (name, shape[1], shape[2])
+
+
+def matrices_of(
+    tensors: Mapping[str, torch.Tensor], transposed: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and [E, N, K] of each matrix."""
+    for name, tensor in tensors.items():
+        if tensor.dim() == 3:
+            yield name, tensor.transpose(1, 2) if transposed else tensor
+
+
 Quantized = tuple[torch.Tensor, torch.Tensor]  # rows: int8 [n, K], fp32 [n, 1]
 Int8Matrix = tuple[torch.Tensor, torch.Tensor]  # int8 [K, N], fp32 [N]
 
@@ -156,25 +186,17 @@ class Int8Codec:
         self._dtype = compute_dtype
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
-        found: Layout = {}
-        for name, (_, shape) in tensors.items():
-            if len(shape) != 3:
-                found[name] = ("float32", tuple(shape[1:]))
-                continue
-            rows, columns = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
-            found[name] = ("int8", (rows, columns))
-            found[f"{name}.{SCALE}"] = ("float32", (rows,))
+        found = biases_layout(tensors)
+        for name, outputs, inputs in matrix_sides(tensors, transposed):
+            found[name] = ("int8", (outputs, inputs))
+            found[f"{name}.{SCALE}"] = ("float32", (outputs,))
         return found
 
     def encode(
         self, tensors: Mapping[str, torch.Tensor], transposed: bool
     ) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            if tensor.dim() != 3:
-                found[name] = tensor.float()
-                continue
-            matrix = tensor.transpose(1, 2) if transposed else tensor
+        found = biases(tensors)
+        for name, matrix in matrices_of(tensors, transposed):
             found[name] = torch.empty(matrix.shape, dtype=torch.int8)
             scales = torch.empty(matrix.shape[:2], dtype=torch.float32)
             for expert, weight in enumerate(matrix):  # one at a time: fp32 of a layer is large

@@ -24,6 +24,10 @@ from .formats import (
     Quantized,
     Source,
     Span,
+    biases,
+    biases_layout,
+    matrices_of,
+    matrix_sides,
     multiply_int8,
     quantize_rows,
 )
@@ -84,12 +88,8 @@ class Int4Codec:
         self._expanded = torch.empty(0, dtype=torch.uint8)  # one matrix, until the next one
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
-        found: Layout = {}
-        for name, (_, shape) in tensors.items():
-            if len(shape) != 3:
-                found[name] = ("float32", tuple(shape[1:]))
-                continue
-            outputs, inputs = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+        found = biases_layout(tensors)
+        for name, outputs, inputs in matrix_sides(tensors, transposed):
             if outputs % 16 or inputs % GROUPS[-1]:
                 raise ModelRefused(
                     f"--expert-format int4: {name} is {outputs} x {inputs}, and only multiples of"
@@ -102,12 +102,8 @@ class Int4Codec:
     def encode(
         self, tensors: Mapping[str, torch.Tensor], transposed: bool
     ) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            if tensor.dim() != 3:
-                found[name] = tensor.float()
-                continue
-            matrix = tensor.transpose(1, 2) if transposed else tensor
+        found = biases(tensors)
+        for name, matrix in matrices_of(tensors, transposed):
             pairs = [encode_int4(weight) for weight in matrix]
             found[name] = torch.stack([packed for packed, _ in pairs])
             found[f"{name}.{GRID}"] = torch.stack([grid for _, grid in pairs])

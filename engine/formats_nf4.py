@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import ModelRefused, StartError
-from .formats import Layout, Source, Span
+from .formats import (
+    Layout,
+    Source,
+    Span,
+    biases,
+    biases_layout,
+    matrices_of,
+    matrix_sides,
+)
 
 ABSMAX, CODE = "absmax", "code"  # beside matrix `x`: fp32 [N, K/b] and fp32 [16]
 BLOCKS = (64, 32)
@@ -40,12 +48,8 @@ class Nf4Codec:
         self._library = _bitsandbytes()
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
-        found: Layout = {}
-        for name, (_, shape) in tensors.items():
-            if len(shape) != 3:
-                found[name] = ("float32", tuple(shape[1:]))
-                continue
-            outputs, inputs = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+        found = biases_layout(tensors)
+        for name, outputs, inputs in matrix_sides(tensors, transposed):
             if inputs % BLOCKS[-1]:
                 raise ModelRefused(
                     f"--expert-format nf4: the rows of {name} have {inputs} numbers, and only"
@@ -59,12 +63,8 @@ class Nf4Codec:
     def encode(
         self, tensors: Mapping[str, torch.Tensor], transposed: bool
     ) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            if tensor.dim() != 3:
-                found[name] = tensor.float()
-                continue
-            matrix = tensor.transpose(1, 2) if transposed else tensor
+        found = biases(tensors)
+        for name, matrix in matrices_of(tensors, transposed):
             three = [self._quantize(weight) for weight in matrix]
             found[name] = torch.stack([packed for packed, _, _ in three])
             found[f"{name}.{ABSMAX}"] = torch.stack([absmax for _, absmax, _ in three])

@@ -63,12 +63,11 @@ def run(
     sampler = _Sampler(process.pid, watch)
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
     finally:
         sampler.stop()
+        if process.poll() is None:  # too slow, or we are being stopped
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if process.returncode != 0:
         tail = "\n".join((stderr or stdout).strip().splitlines()[-12:])
         killed = " (killed: out of memory?)" if process.returncode == -signal.SIGKILL else ""
