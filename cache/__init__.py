@@ -31,17 +31,11 @@ from .policy import Lru, PerLayer, Policy
 from .replayer import LayerReplay, Replayed, belady, replay, replay_events
 from .stats import CacheStats, LayerStats, LinkStats, TierStats
 from .tensor_file import read_tensors, write_tensors
-from .tiers import Wiring, emulated, two_tiers
-from .tracefile import (
-    LiveCount,
-    TraceEvent,
-    TraceHeader,
-    TraceLayer,
-    TraceReader,
-    TraceWriter,
-)
+from .tracefile import LiveCount, TraceEvent, TraceHeader, TraceLayer, TraceReader, TraceWriter
 from .transfer import Completion, DirectReader, Reader, ReadRequest
+from .two_tiers import two_tiers
 from .units import human_bytes
+from .wiring import Wiring, emulated
 
 __all__ = [
     "LEAST_HOST_SLOTS",

@@ -21,8 +21,8 @@ from .pack import Pack
 from .plan import TierPlan
 from .slots import Arena, SlotArena, SlotViews
 from .stats import LinkStats
-from .tiers import Wiring
 from .units import human_bytes
+from .wiring import Wiring
 
 STAGING_BYTES = 16 * CHUNK_BYTES
 """To be set aside in the host tier's plan. A power of two: torch pins nothing smaller."""

@@ -17,14 +17,14 @@ from .counters import LinkCounters
 from .host_residency import HostResidency
 from .keys import ExpertKey
 from .link import Copied, Copy, Link
-from .loader import MOST_BYTES_AT_ONCE, Failure, runs_of
 from .pack import Pack
 from .plan import SlotPlan
-from .slots import SlotArena, TensorViews
+from .slots import SlotArena
 from .speed import time_reads
 from .stats import TierStats
 from .table import NOWHERE, agree
-from .transfer import Completion, PackReader, ReadRequest
+from .transfer import MOST_BYTES_AT_ONCE, Completion, Failure, PackReader, ReadRequest, runs_of
+from .views import TensorViews
 
 
 @dataclass(slots=True, eq=False)

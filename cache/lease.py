@@ -14,10 +14,12 @@ from types import TracebackType
 import torch
 
 from .keys import ExpertKey, Phase, Routed
-from .loader import MOST_BYTES_AT_ONCE, Failure, Loader
+from .loader import Loader
 from .residency import Residency, missing
-from .slots import Arena, TensorViews
+from .slots import Arena
 from .table import NOWHERE
+from .transfer import MOST_BYTES_AT_ONCE, Failure
+from .views import TensorViews
 
 Stay = Callable[[int, int], int]
 """(residents, missing ones that lie in the tier below) -> how many of these to lend from there."""

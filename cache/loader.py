@@ -5,22 +5,24 @@ Between the decisions (residency.py, lease.py) and the bytes (transfer.py).
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
-from .errors import PackInvalid, ReadFailed
 from .keys import Phase
 from .pack import Pack
 from .residency import Residency
-from .slots import Arena, TensorViews
-from .transfer import Completion, LendingReader, Reader, ReadRequest
+from .slots import Arena
+from .transfer import (
+    MOST_BYTES_AT_ONCE,
+    Completion,
+    Failure,
+    LendingReader,
+    Reader,
+    ReadRequest,
+    runs_of,
+)
+from .views import TensorViews
 
 _log = logging.getLogger("moestro.cache")
-
-MOST_BYTES_AT_ONCE = 1 << 20
-"""Longer reads gain nothing on the disk, and the first expert would wait for the last."""
-
-Failure = ReadFailed | PackInvalid
 
 
 class Loader:
@@ -135,15 +137,3 @@ class Loader:
             self._residency.table.arrived(slot)
             self._pack.proved(layer, expert)
             self._loads[layer][expert] += 1
-
-
-def runs_of(experts: Sequence[int], longest: int) -> Iterator[range]:
-    """Ascending experts as runs of neighbours, none longer than `longest`."""
-    if not experts:
-        return
-    first = experts[0]
-    for one, following in pairwise(experts):
-        if following != one + 1 or following - first == longest:
-            yield range(first, one + 1)
-            first = following
-    yield range(first, experts[-1] + 1)

@@ -23,8 +23,8 @@ from .errors import NoDiskSpace, PackInvalid
 from .layout import PackLayer, PackSpec
 from .pack import Pack
 from .partial import OnProof, Partial, disk_errors, free_disk_bytes
-from .slots import blob_views
 from .units import human_bytes
+from .views import blob_views
 
 _LOCK_POLL_S = 0.2
 _CHUNK_BYTES = 4 << 20

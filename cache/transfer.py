@@ -3,17 +3,24 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from queue import Empty, SimpleQueue
 from typing import Protocol, runtime_checkable
 
 from .errors import PackInvalid, ReadFailed
 from .pack import Pack, prove
-from .slots import TensorViews
+from .views import TensorViews
 
 DISK_READERS = 2
 """Threads that read packs: one reads while the other compares what it has read with its sum."""
+
+
+MOST_BYTES_AT_ONCE = 1 << 20
+"""Longer reads gain nothing on the disk, and the first expert would wait for the last."""
+
+Failure = ReadFailed | PackInvalid
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +40,7 @@ class Completion:
 
     request: ReadRequest
     read_s: float
-    error: ReadFailed | PackInvalid | None = None
+    error: Failure | None = None
 
 
 class Reader(Protocol):
@@ -167,3 +174,15 @@ class DirectReader:
                     return self._guessed.popleft()
                 self._changed.wait()
             return None
+
+
+def runs_of(experts: Sequence[int], longest: int) -> Iterator[range]:
+    """Ascending experts as runs of neighbours, none longer than `longest`."""
+    if not experts:
+        return
+    first = experts[0]
+    for one, following in pairwise(experts):
+        if following != one + 1 or following - first == longest:
+            yield range(first, one + 1)
+            first = following
+    yield range(first, experts[-1] + 1)

@@ -9,8 +9,8 @@ from moestro.cache import human_bytes
 from .config import EngineConfig
 from .errors import BudgetTooSmall
 from .forecast import Forecast
-from .memory import GIB, MIB, Demand, MemoryPlan
-from .sequence import round_up_tokens
+from .memory import Demand, MemoryPlan
+from .units import GIB, MIB, round_up_tokens
 
 KIB = 1024
 

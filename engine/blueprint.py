@@ -16,12 +16,13 @@ from moestro.cache import (
     plan_slots,
 )
 
-from .checkpoint import Checkpoint, ExpertsModule
+from .checkpoint import Checkpoint
 from .config import EngineConfig
 from .dense import Replacement, replacements, saved_bytes
-from .device import CPU, Device
-from .device_memory import DEVICE_ALLOWANCE_BYTES, HostDemand, Room, settle_host
+from .device import CPU, Device, Room
+from .device_memory import DEVICE_ALLOWANCE_BYTES, HostDemand, settle_host
 from .errors import BudgetTooSmall, ModelRefused, StartError
+from .experts_module import ExpertsModule
 from .formats import Codec
 from .manifest import Manifest
 from .memory import (
@@ -33,10 +34,11 @@ from .memory import (
     memory_limit,
     settle,
 )
+from .meta_model import build_meta_model
 from .mixed import expert_codec, pack_layer
-from .sequence import round_up_tokens
 from .step_size import plan_best_steps, plan_given_steps
 from .topology import Topology, trace
+from .units import round_up_tokens
 
 log = logging.getLogger("moestro.engine")
 
@@ -88,7 +90,7 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
     """The same from files that are already open, or from a sketch of them."""
     manifest = Manifest.read(config.model_path)
     experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
-    model = checkpoint.build_meta_model(device.compute_dtype)
+    model = build_meta_model(checkpoint, device.compute_dtype)
     modules, dense_keys = checkpoint.split_keys(model)
     most = min(entry.num_experts for entry in modules)
     if experts_per_token > most:
@@ -249,7 +251,7 @@ def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
     """Dense weights in the compute dtype, less what int8 saves."""
     itemsize = blueprint.itemsize
     whole = blueprint.checkpoint.dense_bytes(blueprint.dense_keys, itemsize)
-    model = blueprint.checkpoint.build_meta_model(blueprint.device.compute_dtype)
+    model = build_meta_model(blueprint.checkpoint, blueprint.device.compute_dtype)
     return whole - saved_bytes(model, compact_modules(config, blueprint, model), itemsize)
 
 
@@ -257,7 +259,9 @@ def compact_modules(
     config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel
 ) -> list[Replacement]:
     """Modules of `model` that take fewer bytes than the compute dtype would."""
-    return replacements(model, blueprint.topology, config.dense_format, blueprint.checkpoint)
+    return replacements(
+        model, blueprint.topology.router_paths, config.dense_format, blueprint.checkpoint
+    )
 
 
 def _largest_bytes(blueprint: Blueprint) -> int:

@@ -10,14 +10,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,11 +25,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as hf_logging
 
-from . import attention, experts
 from .completeness import refuse_missing
 from .errors import ModelNotFound, ModelRefused
+from .experts_module import ExpertsModule, is_experts_module
 from .weight_files import few, one_line, open_weights, readable, weight_files
 
 log = logging.getLogger("moestro.engine")
@@ -42,30 +40,6 @@ PLAIN_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsModule:
-    """One experts module of the model: its path and, per parameter, dtype and shape [E, ...]."""
-
-    path: str
-    num_experts: int
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    source_keys: tuple[str, ...]
-    transposed: bool  # matrices are [in, out], not [out, in]
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert's tensors in the checkpoint's dtype."""
-        total = 0
-        for dtype, shape in self.tensors.values():
-            total += torch.Size(shape).numel() * dtype.itemsize
-        return total // self.num_experts
-
-
-def is_experts_module(module: torch.nn.Module) -> bool:
-    """True for classes that carry transformers' experts interface (its decorator sets these)."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 class Checkpoint:
@@ -104,24 +78,6 @@ class Checkpoint:
     def stored_dtype(self, key: str) -> torch.dtype | None:
         """Of a tensor that has the same name in the files; None where conversion renames it."""
         return self.dtype_of(key) if key in self._slices else None
-
-    def build_meta_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model's own class without weights; both of moestro's hooks are selected."""
-        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        attention.register()
-        experts.register()
-        kind = self.config.model_type
-        what = f"{self.folder}: transformers cannot build a causal language model of type {kind!r}"
-        with _refusing(what), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                self.config,
-                dtype=dtype,
-                attn_implementation=attention.NAME,
-                experts_implementation=experts.NAME,
-            )
-        model.train(False)
-        return model
 
     def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
         """Experts modules in the order the model holds them, and the keys of everything else."""
@@ -290,7 +246,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ModelRefused(f"{path} wants code of its own (auto_map); moestro runs none")
     if raw.get("quantization_config"):
         raise ModelRefused(f"{path}: quantized checkpoints are not carried, use bf16 or fp16")
-    with _refusing(str(path)):
+    with refusing(str(path)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     return config
 
@@ -310,7 +266,7 @@ CONFIG_ERRORS = (
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def refusing(what: str) -> Iterator[None]:
     """The one place that turns whatever transformers raises over a config into a refusal.
 
     Wrong types and numbers end in errors of many kinds there: strict dataclasses, divisions by

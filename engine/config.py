@@ -1,5 +1,6 @@
 """What a user may set about the engine. Frozen; checked here once, filled in by nobody later."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,3 +77,10 @@ class EngineConfig:
     def format_name(self) -> str:
         """Of the experts, without the file that says how they are mixed."""
         return self.expert_format.partition(":")[0]
+
+    @property
+    def pack_path(self) -> Path:
+        """One pack per model folder and format; a changed model or mixture replaces its own."""
+        folder = self.model_path.resolve()
+        place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+        return self.cache_dir / "packs" / f"{folder.name}-{place}" / f"{self.format_name}.pack"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoint import Checkpoint, ExpertsModule
+from .checkpoint import Checkpoint
+from .experts_module import ExpertsModule
 from .formats_int4 import fits_int4
 from .linears import CompactLinear, Int4Weights, Int8Weights, LastRows, StoredEmbedding
-from .topology import Topology
 
 DENSE_FORMATS = ("native", "int8", "int4")
 
@@ -39,13 +39,13 @@ class Replacement:
 
 
 def replacements(
-    model: PreTrainedModel, topology: Topology, dense_format: str, checkpoint: Checkpoint
+    model: PreTrainedModel, router_paths: Iterable[str], dense_format: str, checkpoint: Checkpoint
 ) -> list[Replacement]:
     """Which modules of `model` (on meta) are kept in fewer bytes than its own dtype takes.
 
-    Not the routers: there, one bit picks another expert.
+    Not the routers (`router_paths`): there, one bit picks another expert.
     """
-    routers = tuple(f"{place.path}." for place in topology.routers if place is not None)
+    routers = tuple(f"{path}." for path in router_paths)
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = []

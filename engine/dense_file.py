@@ -24,50 +24,12 @@ from moestro.cache import (
     write_tensors,
 )
 
-from .blueprint import Blueprint, compact_modules
-from .checkpoint import Checkpoint, ExpertsModule, drop_experts
-from .config import EngineConfig
-from .dense import Replacement, load_dense, put_module
+from .checkpoint import Checkpoint, drop_experts
+from .dense import Replacement, put_module
+from .experts_module import ExpertsModule
 from .linears import CompactLinear, LastRows, StoredEmbedding
 
 log = logging.getLogger("moestro.engine")
-
-
-Report = Callable[[int, int, str], None]  # done, total, unit
-
-
-def dense_model(
-    config: EngineConfig, blueprint: Blueprint, folder: Path, report: Report
-) -> PreTrainedModel:
-    """The model with its dense weights: as an earlier start kept them in `folder`, or made anew.
-
-    Raises ModelRefused where the checkpoint does not fit the model.
-    """
-    checkpoint, experts = blueprint.checkpoint, list(blueprint.experts)
-    device = blueprint.device
-    model = checkpoint.build_meta_model(device.compute_dtype)
-    compact = compact_modules(config, blueprint, model)
-    last = LastRows() if blueprint.topology.inputs_stay else None
-    kept = None
-    if device.room is None:  # a GPU's weights would have to be kept in their own place and dtype
-        kept = DenseFile.of(checkpoint, config.dense_format, folder)
-    if kept is not None and kept.path.exists():
-        if kept.restore(model, experts, compact, last):
-            return model
-        model = checkpoint.build_meta_model(device.compute_dtype)
-    load_dense(
-        checkpoint,
-        model,
-        blueprint.dense_keys,
-        experts,
-        compact,
-        last,
-        lambda done, total: report(done, total, "groups"),
-        device.place,
-    )
-    if kept is not None:
-        kept.keep(model, lambda done, total: report(done, total, "bytes"))
-    return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,28 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 
-from moestro.cache import STAGING_BYTES, Pack, TierPlan, Wiring, cuda
+from moestro.cache import STAGING_BYTES, Pack, TierPlan, Wiring, cuda, human_bytes
 
 from .config import EngineConfig
-from .device_memory import Room
 from .errors import StartError
 
 NAMES = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory of a device, as found before anything of the model is in it."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+    @property
+    def limit(self) -> tuple[int, str]:
+        return self.free_bytes, f"free of {human_bytes(self.total_bytes)} on {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +125,11 @@ class Later:
         if self._there is not None:
             self._there.synchronize()
         return self._numbers.tolist()
+
+
+def set_threads(wanted: int | None) -> int:
+    """One thread less than there are cores: a thread that waits for a busy core costs more."""
+    cores = psutil.cpu_count(logical=False) or 1
+    threads = wanted or max(1, cores - 1)
+    torch.set_num_threads(threads)
+    return threads

@@ -5,26 +5,13 @@ from dataclasses import dataclass
 from moestro.cache import human_bytes
 
 from .errors import BudgetTooSmall
+from .units import MIB
 
-MIB = 1 << 20
 # Beyond what a formula can name: kernels loaded when first used, workspaces of matrix products,
 # what an allocator cannot join. Estimates: no GPU was here to measure them on.
 DEVICE_ALLOWANCE_BYTES = 512 * MIB
 HOST_ALLOWANCE_BYTES = 512 * MIB
 HOST_RESERVE_SHARE = 0.15
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Memory of a device, as found before anything of the model is in it."""
-
-    name: str
-    free_bytes: int
-    total_bytes: int
-
-    @property
-    def limit(self) -> tuple[int, str]:
-        return self.free_bytes, f"free of {human_bytes(self.total_bytes)} on {self.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import ModelRefused, StartError
-from .formats import (
-    Layout,
-    Source,
-    Span,
-    biases,
-    biases_layout,
-    matrices_of,
-    matrix_sides,
-)
+from .formats import Layout, Source, Span, biases, biases_layout, matrices_of, matrix_sides
 
 ABSMAX, CODE = "absmax", "code"  # beside matrix `x`: fp32 [N, K/b] and fp32 [16]
 BLOCKS = (64, 32)

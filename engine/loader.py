@@ -3,7 +3,6 @@
 Everything that can be refused is refused before memory is taken. Long parts report progress.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -13,35 +12,26 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-import psutil
 import torch
 import transformers
 from transformers import PreTrainedModel
 
 from moestro.cache import (
     ExpertCache,
-    Pack,
-    PackWriter,
     Phase,
-    emulated,
     human_bytes,
-    open_or_build,
-    plan_tiers,
-    two_tiers,
 )
 
-from .attention import install
 from .blueprint import Blueprint, inspect, plan_memory
 from .choices import check_choices, check_device
-from .config import EngineConfig, Progress, ProgressFn
+from .config import EngineConfig, ProgressFn
 from .core import Engine
-from .dense_file import dense_model
-from .device import Device, choose
+from .device import Device, choose, set_threads
 from .errors import StartError
 from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
 from .kv import PackedCache
 from .memory import MemoryPlan, release_freed_memory
-from .mixed import encode_layer
+from .phases import Phases
 from .placement import host_share
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
@@ -50,6 +40,7 @@ from .scheduler import Scheduler, SchedulerLimits
 from .selfcheck import check_packed
 from .stats import EngineStats, ModelInfo, PrefetchStats
 from .tokenizer import Tokenizer
+from .weight_loading import load_weights
 
 log = logging.getLogger("moestro.engine")
 
@@ -92,28 +83,6 @@ class Loaded:
         self.cache.close()
 
 
-class Phases:
-    """Seconds by phase, and progress in each."""
-
-    def __init__(self, progress: ProgressFn) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._name, self._since_s = "", 0.0
-
-    def enter(self, name: str) -> None:
-        self.leave()
-        self._name, self._since_s = name, time.monotonic()
-
-    def leave(self) -> None:
-        if self._name:
-            self.seconds[self._name] = time.monotonic() - self._since_s
-        self._name = ""
-
-    def report(self, done: int, total: int, unit: str) -> None:
-        """Also where a stopped start ends: the callback raises."""
-        self._progress(Progress(self._name, done, total, unit))
-
-
 def load(
     config: EngineConfig,
     progress: ProgressFn,
@@ -124,7 +93,7 @@ def load(
     check_choices(config)
     device = choose_device(config)
     check_device(config, device)
-    threads = _set_threads(config.threads)
+    threads = set_threads(config.threads)
     phases = Phases(progress)
     if prepare is not None:
         phases.enter("prepare")
@@ -132,13 +101,13 @@ def load(
         release_freed_memory()
     phases.enter("inspect")
     blueprint = inspect(config, device)
-    plan = plan_memory(config, blueprint, packing=not _pack_path(config).exists())
+    plan = plan_memory(config, blueprint, packing=not config.pack_path.exists())
     _log_found(blueprint, config, threads)
     for line in plan.lines():
         log.info("%s", line)
     tokenizer = Tokenizer(config.model_path)
     try:
-        model, cache, packed = _load_weights(config, blueprint, plan, phases)
+        model, cache, packed = load_weights(config, blueprint, plan, phases)
     except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile
         raise StartError(
             f"--device {config.device}: less memory is free there than was planned with; lower"
@@ -159,14 +128,6 @@ def load(
         )
         undo.pop_all()
     return loaded
-
-
-def _set_threads(wanted: int | None) -> int:
-    """One thread less than there are cores: a thread that waits for a busy core costs more."""
-    cores = psutil.cpu_count(logical=False) or 1
-    threads = wanted or max(1, cores - 1)
-    torch.set_num_threads(threads)
-    return threads
 
 
 def _log_found(blueprint: Blueprint, config: EngineConfig, threads: int) -> None:
@@ -190,71 +151,6 @@ def _log_found(blueprint: Blueprint, config: EngineConfig, threads: int) -> None
     name = device.place if device.room is None else device.room.name
     log.info("compute: %s on %s (%s)", device.compute_dtype, name, device.why)
     log.info("threads: %d", threads)
-
-
-def _pack_path(config: EngineConfig) -> Path:
-    """One pack per model folder and format; a changed model or mixture replaces its own."""
-    folder = config.model_path.resolve()
-    place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    return config.cache_dir / "packs" / f"{folder.name}-{place}" / f"{config.format_name}.pack"
-
-
-def _load_weights(
-    config: EngineConfig, blueprint: Blueprint, plan: MemoryPlan, phases: Phases
-) -> tuple[PreTrainedModel, ExpertCache, PackedCache]:
-    checkpoint, spec = blueprint.checkpoint, blueprint.spec
-    path = _pack_path(config)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartError(f"--cache-dir {config.cache_dir}: {error.strerror}") from error
-    phases.enter("pack")
-
-    layers = len(blueprint.experts)
-
-    def fill(writer: PackWriter) -> None:
-        scratch = checkpoint.build_meta_model(torch.float32)  # experts keep the file's dtype
-        missing = writer.missing
-        for place, index in enumerate(missing):
-            phases.report(layers - len(missing) + place, layers, "layers")
-            entry = blueprint.experts[index]
-            loaded = checkpoint.load_experts(scratch, entry)
-            writer.add_layer(index, *encode_layer(blueprint.codec, entry, loaded))
-        phases.report(layers, layers, "layers")
-
-    pack = open_or_build(
-        path,
-        spec,
-        fill,
-        lambda: phases.report(0, 0, "waiting"),
-        log,
-        on_proof=lambda done, total: phases.report(done, total, "layers compared"),
-    )
-    phases.enter("load")
-    model = dense_model(config, blueprint, path.parent, phases.report)
-    checkpoint.close()
-    packed = PackedCache()
-    packed.expanded_layers = set(blueprint.topology.expanded_layers)
-    install(model, packed)
-    release_freed_memory()
-    least = max(blueprint.topology.experts_per_token)
-    return model, _open_cache(config, blueprint.device, plan, pack, least), packed
-
-
-def _open_cache(
-    config: EngineConfig, device: Device, plan: MemoryPlan, pack: Pack, least: int
-) -> ExpertCache:
-    if plan.host is not None and device.wire is not None:
-        host_bytes, staging_bytes = plan.host.experts_bytes, device.staging_bytes
-        tiers = plan_tiers(plan.experts_bytes, host_bytes, pack.spec, least, staging_bytes)
-        log.info("expert cache: %s, next use over all layers, from %s", tiers, pack.path)
-        return two_tiers(pack, tiers, device.wire(pack, tiers))
-    tiers = plan_tiers(config.device_memory_bytes, plan.experts_bytes, pack.spec, least)
-    log.info("expert cache: %s, next use over all layers, from %s", tiers, pack.path)
-    if config.link is None:
-        return ExpertCache(pack, tiers.host)
-    log.warning("no device: this start imagines one behind an %s link", config.link)
-    return two_tiers(pack, tiers, emulated(config.link, pack, tiers))
 
 
 def _prefetch(
@@ -341,7 +237,7 @@ def _assemble(
         tokenizer,
         context,
         blueprint.vocab_size,
-        lambda: _discard(_pack_path(config)),
+        lambda: _discard(config.pack_path),
     )
     info = ModelInfo(
         family=blueprint.checkpoint.config.model_type,
@@ -366,7 +262,7 @@ def _check_once(
     device = f"{blueprint.device.place.type} {blueprint.device.compute_dtype}"
     versions = f"moestro {version('moestro')}, transformers {transformers.__version__}"
     verdict = f"{blueprint.spec.model} {formats} {device} {versions}\n"
-    record = _pack_path(config).with_suffix(f".{config.dense_format}.checked")
+    record = config.pack_path.with_suffix(f".{config.dense_format}.checked")
     if record.is_file() and record.read_text("utf-8") == verdict:
         return
     coarse = formats != "native native" or blueprint.itemsize < 4

@@ -16,10 +16,8 @@ from moestro.cache import human_bytes
 
 from .device_memory import HostPlan
 from .errors import BudgetTooSmall
-from .sequence import ROUND_TOKENS, round_up_tokens
+from .units import GIB, MIB, ROUND_TOKENS, round_up_tokens
 
-GIB = 1 << 30
-MIB = 1 << 20
 # What torch, its threads and the allocator take beyond what a formula can name: 60-100 MiB seen.
 ALLOWANCE_BYTES = 96 * MIB
 # Left alone when a budget is chosen here: the rest of the machine lives from it.

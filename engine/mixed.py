@@ -21,9 +21,9 @@ import torch
 
 from moestro.cache import BlobLayout, PackLayer, TraceInvalid, TraceReader
 
-from .checkpoint import ExpertsModule
 from .device import places as places_on
 from .errors import StartError
+from .experts_module import ExpertsModule
 from .formats import Codec, Layout, Source, Span
 from .named_codecs import FORMATS, codec_of
 

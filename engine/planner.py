@@ -27,11 +27,11 @@ from .calibrate import Matrices, measure_link, measure_multiply
 from .checkpoint import Checkpoint
 from .choices import check_choices
 from .config import EngineConfig
-from .device import CPU, choose
+from .device import CPU, choose, set_threads
 from .errors import BudgetTooSmall, StartError
 from .forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Rates, Traced, Work
-from .loader import _pack_path, _set_threads
 from .memory import MemoryPlan
+from .meta_model import build_meta_model
 from .named_codecs import codec_of
 from .sketch import Sketch, weights_are_here
 
@@ -58,7 +58,7 @@ def plan_model(
     try:
         blueprint = understand(config, checkpoint)
         plan = _plan(config, blueprint)
-        model = checkpoint.build_meta_model(CPU.compute_dtype)
+        model = build_meta_model(checkpoint, CPU.compute_dtype)
         work = _work(blueprint, model, plan.demand.step_tokens)
         spec = blueprint.spec
     finally:
@@ -83,7 +83,7 @@ def plan_model(
 
 
 def _plan(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
-    packing = not _pack_path(config).exists()  # as the start asks
+    packing = not config.pack_path.exists()  # as the start asks
 
     def plan(tried: EngineConfig) -> MemoryPlan:
         return plan_memory(tried, blueprint, packing=packing)
@@ -161,13 +161,13 @@ def _work(blueprint: Blueprint, model: PreTrainedModel, step_tokens: int) -> Wor
 def _link(config: EngineConfig, blob_bytes: int, said_bytes_per_s: float | None) -> LinkSpeed:
     if said_bytes_per_s is not None:
         return LinkSpeed(said_bytes_per_s, said_bytes_per_s, "--disk-speed")
-    files = [_pack_path(config), *sorted(config.model_path.glob("*.safetensors"))]
+    files = [config.pack_path, *sorted(config.model_path.glob("*.safetensors"))]
     return measure_link(config.cache_dir, blob_bytes, files)
 
 
 def _compute(config: EngineConfig, blueprint: Blueprint, work: Work) -> ComputeSpeed:
     """With the threads, shapes and formats that serving would have."""
-    threads = _set_threads(config.threads)
+    threads = set_threads(config.threads)
     hidden = int(blueprint.checkpoint.config.get_text_config().hidden_size)
     dense = Matrices(
         {"dense": (CPU.compute_dtype, (4 * hidden, hidden))}, False, work.dense_numbers + hidden**2

@@ -11,12 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .errors import BadParameter
-
-ROUND_TOKENS = 64  # KV capacities are rounded up so that freed buffers fit the next sequence
-
-
-def round_up_tokens(tokens: int) -> int:
-    return -(-tokens // ROUND_TOKENS) * ROUND_TOKENS
+from .units import round_up_tokens
 
 
 class FinishReason(Enum):

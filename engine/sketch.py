@@ -10,14 +10,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoint import (
-    PLAIN_DTYPES,
-    Checkpoint,
-    ExpertsModule,
-    is_experts_module,
-    read_config,
-)
+from .checkpoint import PLAIN_DTYPES, Checkpoint, read_config
 from .errors import ModelNotFound, ModelRefused
+from .experts_module import ExpertsModule, is_experts_module
 from .weight_files import INDEX_NAME, json_object, weight_files
 
 WIDE_BYTES = 3  # per number and more on average: the index speaks of fp32

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .attention import UnknownKeyword, install
-from .checkpoint import is_experts_module
 from .errors import ModelRefused
 from .experts import bind
+from .experts_module import is_experts_module
 from .kv import PackedCache, SequenceKV
 
 TRACE_TOKENS = 3
@@ -41,6 +41,10 @@ class Topology:
     kv_numbers_per_token: int  # numbers (not bytes) that all layers keep for one token
     attention_layers: int
     inputs_stay: bool  # no layer changes a tensor in place that a linear layer after it reads
+
+    @property
+    def router_paths(self) -> list[str]:
+        return [place.path for place in self.routers if place is not None]
 
 
 class _Watch:

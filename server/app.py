@@ -11,10 +11,11 @@ from moestro.engine import EngineError
 
 from . import completions, ops
 from .collector import EngineCollector
-from .deps import Parts, Worker
+from .deps import Parts
 from .errors import GenerationFailed, UnknownModel, answer
 from .metrics import ServerMetrics
 from .middleware import ApiKey, BodyLimit, RequestIds
+from .protocols import Worker
 from .settings import Settings
 
 METRICS_PATIENCE_S = 60.0  # a page of metrics does not wait for an engine in a step this long

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -18,8 +17,7 @@ from moestro.engine import (
     Unavailable,
 )
 
-if TYPE_CHECKING:
-    from .deps import Worker
+from .protocols import Worker
 
 PREFIX = "moestro"
 UP = (EngineState.READY, EngineState.DRAINING)
@@ -30,7 +28,7 @@ Labelled = dict[tuple[str, ...], float]
 class EngineCollector(Collector):
     """While the engine loads, or when it is gone or stuck, only what can still be said."""
 
-    def __init__(self, worker: "Worker", served_name: str, stuck_after_s: float) -> None:
+    def __init__(self, worker: Worker, served_name: str, stuck_after_s: float) -> None:
         self._worker = worker
         self._served_name = served_name
         self._stuck_after_s = stuck_after_s

@@ -11,8 +11,9 @@ from fastapi.responses import JSONResponse
 
 from moestro.engine import PromptTooLong, SamplingParams
 
-from .deps import Parts, PartsDep, SettingsDep, Stream, Worker, WorkerDep
+from .deps import Parts, PartsDep, SettingsDep, WorkerDep
 from .errors import DOCUMENTED, UnknownModel
+from .protocols import Stream, Worker
 from .schemas import Completion, CompletionRequest, ModelCard, ModelList
 from .settings import Settings
 from .stream import Answer, ClientGone, EventStream, Sse, whole

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from moestro.engine import (
@@ -26,7 +27,7 @@ from moestro.engine import (
     Unavailable,
 )
 
-from .schemas import UNSUPPORTED, ErrorObject, ErrorResponse
+UNSUPPORTED = "unsupported_parameter"  # the type of our refusals, and their `code`
 
 log = logging.getLogger("moestro.server")
 
@@ -35,6 +36,19 @@ INVALID = "invalid_request_error"
 DOWN = "service_unavailable"
 BROKEN = "server_error"
 GONE = "the engine failed and will not come back; its log says why"
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The shape of every error."""
+
+    error: ErrorObject
 
 
 class UnknownModel(Exception):

@@ -22,7 +22,7 @@ import uvicorn
 from moestro.engine import EngineState
 
 from .app import create_app
-from .deps import Worker
+from .protocols import Worker
 from .settings import Settings
 
 log = logging.getLogger("moestro.server")

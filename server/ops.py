@@ -9,9 +9,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from moestro.engine import EngineFailed, EngineState
 
-from .deps import MetricsDep, SettingsDep, Worker, WorkerDep
-from .errors import Problem, problem_of, state_problem
-from .schemas import ErrorResponse
+from .deps import MetricsDep, SettingsDep, WorkerDep
+from .errors import ErrorResponse, Problem, problem_of, state_problem
+from .protocols import Worker
 
 router = APIRouter()
 

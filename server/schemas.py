@@ -10,9 +10,10 @@ from pydantic_core import PydanticCustomError
 
 from moestro.engine import SamplingParams
 
+from .errors import UNSUPPORTED
+
 MAX_STOPS = 16
 DEFAULT_MAX_TOKENS = 16
-UNSUPPORTED = "unsupported_parameter"  # the type of our refusals, and their `code`
 
 # Field -> values that mean "off" (null always does). Anything else would change the answer.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -204,6 +205,15 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
 
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int) -> "Usage":
+        total_tokens = prompt_tokens + completion_tokens
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=total_tokens,
+        )
+
 
 class CompletionChoice(BaseModel):
     index: int = 0
@@ -234,16 +244,3 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class ErrorObject(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """The shape of every error."""
-
-    error: ErrorObject

@@ -18,9 +18,9 @@ from starlette.types import Receive, Scope, Send
 
 from moestro.engine import Draining, EngineError, EngineState, FinishReason, TokenEvent
 
-from .deps import Stream, Worker
 from .errors import GenerationFailed, problem_of
-from .schemas import Completion, CompletionChoice
+from .protocols import Stream, Worker
+from .schemas import Completion, CompletionChoice, Usage
 from .track import Track
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -128,7 +128,7 @@ async def whole(
         stream.cancel()
         track.close()
     completion = answer.piece("".join(texts), reason)
-    completion.usage = track.usage
+    completion.usage = Usage.of(track.prompt_tokens, track.generated_tokens)
     return completion
 
 
@@ -164,7 +164,7 @@ class Sse:
             return []
         answer = self.answer
         last = Completion(id=answer.id, created=answer.created, model=answer.model, choices=[])
-        last.usage = self.track.usage
+        last.usage = Usage.of(self.track.prompt_tokens, self.track.generated_tokens)
         return [self._data(last)]
 
     def _data(self, chunk: Completion) -> bytes:

@@ -9,7 +9,6 @@ import time
 from moestro.engine import FinishReason, Timings, TokenEvent
 
 from .metrics import ServerMetrics
-from .schemas import Usage
 
 log = logging.getLogger("moestro.server")
 
@@ -31,14 +30,6 @@ class Track:
         self._reason = FinishReason.ABORT  # until an event says otherwise
         self._timings: Timings | None = None
         self._closed = False
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.generated_tokens,
-            total_tokens=self.prompt_tokens + self.generated_tokens,
-        )
 
     def saw(self, event: TokenEvent) -> None:
         now_s = time.perf_counter()

@@ -84,6 +84,7 @@ TORCH_FREE = {
         "sequence",
         "stats",
         "step_size",
+        "units",
     },
     "factorize": {"errors"},
     "server": {"settings"},

@@ -22,7 +22,7 @@ from moestro.cache import (
 )
 from moestro.cache.blobfile import page_memory
 from moestro.cache.pack import encode_header, header_bytes
-from moestro.cache.slots import blob_views
+from moestro.cache.views import blob_views
 from tiny_packs import LARGE, LOG, SMALL, assert_is, build_tiny, layer_tensors, mixed_spec
 
 SPEC = mixed_spec(6, 6, 6)

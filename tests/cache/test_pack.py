@@ -8,7 +8,7 @@ import torch
 from moestro.cache import BlobLayout, Pack, PackInvalid, PackLayer, PackSpec
 from moestro.cache.blobfile import page_memory
 from moestro.cache.pack import header_bytes, prove
-from moestro.cache.slots import blob_views
+from moestro.cache.views import blob_views
 from tiny_packs import build_tiny, layer_tensors, tiny_spec
 
 

@@ -29,7 +29,7 @@ from moestro.cache import (
 )
 from moestro.cache.link import EmulatedLink
 from moestro.cache.slots import AliasArena, Arena, SlotArena
-from moestro.cache.tiers import moving, showing
+from moestro.cache.wiring import moving, showing
 from tiny_packs import assert_is, build_tiny, tiny_spec
 
 SPEC = tiny_spec(6, 6, 6)

@@ -14,7 +14,7 @@ from moestro.cache import (
     ReadRequest,
 )
 from moestro.cache.blobfile import page_memory
-from moestro.cache.slots import blob_views
+from moestro.cache.views import blob_views
 from tiny_packs import assert_is
 
 

@@ -7,7 +7,8 @@ import pytest
 from moestro.engine import BudgetTooSmall, EngineConfig
 from moestro.engine.advice import changes, flags_of, nearest_plan, size_flag
 from moestro.engine.forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Work
-from moestro.engine.memory import MIB, Demand, MemoryPlan, settle
+from moestro.engine.memory import Demand, MemoryPlan, settle
+from moestro.engine.units import MIB
 
 DEMAND = Demand(
     interpreter_bytes=400 * MIB,

@@ -17,6 +17,7 @@ import tiny
 from engine_kit import generate, opened
 from moestro.engine import ModelNotFound, ModelRefused, SamplingParams, StartError
 from moestro.engine.checkpoint import Checkpoint
+from moestro.engine.meta_model import build_meta_model
 
 
 @pytest.fixture
@@ -248,7 +249,7 @@ def test_each_tensor_that_is_missing_is_named(family: str, tmp_path: Path) -> No
     """One at a time, whatever the family's conversions do with it."""
     folder = tiny.build(family, tmp_path / "model")
     checkpoint = Checkpoint(folder)
-    model = checkpoint.build_meta_model(torch.float32)
+    model = build_meta_model(checkpoint, torch.float32)
     checkpoint.split_keys(model)
     whole = dict(checkpoint._slices)
     for key in whole:
@@ -265,7 +266,7 @@ def test_tied_weights_may_be_there_once_under_either_name(tmp_path: Path) -> Non
 
     edit_tensors(folder, rename)
     checkpoint = Checkpoint(folder)
-    checkpoint.split_keys(checkpoint.build_meta_model(torch.float32))
+    checkpoint.split_keys(build_meta_model(checkpoint, torch.float32))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from moestro.engine.linears import (
     LastRows,
     StoredEmbedding,
 )
+from moestro.engine.meta_model import build_meta_model
 from moestro.engine.topology import trace
 
 PROMPT = list(range(20, 40))
@@ -128,7 +129,7 @@ def test_a_model_that_changes_its_inputs_in_place_is_noticed(tmp_path: Path) -> 
     folder = tiny.build("mixtral", tmp_path / "model")
     blueprint = inspect(EngineConfig(folder, tmp_path / "cache"))
     assert blueprint.topology.inputs_stay
-    model = blueprint.checkpoint.build_meta_model(torch.float32)
+    model = build_meta_model(blueprint.checkpoint, torch.float32)
 
     def double(_: torch.nn.Module, inputs: tuple[torch.Tensor], __: torch.Tensor) -> None:
         inputs[0].mul_(2)

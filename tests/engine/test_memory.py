@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from moestro.engine import BudgetTooSmall
-from moestro.engine.memory import MIB, Demand, memory_limit, settle
+from moestro.engine.memory import Demand, memory_limit, settle
+from moestro.engine.units import MIB
 
 DEMAND = Demand(
     interpreter_bytes=400 * MIB,

@@ -11,7 +11,7 @@ import tiny
 from engine_kit import opened, run_logits
 from moestro.cache import Phase
 from moestro.engine import EngineConfig, FormatMap, StartError, mix_by_trace, plan_model
-from moestro.engine.checkpoint import ExpertsModule
+from moestro.engine.experts_module import ExpertsModule
 from moestro.engine.mixed import MixedCodec
 from moestro.engine.named_codecs import codec_of
 

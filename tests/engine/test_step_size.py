@@ -9,8 +9,9 @@ import tiny
 from engine_kit import generate, opened
 from moestro.engine import BadParameter, BudgetTooSmall, EngineConfig, SamplingParams
 from moestro.engine.blueprint import MASK_BYTES, inspect, plan_memory
-from moestro.engine.memory import MIB, Demand, MemoryPlan, settle
+from moestro.engine.memory import Demand, MemoryPlan, settle
 from moestro.engine.step_size import plan_best_steps, plan_given_steps
+from moestro.engine.units import MIB
 
 DEMAND = Demand(
     interpreter_bytes=400 * MIB,

@@ -13,7 +13,7 @@ from moestro.cache import LinkSpec
 from moestro.engine import BadParameter, BudgetTooSmall, EngineConfig, LoadCancelled, Progress
 from moestro.engine.blueprint import inspect, plan_memory
 from moestro.engine.loader import load
-from moestro.engine.memory import MIB
+from moestro.engine.units import MIB
 
 STEPS: list[list[tuple[int, list[int]]]] = [
     [(1, list(range(10, 40))), (2, list(range(60, 65)))],

@@ -12,10 +12,9 @@ import torch
 from moestro.cache import LinkSpec, Pack, TierPlan, Wiring
 from moestro.cache.link import EmulatedLink
 from moestro.cache.slots import Arena, SlotArena
-from moestro.cache.tiers import moving
+from moestro.cache.wiring import moving
 from moestro.engine import EngineConfig
-from moestro.engine.device import CPU, Device
-from moestro.engine.device_memory import Room
+from moestro.engine.device import CPU, Device, Room
 
 GIB = 1 << 30
 FAST = LinkSpec(1e10, 1e-6)

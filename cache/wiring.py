@@ -1,18 +1,11 @@
-"""Puts the tiers together: device slots <- host slots <- pack, or host slots <- pack alone."""
+"""What lies above the host's slots: a device's slots, and the link into them."""
 
 from collections.abc import Callable
 
-from .expert_cache import ExpertCache
-from .frequency import NextUse
-from .host import TierReader
-from .host_residency import HostResidency
 from .link import Copy, EmulatedLink, Link, LinkSpec
 from .pack import Pack
 from .plan import HostMode, TierPlan
-from .policy import Policy
 from .slots import AliasArena, Arena, SlotArena
-from .table import SlotTable
-from .transfer import DISK_READERS, DirectReader, PackReader
 
 Wiring = Callable[[SlotArena], tuple[Arena, Link]]
 """From the host's slots to the device's slots and the link between them."""
@@ -55,30 +48,3 @@ def moving(host: SlotArena, device: SlotArena) -> Callable[[Copy], None]:
         device.buffer(copy.target, copy.size_bytes)[:] = source
 
     return land
-
-
-def two_tiers(
-    pack: Pack,
-    plan: TierPlan,
-    wiring: Wiring,
-    *,
-    policy: Policy | None = None,
-    host_policy: Policy | None = None,
-    disk: PackReader | None = None,
-) -> ExpertCache:
-    """The cache of a device whose slots are filled from host slots; it owns all of it."""
-    assert plan.device is not None and plan.mode is not None, "a plan of two tiers"
-    kinds = [layer.kinds for layer in pack.spec.layers]
-    experts = [layer.num_experts for layer in pack.spec.layers]
-    host = SlotArena(plan.host.slots, plan.host.slot_bytes, kinds)
-    arena, link = wiring(host)
-    table = SlotTable(plan.device.slots, experts)
-    residency = HostResidency(
-        SlotTable(plan.host.slots, experts),
-        table,
-        NextUse() if host_policy is None else host_policy,
-        plan.mode,
-    )
-    disk = DirectReader(pack, DISK_READERS) if disk is None else disk
-    reader = TierReader(pack, plan.host, host, residency, disk, link)
-    return ExpertCache(pack, plan.device, policy=policy, reader=reader, arena=arena, table=table)

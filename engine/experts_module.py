@@ -1,0 +1,29 @@
+"""What one experts module of a model is, from its flags and shapes alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsModule:
+    """One experts module of the model: its path and, per parameter, dtype and shape [E, ...]."""
+
+    path: str
+    num_experts: int
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    source_keys: tuple[str, ...]
+    transposed: bool  # matrices are [in, out], not [out, in]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's tensors in the checkpoint's dtype."""
+        total = 0
+        for dtype, shape in self.tensors.values():
+            total += torch.Size(shape).numel() * dtype.itemsize
+        return total // self.num_experts
+
+
+def is_experts_module(module: torch.nn.Module) -> bool:
+    """True for classes that carry transformers' experts interface (its decorator sets these)."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")

@@ -1,0 +1,129 @@
+"""A planned model's weights: experts into the pack and its cache, the dense part into memory."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from moestro.cache import (
+    ExpertCache,
+    Pack,
+    PackWriter,
+    emulated,
+    open_or_build,
+    plan_tiers,
+    two_tiers,
+)
+
+from .attention import install
+from .blueprint import Blueprint, compact_modules
+from .config import EngineConfig
+from .dense import load_dense
+from .dense_file import DenseFile
+from .device import Device
+from .errors import StartError
+from .kv import PackedCache
+from .linears import LastRows
+from .memory import MemoryPlan, release_freed_memory
+from .meta_model import build_meta_model
+from .mixed import encode_layer
+from .phases import Phases
+
+log = logging.getLogger("moestro.engine")
+
+
+def load_weights(
+    config: EngineConfig, blueprint: Blueprint, plan: MemoryPlan, phases: Phases
+) -> tuple[PreTrainedModel, ExpertCache, PackedCache]:
+    checkpoint, spec = blueprint.checkpoint, blueprint.spec
+    path = config.pack_path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"--cache-dir {config.cache_dir}: {error.strerror}") from error
+    phases.enter("pack")
+
+    layers = len(blueprint.experts)
+
+    def fill(writer: PackWriter) -> None:
+        scratch = build_meta_model(checkpoint, torch.float32)  # experts keep the file's dtype
+        missing = writer.missing
+        for place, index in enumerate(missing):
+            phases.report(layers - len(missing) + place, layers, "layers")
+            entry = blueprint.experts[index]
+            loaded = checkpoint.load_experts(scratch, entry)
+            writer.add_layer(index, *encode_layer(blueprint.codec, entry, loaded))
+        phases.report(layers, layers, "layers")
+
+    pack = open_or_build(
+        path,
+        spec,
+        fill,
+        lambda: phases.report(0, 0, "waiting"),
+        log,
+        on_proof=lambda done, total: phases.report(done, total, "layers compared"),
+    )
+    phases.enter("load")
+    model = _dense_model(config, blueprint, path.parent, phases.report)
+    checkpoint.close()
+    packed = PackedCache()
+    packed.expanded_layers = set(blueprint.topology.expanded_layers)
+    install(model, packed)
+    release_freed_memory()
+    least = max(blueprint.topology.experts_per_token)
+    return model, _open_cache(config, blueprint.device, plan, pack, least), packed
+
+
+def _open_cache(
+    config: EngineConfig, device: Device, plan: MemoryPlan, pack: Pack, least: int
+) -> ExpertCache:
+    if plan.host is not None and device.wire is not None:
+        host_bytes, staging_bytes = plan.host.experts_bytes, device.staging_bytes
+        tiers = plan_tiers(plan.experts_bytes, host_bytes, pack.spec, least, staging_bytes)
+        log.info("expert cache: %s, next use over all layers, from %s", tiers, pack.path)
+        return two_tiers(pack, tiers, device.wire(pack, tiers))
+    tiers = plan_tiers(config.device_memory_bytes, plan.experts_bytes, pack.spec, least)
+    log.info("expert cache: %s, next use over all layers, from %s", tiers, pack.path)
+    if config.link is None:
+        return ExpertCache(pack, tiers.host)
+    log.warning("no device: this start imagines one behind an %s link", config.link)
+    return two_tiers(pack, tiers, emulated(config.link, pack, tiers))
+
+
+Report = Callable[[int, int, str], None]  # done, total, unit
+
+
+def _dense_model(
+    config: EngineConfig, blueprint: Blueprint, folder: Path, report: Report
+) -> PreTrainedModel:
+    """The model with its dense weights: as an earlier start kept them in `folder`, or made anew.
+
+    Raises ModelRefused where the checkpoint does not fit the model.
+    """
+    checkpoint, experts = blueprint.checkpoint, list(blueprint.experts)
+    device = blueprint.device
+    model = build_meta_model(checkpoint, device.compute_dtype)
+    compact = compact_modules(config, blueprint, model)
+    last = LastRows() if blueprint.topology.inputs_stay else None
+    kept = None
+    if device.room is None:  # a GPU's weights would have to be kept in their own place and dtype
+        kept = DenseFile.of(checkpoint, config.dense_format, folder)
+    if kept is not None and kept.path.exists():
+        if kept.restore(model, experts, compact, last):
+            return model
+        model = build_meta_model(checkpoint, device.compute_dtype)
+    load_dense(
+        checkpoint,
+        model,
+        blueprint.dense_keys,
+        experts,
+        compact,
+        last,
+        lambda done, total: report(done, total, "groups"),
+        device.place,
+    )
+    if kept is not None:
+        kept.keep(model, lambda done, total: report(done, total, "bytes"))
+    return model

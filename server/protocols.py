@@ -1,0 +1,53 @@
+"""The engine as the few members that the server uses."""
+
+from collections.abc import Awaitable, Sequence
+from typing import Protocol
+
+from moestro.engine import (
+    EngineError,
+    EngineState,
+    EngineStats,
+    ModelInfo,
+    Progress,
+    SamplingParams,
+    TokenEvent,
+)
+
+
+class Tokens(Protocol):
+    """The model's tokenizer; safe in any thread."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class Stream(Protocol):
+    """The events of one request; ends with the one that has a finish reason."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    def __anext__(self) -> Awaitable[TokenEvent]: ...
+    def cancel(self) -> None: ...
+
+
+class Worker(Protocol):
+    """`moestro.engine.EngineWorker`, or a fake of it in tests."""
+
+    @property
+    def state(self) -> EngineState: ...
+    @property
+    def failure(self) -> EngineError | None: ...
+    @property
+    def progress_now(self) -> Progress | None: ...
+    @property
+    def model(self) -> ModelInfo: ...
+    @property
+    def tokenizer(self) -> Tokens: ...
+    @property
+    def heartbeat_age_s(self) -> float: ...
+    @property
+    def idle(self) -> bool: ...
+    def start(self) -> None: ...
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Stream: ...
+    def stats(self) -> EngineStats: ...
+    def drain(self) -> None: ...
+    def stop(self, timeout_s: float = ...) -> None: ...
