@@ -1,41 +1,68 @@
 """Where expert weights are and who may stay. Knows no request, no token, no HTTP."""
 
-from .cuda_link import STAGING_BYTES, cuda
-from .errors import (
+from moestro.cache.facts import (
+    LEAST_HOST_SLOTS,
+    BlobLayout,
+    CacheConfig,
     CacheError,
+    CacheStats,
     DoesNotFit,
+    ExpertKey,
+    HostMode,
+    LayerStats,
+    LinkStats,
     NoDiskSpace,
     PackInvalid,
+    PackLayer,
+    PackSpec,
     PackUnwritable,
+    Phase,
     ReadFailed,
-    TraceInvalid,
-)
-from .expert_cache import ExpertCache
-from .frequency import DecayedFrequency, NextUse
-from .keys import ExpertKey, Phase, Routed, SlotState
-from .layout import BlobLayout, PackLayer, PackSpec, TensorSpec
-from .lease import Lease, Stay
-from .link import Copied, Copy, EmulatedLink, Link, LinkSpec
-from .pack import Pack
-from .pack_build import PackWriter, open_or_build
-from .plan import (
-    LEAST_HOST_SLOTS,
-    CacheConfig,
-    HostMode,
+    Routed,
     SlotPlan,
+    SlotState,
+    TensorSpec,
     TierPlan,
+    TierStats,
+    TraceInvalid,
+    human_bytes,
     plan_slots,
     plan_tiers,
 )
-from .policy import Lru, PerLayer, Policy
-from .replayer import LayerReplay, Replayed, belady, replay, replay_events
-from .stats import CacheStats, LayerStats, LinkStats, TierStats
-from .tensor_file import read_tensors, write_tensors
-from .tracefile import LiveCount, TraceEvent, TraceHeader, TraceLayer, TraceReader, TraceWriter
-from .transfer import Completion, DirectReader, Reader, ReadRequest
+from moestro.cache.pack import Pack, PackWriter, open_or_build, read_tensors, write_tensors
+from moestro.cache.policy import DecayedFrequency, Lru, NextUse, PerLayer, Policy
+from moestro.cache.tiers import (
+    STAGING_BYTES,
+    Completion,
+    Copied,
+    Copy,
+    DirectReader,
+    EmulatedLink,
+    Link,
+    LinkSpec,
+    Reader,
+    ReadRequest,
+    Wiring,
+    cuda,
+    emulated,
+)
+from moestro.cache.traces import (
+    LayerReplay,
+    LiveCount,
+    Replayed,
+    TraceEvent,
+    TraceHeader,
+    TraceLayer,
+    TraceReader,
+    TraceWriter,
+    belady,
+    replay,
+    replay_events,
+)
+
+from .expert_cache import ExpertCache
+from .lease import Lease, Stay
 from .two_tiers import two_tiers
-from .units import human_bytes
-from .wiring import Wiring, emulated
 
 __all__ = [
     "LEAST_HOST_SLOTS",

@@ -2,23 +2,22 @@
 
 from collections.abc import Sequence
 
-from .counters import Counters
-from .frequency import NextUse
-from .host import TierReader
-from .keys import ExpertKey, Phase, Routed
-from .layout import PackSpec
+from moestro.cache.facts import CacheStats, ExpertKey, LayerStats, PackSpec, Phase, Routed, SlotPlan
+from moestro.cache.pack import Pack
+from moestro.cache.policy import Counters, NextUse, Policy, Residency, SlotTable, agree, missing
+from moestro.cache.tiers import (
+    DISK_READERS,
+    Arena,
+    DirectReader,
+    Reader,
+    SlotArena,
+    TierReader,
+    time_reads,
+)
+from moestro.cache.traces import TraceWriter
+
 from .lease import Lease, Stay
 from .loader import Loader
-from .pack import Pack
-from .plan import SlotPlan
-from .policy import Policy
-from .residency import Residency, missing
-from .slots import Arena, SlotArena
-from .speed import time_reads
-from .stats import CacheStats, LayerStats
-from .table import SlotTable, agree
-from .tracefile import TraceWriter
-from .transfer import DISK_READERS, DirectReader, Reader
 
 
 class ExpertCache:
@@ -36,7 +35,7 @@ class ExpertCache:
     ) -> None:
         """Whoever is expected latest goes first and one thread reads, unless told otherwise.
 
-        `arena` and `table`, if given, are those that `reader` knows (tiers.py).
+        `arena` and `table`, if given, are those that `reader` knows (two_tiers.py).
         """
         layers = pack.spec.layers
         self._pack = pack

@@ -13,13 +13,12 @@ from types import TracebackType
 
 import torch
 
-from .keys import ExpertKey, Phase, Routed
+from moestro.cache.facts import ExpertKey, Phase, Routed
+from moestro.cache.pack import TensorViews
+from moestro.cache.policy import NOWHERE, Residency, missing
+from moestro.cache.tiers import MOST_BYTES_AT_ONCE, Arena, Failure
+
 from .loader import Loader
-from .residency import Residency, missing
-from .slots import Arena
-from .table import NOWHERE
-from .transfer import MOST_BYTES_AT_ONCE, Failure
-from .views import TensorViews
 
 Stay = Callable[[int, int], int]
 """(residents, missing ones that lie in the tier below) -> how many of these to lend from there."""

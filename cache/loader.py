@@ -7,12 +7,12 @@ import logging
 import time
 from collections.abc import Sequence
 
-from .keys import Phase
-from .pack import Pack
-from .residency import Residency
-from .slots import Arena
-from .transfer import (
+from moestro.cache.facts import Phase
+from moestro.cache.pack import Pack, TensorViews
+from moestro.cache.policy import Residency
+from moestro.cache.tiers import (
     MOST_BYTES_AT_ONCE,
+    Arena,
     Completion,
     Failure,
     LendingReader,
@@ -20,7 +20,6 @@ from .transfer import (
     ReadRequest,
     runs_of,
 )
-from .views import TensorViews
 
 _log = logging.getLogger("moestro.cache")
 

@@ -1,16 +1,18 @@
 """Puts the tiers together: device slots <- host slots <- pack."""
 
+from moestro.cache.facts import TierPlan
+from moestro.cache.pack import Pack
+from moestro.cache.policy import HostResidency, NextUse, Policy, SlotTable
+from moestro.cache.tiers import (
+    DISK_READERS,
+    DirectReader,
+    PackReader,
+    SlotArena,
+    TierReader,
+    Wiring,
+)
+
 from .expert_cache import ExpertCache
-from .frequency import NextUse
-from .host import TierReader
-from .host_residency import HostResidency
-from .pack import Pack
-from .plan import TierPlan
-from .policy import Policy
-from .slots import SlotArena
-from .table import SlotTable
-from .transfer import DISK_READERS, DirectReader, PackReader
-from .wiring import Wiring
 
 
 def two_tiers(

@@ -1,38 +1,38 @@
 """From prompt ids to token events. Knows no HTTP, no JSON field, no Prometheus."""
 
-from .advice import Change, changes
-from .config import EngineConfig, LinkSpec, Progress, ProgressFn
-from .errors import (
+from moestro.engine.facts import (
     BadParameter,
     BudgetTooSmall,
+    CacheStats,
     Draining,
+    EngineConfig,
     EngineError,
     EngineFailed,
+    EngineState,
+    EngineStats,
+    LinkSpec,
     LoadCancelled,
+    ModelInfo,
     ModelNotFound,
     ModelRefused,
     NotReady,
+    PrefetchStats,
+    Progress,
+    ProgressFn,
     PromptTooLong,
     QueueFull,
+    RecallStats,
     RequestError,
     StartError,
+    TierStats,
     Unavailable,
 )
-from .forecast import Bound, Forecast, LinkSpeed, Outlook
-from .manifest import MANIFEST_NAME, Manifest
-from .mixed import FormatMap, mix_by_trace
+from moestro.engine.formats import FormatMap, mix_by_trace
+from moestro.engine.planning import Bound, Change, Forecast, LinkSpeed, Outlook, changes
+from moestro.engine.step import FinishReason, SamplingParams, Timings, TokenEvent, Tokenizer
+from moestro.engine.weights import MANIFEST_NAME, Manifest
+
 from .planner import plan_model
-from .sequence import FinishReason, SamplingParams, Timings, TokenEvent
-from .stats import (
-    CacheStats,
-    EngineState,
-    EngineStats,
-    ModelInfo,
-    PrefetchStats,
-    RecallStats,
-    TierStats,
-)
-from .tokenizer import Tokenizer
 from .tracing import (
     CEILING,
     CURVE_SHARES,

@@ -1,11 +1,8 @@
 """Choices that do not go together, refused by name before anything else is looked at."""
 
-from .config import EngineConfig
-from .dense import DENSE_FORMATS
-from .device import Device
-from .errors import StartError
-from .mixed import MIXED
-from .named_codecs import FORMATS
+from moestro.engine.facts import Device, EngineConfig, StartError
+from moestro.engine.formats import FORMATS, MIXED
+from moestro.engine.weights import DENSE_FORMATS
 
 
 def check_choices(config: EngineConfig) -> None:

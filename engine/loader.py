@@ -21,25 +21,40 @@ from moestro.cache import (
     Phase,
     human_bytes,
 )
+from moestro.engine.facts import (
+    Device,
+    EngineConfig,
+    EngineStats,
+    ModelInfo,
+    PrefetchStats,
+    ProgressFn,
+    StartError,
+    choose,
+    set_threads,
+)
+from moestro.engine.model import (
+    MathByFlags,
+    OffloadedExperts,
+    PackedCache,
+    Prefetch,
+    Regret,
+    StepPhase,
+    bind,
+    next_gates,
+)
+from moestro.engine.planning import (
+    Blueprint,
+    MemoryPlan,
+    inspect,
+    plan_memory,
+    release_freed_memory,
+)
+from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits, Tokenizer
 
-from .blueprint import Blueprint, inspect, plan_memory
 from .choices import check_choices, check_device
-from .config import EngineConfig, ProgressFn
-from .core import Engine
-from .device import Device, choose, set_threads
-from .errors import StartError
-from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
-from .kv import PackedCache
-from .memory import MemoryPlan, release_freed_memory
 from .phases import Phases
 from .placement import host_share
-from .prefetch import Prefetch, next_gates
-from .regret import Regret
-from .runner import Runner
-from .scheduler import Scheduler, SchedulerLimits
 from .selfcheck import check_packed
-from .stats import EngineStats, ModelInfo, PrefetchStats
-from .tokenizer import Tokenizer
 from .weight_loading import load_weights
 
 log = logging.getLogger("moestro.engine")

@@ -2,7 +2,7 @@
 
 import time
 
-from .config import Progress, ProgressFn
+from moestro.engine.facts import Progress, ProgressFn
 
 
 class Phases:

@@ -3,10 +3,8 @@
 import logging
 
 from moestro.cache import LinkSpec
-
-from .blueprint import Blueprint
-from .calibrate import Matrices, measure_multiply
-from .host_share import HostShare
+from moestro.engine.model import HostShare
+from moestro.engine.planning import Blueprint, Matrices, measure_multiply
 
 log = logging.getLogger("moestro.engine")
 

@@ -20,20 +20,32 @@ from moestro.cache import (
     plan_slots,
     replay,
 )
+from moestro.engine.facts import CPU, BudgetTooSmall, EngineConfig, StartError, choose, set_threads
+from moestro.engine.formats import codec_of
+from moestro.engine.model import build_meta_model
+from moestro.engine.planning import (
+    Blueprint,
+    ComputeSpeed,
+    Forecast,
+    LinkSpeed,
+    Matrices,
+    MemoryPlan,
+    MoeLayer,
+    Rates,
+    Sketch,
+    Traced,
+    Work,
+    flags_of,
+    measure_link,
+    measure_multiply,
+    nearest_plan,
+    plan_memory,
+    understand,
+    weights_are_here,
+)
+from moestro.engine.weights import Checkpoint
 
-from .advice import flags_of, nearest_plan
-from .blueprint import Blueprint, plan_memory, understand
-from .calibrate import Matrices, measure_link, measure_multiply
-from .checkpoint import Checkpoint
 from .choices import check_choices
-from .config import EngineConfig
-from .device import CPU, choose, set_threads
-from .errors import BudgetTooSmall, StartError
-from .forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Rates, Traced, Work
-from .memory import MemoryPlan
-from .meta_model import build_meta_model
-from .named_codecs import codec_of
-from .sketch import Sketch, weights_are_here
 
 
 def plan_model(

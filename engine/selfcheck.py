@@ -8,9 +8,8 @@ beside another sequence, shows that in a second.
 import torch
 from transformers import PreTrainedModel
 
-from .errors import ModelRefused
-from .kv import PackedCache, SequenceKV
-from .topology import run_packed
+from moestro.engine.facts import ModelRefused
+from moestro.engine.model import PackedCache, SequenceKV, run_packed
 
 # Of the largest logit. Float rounding stays a hundred times below the first; with int8 or in bf16,
 # rounding can turn a digit or a router's choice, while a state that leaks gives differences near 1.

@@ -20,12 +20,18 @@ from moestro.cache import (
     belady,
 )
 from moestro.cache import replay as replay_policy
+from moestro.engine.facts import (
+    BadParameter,
+    EngineConfig,
+    Progress,
+    ProgressFn,
+    PromptTooLong,
+    StartError,
+)
+from moestro.engine.step import SamplingParams
+from moestro.engine.step import Sequence as Running
 
-from .config import EngineConfig, Progress, ProgressFn
-from .errors import BadParameter, PromptTooLong, StartError
 from .loader import Loaded, load
-from .sequence import SamplingParams
-from .sequence import Sequence as Running
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75)  # of all experts: the budgets of a replay
 CURVE_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)

@@ -16,19 +16,12 @@ from moestro.cache import (
     plan_tiers,
     two_tiers,
 )
+from moestro.engine.facts import Device, EngineConfig, StartError
+from moestro.engine.formats import encode_layer
+from moestro.engine.model import PackedCache, build_meta_model, install
+from moestro.engine.planning import Blueprint, MemoryPlan, compact_modules, release_freed_memory
+from moestro.engine.weights import DenseFile, LastRows, load_dense
 
-from .attention import install
-from .blueprint import Blueprint, compact_modules
-from .config import EngineConfig
-from .dense import load_dense
-from .dense_file import DenseFile
-from .device import Device
-from .errors import StartError
-from .kv import PackedCache
-from .linears import LastRows
-from .memory import MemoryPlan, release_freed_memory
-from .meta_model import build_meta_model
-from .mixed import encode_layer
 from .phases import Phases
 
 log = logging.getLogger("moestro.engine")

@@ -16,14 +16,23 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from moestro.cache import CacheError
+from moestro.engine.facts import (
+    Draining,
+    EngineConfig,
+    EngineError,
+    EngineFailed,
+    EngineState,
+    EngineStats,
+    LoadCancelled,
+    ModelInfo,
+    NotReady,
+    Progress,
+    ProgressFn,
+    StartError,
+)
+from moestro.engine.step import Emitted, SamplingParams, Sequence, TokenEvent, Tokenizer
 
-from .config import EngineConfig, Progress, ProgressFn
-from .core import Emitted
-from .errors import Draining, EngineError, EngineFailed, LoadCancelled, NotReady, StartError
 from .loader import Loaded, load
-from .sequence import SamplingParams, Sequence, TokenEvent
-from .stats import EngineState, EngineStats, ModelInfo
-from .tokenizer import Tokenizer
 
 log = logging.getLogger("moestro.engine")
 

@@ -1,12 +1,19 @@
 """Offline toolbox: makes checkpoints that the engine serves. Knows no request and no HTTP."""
 
+from moestro.factorize.facts import (
+    DownloadCorrupt,
+    FactorizeError,
+    Plan,
+    PlanFacts,
+    SourceRefused,
+    SplitOptions,
+)
+from moestro.factorize.methods import make_plan
+
 from .apply import apply_plan
 from .commands import run_evaluate, run_factorize
 from .demo import demo_plan, find_demo, prepare_demo, prepare_dense
-from .errors import DownloadCorrupt, FactorizeError, SourceRefused
 from .evaluate import Perplexity, perplexity
-from .fit import make_plan
-from .plan import Plan, PlanFacts, SplitOptions
 
 __all__ = [
     "DownloadCorrupt",

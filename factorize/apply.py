@@ -17,11 +17,8 @@ from safetensors.torch import save_file
 from transformers import GraniteMoeSharedConfig
 
 from moestro.engine import Manifest, Progress, ProgressFn
-
-from .dense import INDEX_NAME, DenseModel, TensorReader
-from .errors import FactorizeError
-from .plan import Plan
-from .storage import require_free, staged
+from moestro.factorize.facts import FactorizeError, Plan, require_free, staged
+from moestro.factorize.sources import INDEX_NAME, DenseModel, TensorReader
 
 # a power of two: exact, and the order of the experts stays; rows are about 1, so that the softmax
 # of the logits rounds to 1/k exactly. Too small for float16, hence a float32 tensor.

@@ -7,16 +7,13 @@ from pathlib import Path
 import torch
 
 from moestro.engine import ProgressFn
+from moestro.factorize.facts import FactorizeError, Plan, SplitOptions, disk_errors
+from moestro.factorize.methods import load_tokenizer, make_plan, read_windows
+from moestro.factorize.sources import DenseModel
 
 from .apply import apply_plan
-from .calibration import load_tokenizer, read_windows
 from .demo import prepare_dense
-from .dense import DenseModel
-from .errors import FactorizeError
 from .evaluate import load_model, score
-from .fit import make_plan
-from .plan import Plan, SplitOptions
-from .storage import disk_errors
 
 DEMO = "demo"
 

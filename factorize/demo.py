@@ -7,12 +7,18 @@ from importlib import resources
 from pathlib import Path
 
 from moestro.engine import Manifest, ModelRefused, ProgressFn
+from moestro.factorize.facts import (
+    Plan,
+    disk_errors,
+    exclusive,
+    require_free,
+    scratch,
+    staged,
+    sweep,
+)
+from moestro.factorize.sources import Downloader, PinnedFile, convert, fetch
 
 from .apply import apply_plan
-from .download import Downloader, PinnedFile, fetch
-from .gguf_source import convert
-from .plan import Plan
-from .storage import disk_errors, exclusive, require_free, scratch, staged, sweep
 
 PLAN_NAME = "demo_plan.safetensors"
 

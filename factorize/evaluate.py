@@ -9,9 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moestro.engine import Manifest, Progress, ProgressFn
-
-from .calibration import load_tokenizer, quiet_bars, read_windows
-from .errors import FactorizeError
+from moestro.factorize.facts import FactorizeError
+from moestro.factorize.methods import load_tokenizer, quiet_bars, read_windows
 
 
 @dataclass(frozen=True, slots=True)

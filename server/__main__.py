@@ -1,5 +1,5 @@
 """`python -m moestro.server` is the `moestro` command."""
 
-from .cli import main
+from moestro.server.commands import main
 
 main()

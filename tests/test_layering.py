@@ -1,15 +1,19 @@
-"""The house's rules about imports, held over the source text. CONTRIBUTING.md says why they are."""
+"""Who may import whom, held over the source text. CONTRIBUTING.md says why.
+
+Each rule is a function from a folder of sources to what is wrong in it, so that the same rule is
+shown to see what was planted.
+"""
 
 import ast
 import sys
-from collections.abc import Iterator
-from functools import cache
+import tomllib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[1]
-ROOMS = ("server", "engine", "cache", "factorize")
+from source_tree import REPO, ROOMS, Sources, imports, imports_for_types, lazy_imports, tree
 
 # Which doors a room may knock at.
 DOORS = {
@@ -51,265 +55,266 @@ THIRD_PARTIES = {
 # Optional extras: importable only inside the function that needs them.
 LAZY_LIBRARIES = {"bitsandbytes", "matplotlib"}
 
+# The order of the wings, room by room: which of them a wing may import, through their doors. The
+# files at the top of a room ("") join its wings. ARCHITECTURE.md draws the same.
+WINGS: dict[str, dict[str, set[str]]] = {
+    "cache": {
+        "facts": set(),
+        "pack": {"facts"},
+        "policy": {"facts"},
+        "tiers": {"facts", "pack", "policy"},
+        "traces": {"facts", "policy"},
+        "": {"facts", "pack", "policy", "tiers", "traces"},
+    },
+    "engine": {
+        "facts": set(),
+        "formats": {"facts"},
+        "weights": {"facts", "formats"},
+        "model": {"facts", "formats", "weights"},
+        "planning": {"facts", "formats", "weights", "model"},
+        "step": {"facts", "weights", "model"},
+        "": {"facts", "formats", "weights", "model", "planning", "step"},
+    },
+    "factorize": {
+        "facts": set(),
+        "sources": {"facts"},
+        "methods": {"facts", "sources"},
+        "": {"facts", "sources", "methods"},
+    },
+    "server": {
+        "facts": set(),
+        "contract": {"facts"},
+        "metrics": {"facts", "contract"},
+        "api": {"facts", "contract", "metrics"},
+        "api.dialects": {"facts", "contract", "metrics", "api"},
+        "serving": {"facts", "contract", "metrics", "api", "api.dialects"},
+        "commands": {"facts", "serving"},
+        "": {"commands"},
+    },
+}
+
 # Files that decide. They hold integers and keys, never tensors: neither they nor what they import
 # of their own room may import a tensor library.
 TORCH_FREE = {
     "cache": {
-        "counters",
-        "errors",
-        "frequency",
-        "guesses",
-        "host_residency",
-        "keys",
-        "layout",
-        "link",
-        "plan",
-        "policy",
-        "replayer",
-        "residency",
-        "stats",
-        "table",
-        "tracefile",
-        "units",
+        *("facts/errors", "facts/keys", "facts/layout", "facts/plan", "facts/stats", "facts/units"),
+        *("policy/counters", "policy/frequency", "policy/guesses", "policy/host_residency"),
+        *("policy/lru", "policy/residency", "policy/table"),
+        *("tiers/link", "traces/replayer", "traces/tracefile"),
     },
     "engine": {
-        "advice",
-        "config",
-        "device_memory",
-        "errors",
-        "forecast",
-        "manifest",
-        "regret",
-        "scheduler",
-        "sequence",
-        "stats",
-        "step_size",
-        "units",
+        *("facts/config", "facts/errors", "facts/stats", "facts/units"),
+        *("model/regret", "weights/manifest"),
+        *("planning/advice", "planning/device_memory", "planning/forecast", "planning/step_size"),
+        *("step/scheduler", "step/sequence"),
     },
-    "factorize": {"errors"},
-    "server": {"settings"},
+    "factorize": {"facts/errors"},
+    "server": {"facts/refusal", "facts/settings"},
 }
 TENSOR_LIBRARIES = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf"}
 
-# A model file must never be able to run code.
-UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}
-UNSAFE_CALLS = {"eval", "exec", "__import__", "torch.load", "compile"}
+MAX_FILES_OF_A_FOLDER = 14
 
-DRAWERS = {"utils", "common", "helpers", "base", "manager", "misc"}
-
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
+Rule = Callable[[Sources], list[str]]
 
 
-@cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text("utf-8"), str(path))
-
-
-def files(room: str) -> list[Path]:
-    return sorted((REPO / room).glob("*.py"))
-
-
-def imports(node: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every absolute module named by an import below `node`, with its line."""
-    for child in ast.walk(node):
-        if isinstance(child, ast.Import):
-            yield from ((alias.name, child.lineno) for alias in child.names)
-        elif isinstance(child, ast.ImportFrom) and child.level == 0:
-            assert child.module is not None
-            if child.module == "moestro":  # from moestro import engine
-                yield from ((f"moestro.{alias.name}", child.lineno) for alias in child.names)
-            else:
-                yield child.module, child.lineno
-
-
-def lazy_imports(module: ast.Module) -> set[tuple[str, int]]:
-    functions = (n for n in ast.walk(module) if isinstance(n, ast.FunctionDef))
-    return {found for function in functions for found in imports(function)}
-
-
-def imports_for_types(module: ast.Module) -> set[tuple[str, int]]:
-    """Those below `if TYPE_CHECKING:`, which never run."""
-    blocks = (n for n in ast.walk(module) if isinstance(n, ast.If))
-    return {
-        found
-        for block in blocks
-        if ast.unparse(block.test) == "TYPE_CHECKING"
-        for found in imports(block)
-    }
-
-
-def neighbours(path: Path) -> set[str]:
-    """The files of its own room that a file imports."""
-    found = set[str]()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-    return found
-
-
-def where(path: Path, line: int) -> str:
-    return f"{path.relative_to(REPO)}:{line}"
-
-
-def sources() -> list[Path]:
-    tests = [p for p in (REPO / "tests").rglob("*.py") if "__pycache__" not in p.parts]
-    return [path for room in ROOMS for path in files(room)] + sorted(tests)
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_downwards_and_only_through_the_door(room: str) -> None:
+def past_a_door(sources: Sources) -> list[str]:
+    """From room to room, and from wing to wing inside one: downwards, and only through doors."""
     wrong = []
-    for path in files(room):
+    for path in sources.of_rooms():
+        room, wing = sources.wing_of(path)
         lazy = lazy_imports(tree(path))
+        own = {f"moestro.{room}.{name}" for name in WINGS[room][wing]}
         for name, line in imports(tree(path)):
             if name != "moestro" and not name.startswith("moestro."):
                 continue
-            allowed = set(DOORS[room])
-            if (name, line) in lazy:
-                allowed |= LAZY_DOORS.get(room, set())
-            if name not in {f"moestro.{door}" for door in allowed}:
-                wrong.append(f"{where(path, line)} imports {name}")
-    assert not wrong
+            doors = DOORS[room] | (LAZY_DOORS.get(room, set()) if (name, line) in lazy else set())
+            if name not in {f"moestro.{door}" for door in doors} | own:
+                wrong.append(f"{sources.where(path, line)} imports {name}")
+    return wrong
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_the_libraries_it_may(room: str) -> None:
-    allowed = sys.stdlib_module_names | THIRD_PARTIES[room] | {"moestro"}
-    wrong = [
-        f"{where(path, line)} imports {name}"
-        for path in files(room)
+def around_a_door(sources: Sources) -> list[str]:
+    """Inside a wing an import names the file: no folder above, not the own door, no wing's folder.
+
+    The room's own door is the exception: it hands on what its wings hand to it.
+    """
+    wrong = []
+    for path in sources.of_rooms():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                there = all((path.parent / f"{name}.py").is_file() for name in names)
+                wrong += [] if there and node.level == 1 else [sources.where(path, node.lineno)]
+    return wrong
+
+
+def foreign_libraries(sources: Sources) -> list[str]:
+    return [
+        f"{sources.where(path, line)} imports {name}"
+        for room in ROOMS
+        for path in sources.of_room(room)
         for name, line in imports(tree(path))
-        if name.partition(".")[0] not in allowed
+        if name.partition(".")[0] not in sys.stdlib_module_names | THIRD_PARTIES[room] | {"moestro"}
     ]
-    assert not wrong
 
 
-def test_optional_libraries_are_imported_where_they_are_needed() -> None:
-    wrong = [
-        f"{where(path, line)} imports {name}"
-        for path in (path for room in ROOMS for path in files(room))
+def eager_libraries(sources: Sources) -> list[str]:
+    """Optional libraries, imported where nobody has asked for them yet."""
+    return [
+        f"{sources.where(path, line)} imports {name}"
+        for path in sources.of_rooms()
         for name, line in set(imports(tree(path)))
         - lazy_imports(tree(path))
         - imports_for_types(tree(path))
         if name.partition(".")[0] in LAZY_LIBRARIES
     ]
-    assert not wrong
 
 
-def test_nobody_imports_a_room_by_its_bare_name() -> None:
-    # It would be found when the repository is the current folder, as a second copy of the module.
-    wrong = [
-        f"{where(path, line)} imports {name}"
-        for path in sources()
+def bare_rooms(sources: Sources) -> list[str]:
+    """It would be found when the repository is the current folder: a second copy of the module."""
+    return [
+        f"{sources.where(path, line)} imports {name}"
+        for path in sources.all()
         for name, line in imports(tree(path))
         if name.partition(".")[0] in ROOMS
     ]
-    assert not wrong
 
 
-def test_files_that_decide_import_no_tensors() -> None:
-    wrong = []
-    for room, names in TORCH_FREE.items():
-        waiting, seen = sorted(names), set[str]()
-        while waiting:
-            name = waiting.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            path = REPO / room / f"{name}.py"
-            waiting += neighbours(path)
-            wrong += [
-                f"{where(path, line)} imports {module}"
-                for module, line in imports(tree(path))
-                if module.partition(".")[0] in TENSOR_LIBRARIES
-            ]
-    assert not wrong
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_are_flat_typed_and_have_a_door(room: str) -> None:
-    assert (REPO / room / "__init__.py").is_file()
-    assert (REPO / room / "py.typed").is_file()
-    below = [p for p in (REPO / room).glob("*/**/*.py") if "__pycache__" not in p.parts]
-    assert not below, "setuptools packs the rooms only, not folders below them"
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_door_lists_names_and_does_nothing_else(room: str) -> None:
-    door = tree(REPO / room / "__init__.py")
-    promised, imported = list[str](), set[str]()
-    for number, node in enumerate(door.body):
-        match node:
-            case ast.Expr(value=ast.Constant(value=str())) if number == 0:
-                pass
-            case ast.ImportFrom(names=names):
-                imported |= {alias.asname or alias.name for alias in names}
-            case ast.Assign(targets=[ast.Name(id="__all__")], value=value):
-                promised = ast.literal_eval(value)
-            case _:
-                pytest.fail(f"{room}/__init__.py:{node.lineno} does more than list names")
-    assert set(promised) == imported
-    assert len(promised) == len(set(promised))
-
-
-def test_nothing_that_can_run_code_out_of_a_file() -> None:
-    wrong = []
-    for path in (path for room in ROOMS for path in files(room)):
-        wrong += [
-            f"{where(path, line)} imports {name}"
-            for name, line in imports(tree(path))
-            if name.partition(".")[0] in UNSAFE_MODULES
-        ]
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in UNSAFE_CALLS:
-                wrong.append(f"{where(path, node.lineno)} calls {ast.unparse(node.func)}")
-            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-                said_no = isinstance(node.value, ast.Constant) and node.value.value is False
-                wrong += [] if said_no else [f"{where(path, node.value.lineno)} trusts code"]
-    assert not wrong
-
-
-def handed_on(module: ast.Module) -> set[ast.expr]:
-    """The `os.environ` of `{**os.environ, …}`: given to a child process whole, read by nobody."""
-    return {
-        value
-        for node in ast.walk(module)
-        if isinstance(node, ast.Dict)
-        for key, value in zip(node.keys, node.values, strict=True)
-        if key is None
-    }
-
-
-def test_one_file_reads_the_environment() -> None:
-    readers = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv"}
-    wrong = []
-    for path in (path for room in ROOMS for path in files(room)):
-        if path == REPO / "server" / "settings.py":
+def tensors_behind(sources: Sources, start: Path) -> list[str]:
+    """Imports of tensor libraries by a file, or by what it imports of its own room."""
+    waiting, seen, wrong = [start], set[Path](), list[str]()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
             continue
-        fine = handed_on(tree(path))
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in readers:
-                wrong += [] if node in fine else [where(path, node.lineno)]
-            if isinstance(node, ast.ImportFrom) and node.module == "os":
-                wrong += [where(path, node.lineno) for alias in node.names if "env" in alias.name]
-    assert not wrong
+        seen.add(path)
+        waiting += sources.neighbours(path)
+        wrong += [
+            f"{sources.where(path, line)} imports {module}"
+            for module, line in imports(tree(path))
+            if module.partition(".")[0] in TENSOR_LIBRARIES
+        ]
+    return wrong
 
 
-def test_no_drawers() -> None:
-    assert not [str(path.relative_to(REPO)) for path in sources() if path.stem in DRAWERS]
+def deciding_with_tensors(sources: Sources) -> list[str]:
+    paths = [sources.root / room / f"{name}.py" for room in ROOMS for name in TORCH_FREE[room]]
+    return [wrong for path in sorted(paths) for wrong in tensors_behind(sources, path)]
 
 
-def test_files_and_functions_are_short() -> None:
-    long = []
-    for path in sources():
-        lines = len(path.read_text("utf-8").splitlines())
-        if lines > MAX_FILE_LINES:
-            long.append(f"{path.relative_to(REPO)} has {lines} lines")
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno is not None
-                length = node.end_lineno - node.lineno + 1
-                if length > MAX_FUNCTION_LINES:
-                    long.append(f"{where(path, node.lineno)} {node.name} has {length} lines")
-    assert not long
+def crowded_folders(sources: Sources) -> list[str]:
+    count = Counter(path.parent for path in sources.of_rooms())
+    return [f"{folder}: {held}" for folder, held in count.items() if held > MAX_FILES_OF_A_FOLDER]
+
+
+def doors_that_do_more(sources: Sources) -> list[str]:
+    """A door lists names and does nothing else; every folder has one."""
+    folders = {path.parent for path in sources.of_rooms()}
+    wrong = [f"{folder} has no door" for folder in folders if not (folder / "__init__.py").exists()]
+    for door in (path for path in sources.of_rooms() if path.stem == "__init__"):
+        promised, imported = list[str](), set[str]()
+        for number, node in enumerate(tree(door).body):
+            match node:
+                case ast.Expr(value=ast.Constant(value=str())) if number == 0:
+                    pass
+                case ast.ImportFrom(names=names):
+                    imported |= {alias.asname or alias.name for alias in names}
+                case ast.Assign(targets=[ast.Name(id="__all__")], value=value):
+                    promised = ast.literal_eval(value)
+                case _:
+                    wrong.append(f"{sources.where(door, node.lineno)} does more than list names")
+        if sorted(promised) != sorted(imported):
+            wrong.append(f"{sources.where(door, 1)}: __all__ is not what it imports")
+    return wrong
+
+
+RULES: dict[str, Rule] = {
+    "past a door": past_a_door,
+    "around a door": around_a_door,
+    "foreign libraries": foreign_libraries,
+    "eager libraries": eager_libraries,
+    "bare rooms": bare_rooms,
+    "deciding with tensors": deciding_with_tensors,
+    "crowded folders": crowded_folders,
+    "doors that do more": doors_that_do_more,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_sources_keep_the_rule(rule: str) -> None:
+    assert not RULES[rule](Sources())
+
+
+PLANTED = (
+    ("past a door", "cache/facts/keys.py", "from moestro.engine import EngineConfig"),
+    ("past a door", "engine/worker.py", "from moestro.cache.pack import Pack"),
+    ("past a door", "engine/formats/int4.py", "from moestro.engine.weights import Checkpoint"),
+    ("past a door", "engine/step/core.py", "from moestro.engine.planning import MemoryPlan"),
+    ("past a door", "engine/step/core.py", "from moestro.engine.model.kv import PackedCache"),
+    ("past a door", "server/metrics/track.py", "from moestro.server.api import Completion"),
+    ("past a door", "server/api/ops.py", "from moestro.factorize import Plan"),
+    ("past a door", "factorize/methods/fit.py", "from moestro.factorize import apply_plan"),
+    ("around a door", "cache/lease.py", "from .policy import Lru"),
+    ("around a door", "cache/pack/file.py", "from ..facts import ExpertKey"),
+    ("around a door", "cache/pack/file.py", "from . import Pack"),
+    ("foreign libraries", "cache/policy/lru.py", "import psutil"),
+    ("eager libraries", "engine/formats/nf4.py", "import bitsandbytes"),
+    ("bare rooms", "engine/step/core.py", "import cache"),
+    ("deciding with tensors", "cache/policy/lru.py", "import torch"),
+    ("deciding with tensors", "cache/facts/keys.py", "import numpy"),
+    ("deciding with tensors", "engine/step/scheduler.py", "from .runner import Runner"),
+    ("doors that do more", "cache/policy/__init__.py", "print()"),
+    ("doors that do more", "cache/policy/__init__.py", "from .table import vacant"),
+)
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("sources")
+    for path in Sources().of_rooms():
+        place = copy / path.relative_to(REPO)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(path.read_text("utf-8"), "utf-8")
+    return copy
+
+
+@pytest.mark.parametrize(("rule", "name", "line"), PLANTED, ids=lambda part: part)
+def test_the_rule_sees_what_is_planted(copied: Path, rule: str, name: str, line: str) -> None:
+    path = copied / name
+    whole = path.read_text("utf-8")
+    path.write_text(f"{whole}\n{line}\n", "utf-8")
+    try:
+        assert RULES[rule](Sources(copied))
+    finally:
+        path.write_text(whole, "utf-8")
+
+
+def test_a_crowded_folder_is_seen(copied: Path) -> None:
+    planted = [copied / f"cache/traces/planted{n}.py" for n in range(MAX_FILES_OF_A_FOLDER)]
+    for path in planted:
+        path.write_text("", "utf-8")
+    try:
+        assert "cache/traces" in crowded_folders(Sources(copied))[0]
+    finally:
+        for path in planted:
+            path.unlink()
+
+
+def test_the_order_of_the_wings_is_an_order() -> None:
+    """Every wing is there, and none is above itself by any way round."""
+    sources = Sources()
+    for room, wings in WINGS.items():
+        assert {sources.wing_of(path)[1] for path in sources.of_room(room)} == wings.keys()
+        placed = set[str]()
+        while len(placed) < len(wings):
+            free = {wing for wing in wings.keys() - placed if wings[wing] <= placed}
+            assert free, f"{room}: {sorted(wings.keys() - placed)} import each other"
+            placed |= free
+
+
+def test_every_folder_is_packed_and_typed() -> None:
+    settings = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = {path.parent.relative_to(REPO) for path in Sources().of_rooms()}
+    assert {".".join(("moestro", *folder.parts)) for folder in folders} == set(settings["packages"])
+    assert all((REPO / room / "py.typed").is_file() for room in ROOMS)

@@ -16,9 +16,9 @@ import report
 import torch
 
 from engine_kit import MIB, opened
-from moestro.engine.kv import SequenceKV
 from moestro.engine.loader import Loaded
-from moestro.engine.topology import run_packed
+from moestro.engine.model.kv import SequenceKV
+from moestro.engine.model.topology import run_packed
 from moestro.factorize import prepare_demo
 
 WINDOW_TOKENS, WINDOWS = 512, 8

@@ -34,9 +34,10 @@ from moestro.cache import (
     belady,
     replay_events,
 )
-from moestro.engine import EngineStats, SamplingParams, regret
+from moestro.engine import EngineStats, SamplingParams
 from moestro.engine.loader import Loaded
-from moestro.engine.sequence import Sequence as Running
+from moestro.engine.model import regret
+from moestro.engine.step.sequence import Sequence as Running
 from moestro.factorize import prepare_demo
 
 BLOB = 110_592

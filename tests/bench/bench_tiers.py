@@ -19,11 +19,11 @@ from bench_policies import SETTINGS, WORKLOADS, record
 
 from engine_kit import MIB, opened
 from moestro.cache import HostMode, NextUse, Phase, TraceEvent, TraceReader
-from moestro.cache.counters import Counters
-from moestro.cache.host_residency import HostResidency
-from moestro.cache.replayer import _run
-from moestro.cache.residency import Residency
-from moestro.cache.table import SlotTable
+from moestro.cache.policy.counters import Counters
+from moestro.cache.policy.host_residency import HostResidency
+from moestro.cache.policy.residency import Residency
+from moestro.cache.policy.table import SlotTable
+from moestro.cache.traces.replayer import _run
 from moestro.factorize import prepare_demo
 
 SHARES = (1, 2, 4, 8, 12)  # device slots, in sixteenths of all experts

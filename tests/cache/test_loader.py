@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.cache.transfer import runs_of
+from moestro.cache.tiers.transfer import runs_of
 
 
 @pytest.mark.parametrize(

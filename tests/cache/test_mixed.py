@@ -20,9 +20,9 @@ from moestro.cache import (
     open_or_build,
     plan_slots,
 )
-from moestro.cache.blobfile import page_memory
-from moestro.cache.pack import encode_header, header_bytes
-from moestro.cache.views import blob_views
+from moestro.cache.pack.blobfile import page_memory
+from moestro.cache.pack.file import encode_header, header_bytes
+from moestro.cache.pack.views import blob_views
 from tiny_packs import LARGE, LOG, SMALL, assert_is, build_tiny, layer_tensors, mixed_spec
 
 SPEC = mixed_spec(6, 6, 6)

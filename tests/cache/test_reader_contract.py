@@ -27,9 +27,9 @@ from moestro.cache import (
     plan_slots,
     two_tiers,
 )
-from moestro.cache.link import EmulatedLink
-from moestro.cache.slots import AliasArena, Arena, SlotArena
-from moestro.cache.wiring import moving, showing
+from moestro.cache.tiers.link import EmulatedLink
+from moestro.cache.tiers.slots import AliasArena, Arena, SlotArena
+from moestro.cache.tiers.wiring import moving, showing
 from tiny_packs import assert_is, build_tiny, tiny_spec
 
 SPEC = tiny_spec(6, 6, 6)

@@ -7,8 +7,8 @@ import pytest
 
 from exposition import Exported, read_exposition
 from fake_engine import FakeWorker
-from moestro.server.app import create_app
-from moestro.server.settings import Settings
+from moestro.server.facts.settings import Settings
+from moestro.server.serving.app import create_app
 
 
 async def scrape() -> str:

@@ -7,7 +7,8 @@ import torch
 
 import tiny
 from engine_kit import generate, opened, run_logits
-from moestro.engine import SamplingParams, regret
+from moestro.engine import SamplingParams
+from moestro.engine.model import regret
 
 STEPS: list[list[tuple[int, list[int]]]] = [
     [(1, list(range(10, 40))), (2, list(range(60, 65)))],

@@ -102,7 +102,7 @@ def _half(folder: Path) -> int:
 def test_sinks_in_blocks_equal_sinks_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moestro.engine import attention
+    from moestro.engine.model import attention
 
     folder = tiny.build("gpt_oss", tmp_path / "model")
     prompt = list(range(40))

@@ -11,9 +11,9 @@ import tiny
 from engine_kit import KIB, opened, run_logits
 from moestro.cache import LinkSpec
 from moestro.engine import BadParameter, BudgetTooSmall, EngineConfig, LoadCancelled, Progress
-from moestro.engine.blueprint import inspect, plan_memory
+from moestro.engine.facts.units import MIB
 from moestro.engine.loader import load
-from moestro.engine.units import MIB
+from moestro.engine.planning.blueprint import inspect, plan_memory
 
 STEPS: list[list[tuple[int, list[int]]]] = [
     [(1, list(range(10, 40))), (2, list(range(60, 65)))],

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from moestro.engine import LoadCancelled, Manifest, Progress
 from moestro.factorize import FactorizeError, Plan, SplitOptions, demo_plan, make_plan
 from moestro.factorize.demo import SMOLLM2, DemoSource, prepare, prepare_dense
-from moestro.factorize.download import PinnedFile
 from moestro.factorize.evaluate import load_model
+from moestro.factorize.sources.download import PinnedFile
 from tiny_gguf import pack, write_tiny_gguf
 from tiny_llama import write_text
 

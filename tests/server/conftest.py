@@ -11,8 +11,8 @@ import pytest
 import uvicorn
 
 from fake_engine import FakeWorker
-from moestro.server.app import create_app
-from moestro.server.settings import Settings
+from moestro.server.facts.settings import Settings
+from moestro.server.serving.app import create_app
 
 ClientFactory = Callable[..., httpx.AsyncClient]
 

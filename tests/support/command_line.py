@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from typer.main import get_group
 
-from moestro.server.cli import app
-from moestro.server.settings import Settings, load_settings
+from moestro.server.commands.cli import app
+from moestro.server.facts.settings import Settings, load_settings
 
 
 def parse_serve(arguments: Sequence[str]) -> Settings:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from moestro.engine import EngineConfig, Progress, SamplingParams
-from moestro.engine.core import Engine
-from moestro.engine.device import choose
+from moestro.engine.facts.device import choose
 from moestro.engine.loader import Loaded, load
-from moestro.engine.sequence import Batch, Part
-from moestro.engine.sequence import Sequence as Running
+from moestro.engine.step.core import Engine
+from moestro.engine.step.sequence import Batch, Part
+from moestro.engine.step.sequence import Sequence as Running
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 
 from moestro.cache import LinkSpec, Pack, TierPlan, Wiring
-from moestro.cache.link import EmulatedLink
-from moestro.cache.slots import Arena, SlotArena
-from moestro.cache.wiring import moving
+from moestro.cache.tiers.link import EmulatedLink
+from moestro.cache.tiers.slots import Arena, SlotArena
+from moestro.cache.tiers.wiring import moving
 from moestro.engine import EngineConfig
-from moestro.engine.device import CPU, Device, Room
+from moestro.engine.facts.device import CPU, Device, Room
 
 GIB = 1 << 30
 FAST = LinkSpec(1e10, 1e-6)

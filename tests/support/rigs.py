@@ -23,8 +23,8 @@ from moestro.cache import (
     plan_slots,
     two_tiers,
 )
-from moestro.cache.slots import AliasArena, Arena, SlotArena
-from moestro.cache.wiring import moving, showing
+from moestro.cache.tiers.slots import AliasArena, Arena, SlotArena
+from moestro.cache.tiers.wiring import moving, showing
 
 Key = tuple[int, int]
 SPEC = LinkSpec(bandwidth_bytes_per_s=4096.0, latency_s=0.25)  # a small expert takes 1.25 s

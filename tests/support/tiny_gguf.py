@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from moestro.factorize.download import PinnedFile
+from moestro.factorize.sources.download import PinnedFile
 
 HIDDEN, NEURONS, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
 MEMBER = "pack/tiny.gguf"

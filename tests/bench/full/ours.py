@@ -23,7 +23,7 @@ from engine_kit import opened
 from moestro.cache import CacheStats, TraceWriter
 from moestro.engine import SamplingParams
 from moestro.engine.loader import Loaded
-from moestro.engine.sequence import Sequence as Running
+from moestro.engine.step.sequence import Sequence as Running
 
 ONE = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 COUNTED = (

@@ -1,0 +1,56 @@
+"""Keys, shapes, slot plans, statistics and errors of the cache. Lowest wing: no file, no memory."""
+
+from .errors import (
+    CacheError,
+    DoesNotFit,
+    NoDiskSpace,
+    PackInvalid,
+    PackUnwritable,
+    ReadFailed,
+    TraceInvalid,
+)
+from .keys import ExpertKey, Phase, Routed, SlotState
+from .layout import PAGE_BYTES, BlobLayout, PackLayer, PackSpec, TensorSpec, round_up
+from .plan import (
+    LEAST_HOST_SLOTS,
+    CacheConfig,
+    HostMode,
+    SlotPlan,
+    TierPlan,
+    plan_slots,
+    plan_tiers,
+)
+from .stats import CacheStats, LayerStats, LinkStats, TierStats
+from .units import human_bytes
+
+__all__ = [
+    "BlobLayout",
+    "CacheConfig",
+    "CacheError",
+    "CacheStats",
+    "DoesNotFit",
+    "ExpertKey",
+    "HostMode",
+    "LEAST_HOST_SLOTS",
+    "LayerStats",
+    "LinkStats",
+    "NoDiskSpace",
+    "PAGE_BYTES",
+    "PackInvalid",
+    "PackLayer",
+    "PackSpec",
+    "PackUnwritable",
+    "Phase",
+    "ReadFailed",
+    "Routed",
+    "SlotPlan",
+    "SlotState",
+    "TensorSpec",
+    "TierPlan",
+    "TierStats",
+    "TraceInvalid",
+    "human_bytes",
+    "plan_slots",
+    "plan_tiers",
+    "round_up",
+]

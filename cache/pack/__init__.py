@@ -1,0 +1,19 @@
+"""The files: a pack of experts, written whole or resumed, and tensors kept beside it."""
+
+from .blobfile import page_memory
+from .build import PackWriter, open_or_build
+from .file import Pack, prove
+from .tensor_file import read_tensors, write_tensors
+from .views import TensorViews, blob_views
+
+__all__ = [
+    "Pack",
+    "PackWriter",
+    "TensorViews",
+    "blob_views",
+    "open_or_build",
+    "page_memory",
+    "prove",
+    "read_tensors",
+    "write_tensors",
+]

@@ -1,0 +1,188 @@
+"""Policies that remember how often each expert was asked for, also while it had no slot.
+
+Counts decay by the events of their own layer: an expert's rate is about the share of its layer's
+last `half_life_events` x 1.44 events that asked for it. Knows keys, nothing of slots or reads.
+"""
+
+from bisect import bisect_right
+from collections.abc import Collection, Container, Sequence
+from heapq import heapify, heappop, heapreplace
+
+from moestro.cache.facts import ExpertKey, Routed
+
+HALF_LIFE_EVENTS = 16
+"""Of one layer, which is steps. The demo model's traces like 4 to 16, published ones 16 to 64."""
+
+_LARGEST = 1e200  # of the weight that new events count with; then all is divided by it
+_LEAST_RATE = 1e-3
+
+
+class _Layer:
+    """Rates of one layer's experts. New events weigh more, so that old ones need no touching."""
+
+    def __init__(self, half_life_events: float, last_event_share: float) -> None:
+        self.counts: dict[int, float] = {}
+        self._half_life = half_life_events
+        self._growth = 2 ** (1 / half_life_events)
+        self._share = last_event_share
+        self._last: dict[ExpertKey, float] = {}  # share of the last event's tokens that chose it
+        self._weight = 1.0
+        self._total = 1.0  # of all events
+        self._unseen = 0.5  # count of who was never asked for: nothing is known of it
+        self._kept: list[ExpertKey] = []  # lowest rate first, unless stale
+        self._rates: list[float] = []  # of the kept ones
+        self._stale = False
+
+    def asked(self, keys: Sequence[ExpertKey]) -> None:
+        self._weight *= self._growth
+        self._count(dict.fromkeys(keys, 1.0), self._weight)
+
+    def routed(self, keys: Sequence[ExpertKey], routed: Routed) -> None:
+        """Like as many decode steps that choose as the prompt's tokens did.
+
+        A prompt says what its answer will ask for, but others decode, too: it counts as one
+        half-life at most, which leaves the past half its weight.
+        """
+        events = min(routed.tokens, self._half_life)
+        self._weight *= self._growth**events
+        weight = self._weight * (1 - self._growth**-events) / (1 - 1 / self._growth)
+        shares = [count / routed.tokens for count in routed.counts]
+        self._count(dict(zip(keys, shares, strict=True)), weight)
+
+    def _count(self, shares: dict[ExpertKey, float], weight: float) -> None:
+        counts, unseen = self.counts, self._unseen
+        self._total += weight
+        for key, share in shares.items():
+            expert = key.expert
+            counts[expert] = counts.get(expert, unseen) + weight * share
+        self._last = shares
+        self._stale = True
+        if (weight := self._weight) > _LARGEST:
+            self.counts = {expert: count / weight for expert, count in counts.items()}
+            self._total /= weight
+            self._unseen /= weight
+            self._weight = 1.0
+
+    def rate(self, key: ExpertKey) -> float:
+        """Between 0 and 1: how likely the layer's next event is to ask for `key`."""
+        counted = self.counts.get(key.expert, self._unseen) / self._total
+        return counted + self._share * (self._last.get(key, 0.0) - counted)
+
+    def add(self, key: ExpertKey) -> None:
+        rate = self.rate(key)
+        place = bisect_right(self._rates, rate)
+        self._kept.insert(place, key)
+        self._rates.insert(place, rate)
+
+    def remove(self, key: ExpertKey) -> None:
+        place = self._kept.index(key)
+        del self._kept[place], self._rates[place]
+
+    def ranked(self) -> tuple[list[ExpertKey], list[float]]:
+        """Kept keys and their rates, lowest first."""
+        if self._stale:
+            pairs = sorted((self.rate(key), key) for key in self._kept)
+            self._kept = [key for _, key in pairs]
+            self._rates = [rate for rate, _ in pairs]
+            self._stale = False
+        return self._kept, self._rates
+
+
+class DecayedFrequency:
+    """The expert with the lowest rate leaves first; among equals, that of the layer just run."""
+
+    def __init__(
+        self, half_life_events: float = HALF_LIFE_EVENTS, last_event_share: float = 0.0
+    ) -> None:
+        """`last_event_share`: how much of a rate is whether the layer's last event asked for it."""
+        if half_life_events <= 0 or not 0 <= last_event_share <= 1:
+            raise ValueError("a half-life is positive, and a share between 0 and 1")
+        self._half_life = half_life_events
+        self._share = last_event_share
+        self._layers: list[_Layer] = []
+        self._kept: dict[ExpertKey, None] = {}
+        self._current = 0
+
+    def asked(self, keys: Sequence[ExpertKey], routed: Routed | None = None) -> None:
+        if not keys:
+            return
+        self._current = keys[0].layer
+        layer = self._layer(self._current)
+        if routed is None:
+            layer.asked(keys)
+        else:
+            layer.routed(keys, routed)
+
+    def promise(self, key: ExpertKey) -> float:
+        return self._stay(self._layer(key.layer).rate(key), self._since(key.layer))
+
+    def added(self, key: ExpertKey) -> None:
+        if key in self._kept:
+            raise ValueError(f"{key} is kept already")
+        self._kept[key] = None
+        self._layer(key.layer).add(key)
+
+    def removed(self, key: ExpertKey) -> None:
+        del self._kept[key]
+        self._layers[key.layer].remove(key)
+
+    def victims(self, count: int, protected: Container[ExpertKey]) -> list[ExpertKey] | None:
+        """A merge of the layers' own orders."""
+        found: list[ExpertKey] = []
+        if count <= 0:
+            return found
+        ranked = [layer.ranked() for layer in self._layers]
+        sinces = [self._since(number) for number in range(len(ranked))]
+        stay = self._stay
+        heads = [
+            (stay(rates[0], since), since, number, 0)
+            for number, ((_, rates), since) in enumerate(zip(ranked, sinces, strict=True))
+            if rates
+        ]
+        heapify(heads)
+        while heads:
+            _, since, number, place = heads[0]
+            keys, rates = ranked[number]
+            if place + 1 < len(keys):
+                following = (stay(rates[place + 1], since), since, number, place + 1)
+                heapreplace(heads, following)
+            else:
+                heappop(heads)
+            if keys[place] not in protected:
+                found.append(keys[place])
+                if len(found) == count:
+                    return found
+        return None
+
+    def keys(self) -> Collection[ExpertKey]:
+        return self._kept.keys()
+
+    def _layer(self, number: int) -> _Layer:
+        while len(self._layers) <= number:
+            self._layers.append(_Layer(self._half_life, self._share))
+        return self._layers[number]
+
+    def _since(self, layer: int) -> int:
+        """Layers run since this one did: 0 for the current one, which runs again last."""
+        return (self._current - layer) % len(self._layers)
+
+    def _stay(self, rate: float, since: int) -> float:
+        """The lower, the sooner a key leaves; `since` is of its layer. Grows with the rate."""
+        return rate
+
+
+class NextUse(DecayedFrequency):
+    """Whoever is expected to be asked for latest leaves first.
+
+    Layers run in a circle, so when a layer's turn comes is known, and only whether it will ask
+    for an expert is a guess: 1 / rate turns, the first of them as far off as the layer is.
+    Least recently used fails at a circle longer than the cache: it evicts what comes next.
+    """
+
+    def __init__(
+        self, half_life_events: float = HALF_LIFE_EVENTS, last_event_share: float = 0.25
+    ) -> None:
+        super().__init__(half_life_events, last_event_share)
+
+    def _stay(self, rate: float, since: int) -> float:
+        return since / len(self._layers) - 1 / max(_LEAST_RATE, rate)

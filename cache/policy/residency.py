@@ -1,0 +1,185 @@
+"""Who has a slot and who must go: table, policy and counters change together here, or not at all.
+
+The live cache (lease.py, loader.py) and replayer.py decide with this same code, which is why
+replayed hits are live hits. Knows no memory and no reads.
+
+A *streaming* event is one of a prompt, or one that asks for more experts than there are slots.
+Nearly every expert of its layer passes through, once: seated like others they would push out all
+that decoding lives on. So it takes free slots, and beyond them no more than `stream_slots`, whose
+experts are *passing*: the first to leave, until a decode event asks for them.
+
+What a prompt asked for most, its answer will ask for, too. These experts pass by anyway: where the
+policy expects them sooner than others that are kept, they stay instead (`welcome`).
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from moestro.cache.facts import ExpertKey, Phase, Routed
+
+from .counters import Counters
+from .lru import Policy
+from .table import NOWHERE, SlotTable
+
+STREAM_SHARE = 8
+"""One in so many slots may be passing. Fewer shorten the reads, more cost decoding its hits."""
+
+
+class Residency:
+    """`table`, `policy` and `counters` are for reading; slots change hands through the methods."""
+
+    def __init__(
+        self, table: SlotTable, policy: Policy, counters: Counters, experts_per_layer: Sequence[int]
+    ) -> None:
+        self.table = table
+        self.policy = policy
+        self.counters = counters
+        self.keys = [
+            [ExpertKey(layer, expert) for expert in range(count)]
+            for layer, count in enumerate(experts_per_layer)
+        ]
+        self.left: list[ExpertKey] = []  # evicted by the last `make_room`
+        self.stream_slots = min(len(table.keys), max(2, len(table.keys) // STREAM_SHARE))
+
+    def streams(self, requested: int, phase: Phase) -> bool:
+        """An event of `requested` experts must not be seated at the expense of decoding."""
+        return phase is Phase.PREFILL or requested > len(self.table.keys)
+
+    def ask(
+        self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
+    ) -> list[int]:
+        """A layer event begins: tells the policy and pins those of `experts` that are here.
+
+        Their slots, in the order of the request. What decoding asks for is no longer passing.
+        """
+        table, keys = self.table, self.keys[layer]
+        row, ready = table.where[layer], table.ready
+        here = [slot for expert in experts if (slot := row[expert]) >= 0 and ready[slot]]
+        table.pinned.update(here)
+        self.policy.asked([keys[expert] for expert in experts], routed)
+        if table.passing and phase is Phase.DECODE:
+            for slot in here:
+                table.passing.pop(slot, None)
+        return here
+
+    def welcome(self, layer: int, wanted: Sequence[int], asked: Sequence[int]) -> list[int]:
+        """Evicts those whom the policy expects later than some of `wanted`, a prompt's.
+
+        `wanted`, ascending, but first those that there is a free slot for now.
+        """
+        policy, keys, kept = self.policy, self.keys[layer], self.policy.keys()
+        best = sorted(wanted, key=lambda expert: -policy.promise(keys[expert]))
+        staying = self._staying({keys[expert] for expert in asked})
+        room = self.table.free
+        most = min(len(best) - room, len(kept) - len(staying))
+        leaving = []
+        for expert, victim in zip(best[room:], policy.victims(most, staying) or (), strict=False):
+            if policy.promise(keys[expert]) <= policy.promise(victim):
+                break
+            leaving.append(self.table.where[victim.layer][victim.expert])
+        self.evict(leaving)
+        room = self.table.free
+        return [*sorted(best[:room]), *sorted(best[room:])]
+
+    def seat(
+        self, layer: int, wanted: Sequence[int], asked: Sequence[int], phase: Phase
+    ) -> list[int]:
+        """Slots for as many of `wanted` as may have one now, first ones first, evicting for them.
+
+        `wanted` are the experts without a slot among those that the event asks for.
+        """
+        keys, free = self.keys[layer], self.table.free
+        event = {keys[expert] for expert in asked}
+        if not self.streams(len(asked), phase):
+            room = self.make_room(len(wanted), event)
+            return self.take(layer, wanted[:room])
+        room = self.make_room(len(wanted), event, self.stream_slots - len(self.table.passing))
+        return self.take(layer, wanted[:room], passing=room - free)
+
+    def take(self, layer: int, experts: Sequence[int], passing: int = 0) -> list[int]:
+        """Free slots (there are enough) for `experts`; the last `passing` of them only pass."""
+        table, keys, added = self.table, self.keys[layer], self.policy.added
+        slots = []
+        for expert in experts:
+            slots.append(table.begin(keys[expert]))
+            added(keys[expert])
+        if passing > 0:
+            table.passing.update(dict.fromkeys(slots[-passing:]))
+        return slots
+
+    def make_room(
+        self, count: int, protected: Collection[ExpertKey], most_victims: int | None = None
+    ) -> int:
+        """Up to `count` free slots, evicting for them outside `protected`; how many there are.
+
+        Passing experts leave first, then at most `most_victims` that the policy names.
+        """
+        table = self.table
+        self.left = []
+        if table.free < count and table.passing:
+            leaving = self._leaving(protected)
+            slots = [slot for slot, _ in zip(leaving, range(count - table.free), strict=False)]
+            self.left += self.evict(slots)
+        if table.free < count:
+            kept, staying = self.policy.keys(), self._staying(protected)
+            wanted = min(count - table.free, len(kept) - len(staying))
+            if most_victims is not None:
+                wanted = min(wanted, most_victims)
+            victims = self.policy.victims(wanted, staying)
+            if victims is None:
+                raise RuntimeError(f"the policy has no {wanted} victims among {len(kept)} keys")
+            self.left += self.evict([table.where[key.layer][key.expert] for key in victims])
+        return min(count, table.free)
+
+    def evict(self, slots: Sequence[int]) -> list[ExpertKey]:
+        """Frees READY, unpinned slots; who was there."""
+        left = []
+        for slot in slots:
+            if slot in self.table.guessed:
+                self.counters.wasted += 1
+            key = self.table.evict(slot)
+            self.policy.removed(key)
+            self.counters.evictions[key.layer] += 1
+            left.append(key)
+        return left
+
+    def failed(self, slot: int) -> None:
+        """Frees a slot whose read failed."""
+        if slot in self.table.guessed:
+            self.counters.wasted += 1
+        self.policy.removed(self.table.failed(slot))
+
+    def rota(self, held: Sequence[int], seats: Sequence[int]) -> list[int]:
+        """Slots that the rest of an event takes turns in: of its `seats` or, before them, `held`.
+
+        The first one is given up first, as soon as its expert is done. Who stays depends on this
+        order alone, never on the order in which reads end.
+        """
+        passing = self.table.passing
+        streaming = [slot for slot in (*held, *seats) if slot in passing]
+        return streaming or list(seats) or list(held[: self.stream_slots])
+
+    def replace(self, layer: int, slots: Sequence[int], experts: Sequence[int]) -> list[int]:
+        """Evicts `slots`, a part of a rota, for as many `experts`; the slots these were given."""
+        passing = sum(slot in self.table.passing for slot in slots)
+        self.evict(slots)
+        return self.take(layer, experts, passing)
+
+    def _staying(self, protected: Iterable[ExpertKey]) -> set[ExpertKey]:
+        """Kept keys that nobody may evict now."""
+        table, kept = self.table, self.policy.keys()
+        staying = {key for slot in table.loading if (key := table.keys[slot]) is not None}
+        staying.update(key for key in protected if key in kept)
+        return staying
+
+    def _leaving(self, protected: Collection[ExpertKey]) -> Iterator[int]:
+        """Slots whose experts were passing and may go now, first come first."""
+        table = self.table
+        for slot in table.passing:
+            key = table.keys[slot]
+            if table.ready[slot] and slot not in table.pinned and key not in protected:
+                yield slot
+
+
+def missing(row: Sequence[int], experts: Sequence[int]) -> list[int]:
+    """Those without a slot, neither READY nor LOADING; `row` is the table's row of the layer."""
+    return [expert for expert in experts if row[expert] == NOWHERE]

@@ -1,0 +1,249 @@
+"""A GPU's slots and the way into them. Every line that needs CUDA is in this file.
+
+    host slot (pinned) --copy stream, in chunks--> device slot --events--> compute stream
+
+A slot is "ready" when the calling thread has seen its copy's event: what it queues from then on
+reads the whole expert. It is "free" when the compute stream has passed the event that was recorded
+as its last lease ended: the copy stream waits for it, nobody else does.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+
+from moestro.cache.facts import BlobLayout, LinkStats, TierPlan, human_bytes
+from moestro.cache.pack import Pack
+
+from .link import CHUNK_BYTES, Copied, Copy, Link
+from .slots import Arena, SlotArena, SlotViews
+from .wiring import Wiring
+
+STAGING_BYTES = 16 * CHUNK_BYTES
+"""To be set aside in the host tier's plan. A power of two: torch pins nothing smaller."""
+
+_ASK_AGAIN_S = 50e-6
+_log = logging.getLogger("moestro.cache")
+
+
+class Pinning(Enum):
+    """What of the host tier the GPU can fetch by itself; the name says so in statistics."""
+
+    WHOLE = "pinned"
+    STAGING = "pinned staging"
+    NONE = "pageable"
+
+
+class CudaArena(SlotViews):
+    """Slots in one tensor on the GPU."""
+
+    def __init__(
+        self,
+        slots: int,
+        slot_bytes: int,
+        kinds: Sequence[Sequence[BlobLayout]],
+        device: torch.device,
+    ) -> None:
+        """Raises torch.OutOfMemoryError when the GPU has not so much left."""
+        flat = torch.empty(slots * slot_bytes, dtype=torch.uint8, device=device)
+        super().__init__(flat, slot_bytes, kinds)
+        self.device = device
+        self.free: list[torch.cuda.Event | None] = [None] * slots
+        """After it, nothing that was queued reads the slot's old expert."""
+
+    def buffers(self, slots: Sequence[int], sizes: Sequence[int]) -> tuple[memoryview, ...]:
+        return ()
+
+    def used(self, slots: Iterable[int]) -> None:
+        event = _event()
+        event.record(torch.cuda.current_stream(self.device))
+        for slot in slots:
+            self.free[slot] = event
+
+
+class CudaLink:
+    """Two copy streams: chunks of a demanded expert take turns with those of a guessed one."""
+
+    def __init__(self, host: SlotArena, device: CudaArena) -> None:
+        self._host, self._device = host, device
+        self._streams = (_stream(device.device), _stream(device.device))  # demanded, guessed
+        self.pinning, self._staging = _pin(host, device.device)
+        self._staged: deque[torch.cuda.Event] = deque()  # of the chunks last staged, oldest first
+        self._turn = 0
+        self._under_way: list[tuple[Copy, torch.cuda.Event, torch.cuda.Event]] = []
+        self._copies = self._chunks = self._bytes = 0
+        self._busy_s = 0.0
+        self._closed = False
+
+    def submit(self, copies: Sequence[Copy]) -> None:
+        for guessed, stream in enumerate(self._streams):
+            chosen = [copy for copy in copies if copy.guessed == bool(guessed)]
+            if chosen:
+                with torch.cuda.stream(stream):
+                    for copy in chosen:
+                        self._start(copy, stream)
+
+    def poll(self) -> list[Copied]:
+        ended, rest = [], []
+        for entry in self._under_way:
+            copy, begin, done = entry
+            if not done.query():  # type: ignore[no-untyped-call]
+                rest.append(entry)
+                continue
+            busy_s = begin.elapsed_time(done) / 1000
+            self._copies += 1
+            self._bytes += copy.size_bytes
+            self._busy_s += busy_s
+            ended.append(Copied(copy, busy_s))
+        self._under_way = rest
+        return ended
+
+    def wait(self) -> list[Copied]:
+        first = next((x for x in self._under_way if not x[0].guessed), self._under_way[0])
+        first[2].synchronize()
+        return self.poll()
+
+    def due_s(self) -> float:
+        return _ASK_AGAIN_S
+
+    def copy_s(self, size_bytes: int) -> float:
+        """From copies of the host's first chunk into memory of its own; the first one warms up."""
+        source = self._host.flat[: min(CHUNK_BYTES, self._host.slot_bytes)]
+        target = torch.empty_like(source, device=self._device.device)
+        begin, done = _event(timing=True), _event(timing=True)
+        stream = self._streams[0]
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            begin.record(stream)
+            target.copy_(source, non_blocking=True)
+            done.record(stream)
+        done.synchronize()
+        taken_s: float = begin.elapsed_time(done) / 1000
+        return taken_s * size_bytes / len(source)
+
+    def stats(self) -> LinkStats:
+        """Copies of both streams may overlap: `busy_s` counts each by itself."""
+        return LinkStats(
+            name=f"{self._device.device}, {self.pinning.value}",
+            emulated=False,
+            copies=self._copies,
+            copied_bytes=self._bytes,
+            chunks=self._chunks,
+            busy_s=self._busy_s,
+        )
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        torch.cuda.synchronize(self._device.device)
+        self._under_way.clear()
+        if self.pinning is Pinning.WHOLE:
+            _runtime().cudaHostUnregister(self._host.flat.data_ptr())
+
+    def _start(self, copy: Copy, stream: torch.cuda.Stream) -> None:
+        free = self._device.free[copy.target]
+        if free is not None:
+            stream.wait_event(free)
+        begin, done = _event(timing=True), _event(timing=True)
+        begin.record(stream)
+        for source, target in self._pieces(copy):
+            if self._staging is not None:
+                source = self._stage(source, self._staging)
+            target.copy_(source, non_blocking=True)
+            if self._staging is not None:
+                self._staged.append(_event())
+                self._staged[-1].record(stream)
+            self._chunks += 1
+        done.record(stream)
+        self._under_way.append((copy, begin, done))
+
+    def _pieces(self, copy: Copy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Chunks of the host slot and of the device slot, uint8."""
+        here, there = copy.source * self._host.slot_bytes, copy.target * self._device.slot_bytes
+        for at in range(0, copy.size_bytes, CHUNK_BYTES):
+            end = min(at + CHUNK_BYTES, copy.size_bytes)
+            yield (
+                self._host.flat[here + at : here + end],
+                self._device.flat[there + at : there + end],
+            )
+
+    def _stage(self, source: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
+        """`source` in pinned memory; waits while all of that is on its way."""
+        places = len(staging)
+        if len(self._staged) == places:
+            self._staged.popleft().synchronize()
+        staged = staging[self._turn % places, : len(source)]
+        self._turn += 1
+        staged.copy_(source)
+        return staged
+
+
+def cuda(device: torch.device, pack: Pack, plan: TierPlan) -> Wiring:
+    """To slots on `device`. The host's plan should set STAGING_BYTES aside."""
+
+    def wire(host: SlotArena) -> tuple[Arena, Link]:
+        assert plan.device is not None
+        kinds = [layer.kinds for layer in pack.spec.layers]
+        arena = CudaArena(plan.device.slots, plan.device.slot_bytes, kinds, device)
+        return arena, CudaLink(host, arena)
+
+    return wire
+
+
+def _pin(host: SlotArena, device: torch.device) -> tuple[Pinning, torch.Tensor | None]:
+    """Pins as much as the system allows, and says so where that is not all.
+
+    Registered, not allocated by torch, whose pinned blocks are powers of two: a budget of 33 GiB
+    would take 64.
+    """
+    size_bytes = host.flat.numel()
+    code = int(_runtime().cudaHostRegister(host.flat.data_ptr(), size_bytes, 0))
+    if code == 0:
+        assert host.flat.is_pinned(), "registered memory is pinned"
+        return Pinning.WHOLE, None
+    _forget_error(device)
+    refused = f"CUDA refused to pin the host tier's {human_bytes(size_bytes)} (error {code})"
+    try:
+        staging = torch.empty(
+            (STAGING_BYTES // CHUNK_BYTES, CHUNK_BYTES), dtype=torch.uint8, pin_memory=True
+        )
+    except RuntimeError as error:
+        _log.warning(
+            "%s, and a staging pool, too: experts cross from pageable memory, several times"
+            " slower (%s); lower --host-memory or raise the limit of locked memory",
+            refused,
+            error,
+        )
+        return Pinning.NONE, None
+    assert staging.is_pinned(), "torch pinned the staging pool"
+    _log.warning(
+        "%s: experts cross through a pinned pool of %s, which costs the computing thread a copy"
+        " of each; lower --host-memory or raise the limit of locked memory",
+        refused,
+        human_bytes(STAGING_BYTES),
+    )
+    return Pinning.STAGING, staging
+
+
+def _event(*, timing: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA keeps the error of a refused call and reports it to the next kernel: let it be this."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError:
+        return

@@ -1,0 +1,28 @@
+"""The stock model with moestro's hooks: attention, KV, experts, and the guess ahead."""
+
+from .attention import install
+from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
+from .host_share import HostShare
+from .kv import PackedCache, SequenceKV
+from .meta_model import build_meta_model
+from .prefetch import Prefetch, next_gates
+from .regret import Regret
+from .topology import Topology, run_packed, trace
+
+__all__ = [
+    "HostShare",
+    "MathByFlags",
+    "OffloadedExperts",
+    "PackedCache",
+    "Prefetch",
+    "Regret",
+    "SequenceKV",
+    "StepPhase",
+    "Topology",
+    "bind",
+    "build_meta_model",
+    "install",
+    "next_gates",
+    "run_packed",
+    "trace",
+]

@@ -1,0 +1,363 @@
+"""The experts of one layer, plugged into stock transformers as the implementation "moestro".
+
+route -> lease -> compute -> combine: the model's own router has chosen; the cache lends each
+distinct expert as it arrives; every result goes to its own (token, k) place; the weighted sum over
+k is taken once, in fixed order, in fp32. So neither arrival order nor cache size can change a bit.
+
+Shape letters: T tokens, k experts per token, E experts, H width of the experts' input and output.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moestro.cache import ExpertCache, Phase, Routed, Stay
+from moestro.engine.facts import places as places_on
+from moestro.engine.formats import Codec, Span, per_row
+
+NAME = "moestro"
+
+
+class ExpertsFunction(Protocol):
+    """What runs in place of an experts module's `forward`."""
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor: ...
+
+
+def experts_hook(
+    module: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """`hidden` [T, H], `ids` and `weights` [T, k] -> [T, H]."""
+    function: ExpertsFunction = module.moestro_experts  # type: ignore[assignment]  # `bind` did
+    return function(module, hidden, ids, weights)
+
+
+def register() -> None:
+    """Make the name "moestro" known to transformers, for experts."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_hook)
+
+
+def bind(module: torch.nn.Module, function: ExpertsFunction) -> None:
+    """Let `module` (an experts module) run `function`."""
+    module.__dict__["moestro_experts"] = function
+
+
+class StepPhase:
+    """Which phase the step in progress is in; set by the runner, read by every layer."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.DECODE
+
+
+FEW_TOKENS = 16
+"""Up to so many, experts that are here together share every operation but the products.
+
+With more tokens the rows of one expert fill the caches, and are better taken through it alone.
+"""
+VECTOR = 32  # numbers: an activation of rows of whole vectors does not depend on their company
+
+
+class _Expert(NamedTuple):
+    """One expert's weights as the codec wants them: views into its slot, valid as those are."""
+
+    first: Any
+    first_bias: torch.Tensor | None
+    down: Any
+    down_bias: torch.Tensor | None
+    tensors: dict[str, torch.Tensor]  # keeps the identity that this was found by
+
+
+class ExpertMath:
+    """What experts modules with the same flags compute, whatever the layer."""
+
+    def __init__(self, module: torch.nn.Module, codec: Codec) -> None:
+        self.codec = codec
+        self._gated = bool(module.has_gate)
+        self._first = "gate_up_proj" if self._gated else "up_proj"
+        self._biased, self._transposed = bool(module.has_bias), bool(module.is_transposed)
+        self._normed = bool(module.has_post_expert_norm)
+        self._opened: dict[int, _Expert] = {}  # by the identity of a slot's views, which stay
+
+    def open(self, tensors: dict[str, torch.Tensor]) -> _Expert:
+        """Views are made once per slot: each would cost a microsecond."""
+        found = self._opened.get(id(tensors))
+        if found is None:
+            first, down = self._first, "down_proj"
+            found = self._opened[id(tensors)] = _Expert(
+                self.codec.open(tensors, first, self._transposed),
+                tensors[f"{first}_bias"] if self._biased else None,
+                self.codec.open(tensors, down, self._transposed),
+                tensors[f"{down}_bias"] if self._biased else None,
+                tensors,
+            )
+        return found
+
+    def one(self, module: torch.nn.Module, rows: Any, expert: _Expert) -> torch.Tensor:
+        """[n, H] -> [n, H] through one expert, as the module's own flags say."""
+        inner = self.codec.multiply(rows, expert.first)
+        if expert.first_bias is not None:
+            inner += expert.first_bias
+        inner = self._activate(module, inner)
+        out = self.codec.multiply(self.codec.begin(inner), expert.down)
+        if expert.down_bias is not None:
+            out += expert.down_bias
+        return module.post_expert_norm(out) if self._normed else out  # type: ignore[operator]
+
+    def each(
+        self, module: torch.nn.Module, rows: Any, spans: Sequence[Span], experts: Sequence[_Expert]
+    ) -> torch.Tensor:
+        """Like `one`, the rows of each span through an expert of their own -> [n, H].
+
+        `spans` as `Codec.multiply_each` wants them. A row's result does not depend on who else is
+        in the call by a bit: whoever is resident, the sum must be the same.
+        """
+        counts = [end - start for start, end in spans]
+
+        def multiply(rows: Any, matrices: Sequence[Any]) -> torch.Tensor:
+            return self.codec.multiply_each(rows, spans, matrices)
+
+        return self._through(module, rows, experts, multiply, counts)
+
+    def apart(self, module: torch.nn.Module, rows: Any, experts: Sequence[_Expert]) -> torch.Tensor:
+        """Like `each`, for one token: its row through every expert -> [n, H]."""
+        return self._through(module, rows, experts, self.codec.multiply_apart, None)
+
+    def _through(
+        self,
+        module: torch.nn.Module,
+        rows: Any,
+        experts: Sequence[_Expert],
+        multiply: Callable[[Any, Sequence[Any]], torch.Tensor],
+        counts: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """`counts` rows of each expert; None: one of each."""
+        inner = multiply(rows, [expert.first for expert in experts])
+        if self._biased:
+            inner += per_row([expert.first_bias for expert in experts], counts)  # type: ignore[misc]
+        if inner.shape[1] % (2 * VECTOR) == 0:
+            inner = self._activate(module, inner)
+        else:
+            parts = torch.split(inner, 1 if counts is None else list(counts))
+            inner = torch.cat([self._activate(module, part) for part in parts])
+        out = multiply(self.codec.begin(inner), [expert.down for expert in experts])
+        if self._biased:
+            out += per_row([expert.down_bias for expert in experts], counts)  # type: ignore[misc]
+        return module.post_expert_norm(out) if self._normed else out  # type: ignore[operator]
+
+    def _activate(self, module: torch.nn.Module, inner: torch.Tensor) -> torch.Tensor:
+        return module._apply_gate(inner) if self._gated else module.act_fn(inner)  # type: ignore[no-any-return,operator]
+
+
+class MathByFlags:
+    """One ExpertMath for all modules of the same flags: they borrow the same slots."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._made: dict[tuple[object, ...], ExpertMath] = {}
+
+    def of(self, module: torch.nn.Module) -> ExpertMath:
+        names = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+        flags = tuple(getattr(module, name) for name in names)
+        if flags not in self._made:
+            self._made[flags] = ExpertMath(module, self._codec)
+        return self._made[flags]
+
+
+class Ahead(Protocol):
+    """Prefetch for the layer after this one."""
+
+    def before(self, layer: int, hidden: torch.Tensor) -> None:
+        """`hidden` [T, H] is what the experts of `layer` will read."""
+
+    def after(self, layer: int, asked: Collection[int]) -> None:
+        """These were its experts; their work is queued, or done."""
+
+
+class OffloadedExperts:
+    """The experts of one layer, wherever their weights are."""
+
+    def __init__(
+        self,
+        layer: int,
+        cache: ExpertCache,
+        step: StepPhase,
+        math: ExpertMath,
+        output_scale: float = 1.0,
+        ahead: Ahead | None = None,
+        stay: Stay | None = None,
+    ) -> None:
+        self.layer = layer
+        self.cache = cache
+        self.step = step
+        self.math = math
+        self.stay = stay  # who is computed where they lie, with few tokens
+        self.output_scale = output_scale
+        self.ahead = ahead
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        tokens, k = ids.shape
+        run = self._few_tokens if tokens <= FEW_TOKENS else self._many_tokens
+        results, asked = run(module, hidden, ids, weights)
+        if self.ahead is not None:
+            self.ahead.after(self.layer, asked)
+        if self.output_scale != 1.0:
+            weights = weights * self.output_scale
+        shares, results = weights.float(), results.float()
+        if tokens == 1:
+            return torch.mm(shares, results).to(hidden.dtype)
+        combined = torch.bmm(shares[:, None], results.view(tokens, k, -1))  # [T, 1, H]
+        return combined[:, 0].to(hidden.dtype)
+
+    def _few_tokens(
+        self,
+        module: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, Collection[int]]:
+        """Decoding: experts that are here together run together; place by place [T*k, H]."""
+        tokens, k = ids.shape
+        num_experts: int = module.num_experts  # type: ignore[assignment]
+        wanted = places_by_expert(*on_host(ids, weights, num_experts), num_experts)
+        rows, results = self.math.codec.begin(hidden), None
+        routed = self._routed(tokens, map(len, wanted.values()))
+        event = (self.layer, list(wanted), self.step.phase, routed, self.stay)
+        with self.cache.acquire(*event) as lease:
+            self._look_ahead(hidden)
+            for group in lease.groups():
+                places = [wanted[expert] for expert, _ in group]
+                out = self._together(module, rows, hidden, k, places, [who for _, who in group])
+                flat = list(chain.from_iterable(places))
+                if flat == list(range(tokens * k)):
+                    return out, wanted  # all at once and in order already
+                if results is None:
+                    results = hidden.new_zeros((tokens * k, hidden.shape[1]))
+                results.index_copy_(0, places_on(flat, out.device), out)
+        if results is None:
+            results = hidden.new_zeros((tokens * k, hidden.shape[1]))
+        return results, wanted
+
+    def _together(
+        self,
+        module: torch.nn.Module,
+        rows: Any,
+        hidden: torch.Tensor,
+        k: int,
+        places: Sequence[Sequence[int]],
+        tensors: Sequence[dict[str, torch.Tensor]],
+    ) -> torch.Tensor:
+        """The rows of all `places`, one below the other, each through its own expert."""
+        experts = [self.math.open(each) for each in tensors]
+        if len(hidden) == 1:
+            return self.math.apart(module, rows, experts)
+        of_token = [place // k for some in places for place in some]
+        below = accumulate((len(some) for some in places), initial=0)
+        chosen = self.math.codec.take(rows, places_on(of_token, hidden.device))
+        return self.math.each(module, chosen, list(pairwise(below)), experts)
+
+    def _many_tokens(
+        self,
+        module: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, Collection[int]]:
+        """Expert-major: the tokens of each expert are gathered once and computed together."""
+        (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
+        results = hidden.new_zeros((tokens * k, hidden.shape[1]))
+        order, starts = sort_by_expert(ids, weights, num_experts)
+        wanted = [expert for expert in range(num_experts) if starts[expert] < starts[expert + 1]]
+        codec = self.math.codec
+        rows = codec.begin(hidden)
+        routed = self._routed(tokens, (to - since for since, to in pairwise(starts)))
+        with self.cache.acquire(self.layer, wanted, self.step.phase, routed) as lease:
+            self._look_ahead(hidden)
+            for expert, tensors in lease:
+                places = order[starts[expert] : starts[expert + 1]]
+                chosen = codec.take(rows, places // k)
+                out = self.math.one(module, chosen, self.math.open(tensors))
+                results.index_copy_(0, places, out)
+        return results, wanted
+
+    def _routed(self, tokens: int, counts: Iterable[int]) -> Routed | None:
+        """What a prompt tells the cache about its answer; `counts` of none are left out."""
+        if self.step.phase is Phase.DECODE:
+            return None
+        return Routed(tokens, tuple(count for count in counts if count))
+
+    def _look_ahead(self, hidden: torch.Tensor) -> None:
+        """Asks for the guess while reads are under way and before the experts are computed: on a
+
+        device that runs behind, it has then come when the last of them is queued.
+        """
+        if self.ahead is not None:
+            self.ahead.before(self.layer, hidden)
+
+
+def on_host(
+    ids: torch.Tensor, weights: torch.Tensor, num_experts: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """`ids` and `weights` [T, k] as lists for `places_by_expert`.
+
+    A device is waited for once: what has weight 0 is marked there by an id that is none.
+    """
+    if ids.device.type == "cpu":
+        return ids.tolist(), weights.tolist()
+    marked = mark(ids, weights, num_experts).tolist()
+    return marked, [[1.0] * len(row) for row in marked]
+
+
+def mark(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """`ids`, with `num_experts` where the weight is 0."""
+    return torch.where(weights == 0, num_experts, ids)
+
+
+def places_by_expert(
+    ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], num_experts: int
+) -> dict[int, list[int]]:
+    """Places t * k + j of each expert of `ids` [T][k]; what `sort_by_expert` leaves out is not in.
+
+    Experts come in the order of their first place.
+    """
+    found: dict[int, list[int]] = {}
+    place = 0
+    for row, shares in zip(ids, weights, strict=True):
+        for expert, share in zip(row, shares, strict=True):
+            if share != 0 and expert < num_experts:
+                found.setdefault(expert, []).append(place)
+            place += 1
+    return found
+
+
+def sort_by_expert(
+    ids: torch.Tensor, weights: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, list[int]]:
+    """Places t * k + j of `ids` [T, k] grouped by expert; group e is [starts[e], starts[e + 1]).
+
+    Ids from `num_experts` on ("contributes nothing") and places of weight 0 are in no group, so
+    that no expert is loaded for nothing.
+    """
+    keyed = mark(ids, weights, num_experts).reshape(-1).clamp_(max=num_experts)
+    ordered, order = keyed.sort(stable=True)
+    experts = torch.arange(num_experts + 1, device=ids.device)
+    return order, torch.searchsorted(ordered, experts).tolist()
+
+
+def in_rank_order(ids: Sequence[Sequence[int]]) -> Iterable[int]:
+    """Distinct experts of `ids` [T][k], the first choices of all tokens before the second ones."""
+    return dict.fromkeys(chain.from_iterable(zip(*ids, strict=True)))

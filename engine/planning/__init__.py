@@ -1,0 +1,46 @@
+"""The memory plan and what to expect of it, before anything is loaded."""
+
+from .advice import Change, changes, flags_of, nearest_plan
+from .blueprint import Blueprint, compact_modules, inspect, plan_memory, understand
+from .calibrate import Matrices, measure_link, measure_multiply
+from .forecast import (
+    Bound,
+    ComputeSpeed,
+    Forecast,
+    LinkSpeed,
+    MoeLayer,
+    Outlook,
+    Rates,
+    Traced,
+    Work,
+)
+from .memory import MemoryPlan, release_freed_memory
+from .sketch import Sketch, weights_are_here
+
+__all__ = [
+    "Blueprint",
+    "Bound",
+    "Change",
+    "ComputeSpeed",
+    "Forecast",
+    "LinkSpeed",
+    "Matrices",
+    "MemoryPlan",
+    "MoeLayer",
+    "Outlook",
+    "Rates",
+    "Sketch",
+    "Traced",
+    "Work",
+    "changes",
+    "compact_modules",
+    "flags_of",
+    "inspect",
+    "measure_link",
+    "measure_multiply",
+    "nearest_plan",
+    "plan_memory",
+    "release_freed_memory",
+    "understand",
+    "weights_are_here",
+]

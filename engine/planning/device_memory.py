@@ -1,0 +1,105 @@
+"""Two memories: a device's own, and the host's beside it. Plain arithmetic, as in memory.py."""
+
+from dataclasses import dataclass
+
+from moestro.cache import human_bytes
+from moestro.engine.facts import MIB, BudgetTooSmall
+
+# Beyond what a formula can name: kernels loaded when first used, workspaces of matrix products,
+# what an allocator cannot join. Estimates: no GPU was here to measure them on.
+DEVICE_ALLOWANCE_BYTES = 512 * MIB
+HOST_ALLOWANCE_BYTES = 512 * MIB
+HOST_RESERVE_SHARE = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class HostDemand:
+    """What the host's memory is needed for when a model computes elsewhere."""
+
+    interpreter_bytes: int  # resident now, the device's driver included
+    experts_total_bytes: int
+    experts_least_bytes: int  # staging included
+    experts_wish_bytes: int  # more than that is not worth choosing; staging included
+    staging_bytes: int
+    packing_bytes: int  # taken at the start alone
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.interpreter_bytes + HOST_ALLOWANCE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """The demand with the host tier's budget settled."""
+
+    demand: HostDemand
+    experts_bytes: int  # slots and staging
+    limit_bytes: int
+    limit_name: str
+
+    @property
+    def packing_excess_bytes(self) -> int:
+        packing = self.demand.interpreter_bytes + self.demand.packing_bytes
+        return max(0, packing - self.demand.fixed_bytes - self.experts_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.demand.fixed_bytes + self.experts_bytes + self.packing_excess_bytes
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by part; they sum to the total."""
+        return {
+            "host_interpreter": self.demand.interpreter_bytes,
+            "host_workspace": HOST_ALLOWANCE_BYTES,
+            "host_experts": self.experts_bytes,
+            "host_packing": self.packing_excess_bytes,
+        }
+
+    def lines(self) -> list[str]:
+        demand = self.demand
+        slots_bytes = self.experts_bytes - demand.staging_bytes
+        share = min(100, 100 * slots_bytes // max(1, demand.experts_total_bytes))
+        return [
+            f"memory plan of the host: {human_bytes(self.total_bytes)} of"
+            f" {human_bytes(self.limit_bytes)} ({self.limit_name})",
+            f"  fixed     {human_bytes(demand.fixed_bytes):>10}  interpreter"
+            f" {human_bytes(demand.interpreter_bytes)} + workspace"
+            f" {human_bytes(HOST_ALLOWANCE_BYTES)}",
+            f"  experts   {human_bytes(self.experts_bytes):>10}  {share} % of"
+            f" {human_bytes(demand.experts_total_bytes)} + staging"
+            f" {human_bytes(demand.staging_bytes)} (--host-memory)",
+            *self._packing_line(),
+        ]
+
+    def _packing_line(self) -> list[str]:
+        if not self.packing_excess_bytes:
+            return []
+        return [
+            f"  packing   {human_bytes(self.packing_excess_bytes):>10}  at the start alone, beyond"
+            " the rest"
+        ]
+
+
+def settle_host(
+    demand: HostDemand, host_memory_bytes: int | None, limit: tuple[int, str]
+) -> HostPlan:
+    """The host tier's budget where the user gave none, then the check.
+
+    Raises BudgetTooSmall with the sums.
+    """
+    limit_bytes, limit_name = limit
+    left = int(limit_bytes * (1 - HOST_RESERVE_SHARE)) - demand.fixed_bytes
+    experts = host_memory_bytes
+    if experts is None:
+        experts = max(demand.experts_least_bytes, min(demand.experts_wish_bytes, left))
+    experts = min(experts, demand.experts_total_bytes + demand.staging_bytes)
+    plan = HostPlan(demand, experts, limit_bytes, limit_name)
+    if plan.total_bytes > limit_bytes:
+        room = (limit_bytes - demand.fixed_bytes) // MIB
+        raise BudgetTooSmall(
+            f"the host's part needs {human_bytes(plan.total_bytes)} (fixed"
+            f" {human_bytes(demand.fixed_bytes)} + experts {human_bytes(experts)} + packing"
+            f" {human_bytes(plan.packing_excess_bytes)}), {limit_name} is"
+            f" {human_bytes(limit_bytes)}; --host-memory {max(0, room)}MiB is the most"
+        )
+    return plan

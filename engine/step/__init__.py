@@ -1,0 +1,21 @@
+"""One step of many sequences: schedule, run, sample, commit."""
+
+from .core import Emitted, Engine
+from .runner import Runner
+from .scheduler import Scheduler, SchedulerLimits
+from .sequence import FinishReason, SamplingParams, Sequence, Timings, TokenEvent
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "Emitted",
+    "Engine",
+    "FinishReason",
+    "Runner",
+    "SamplingParams",
+    "Scheduler",
+    "SchedulerLimits",
+    "Sequence",
+    "Timings",
+    "TokenEvent",
+    "Tokenizer",
+]

@@ -1,0 +1,301 @@
+"""A Hugging Face folder as tensors: which keys are experts, and how to load either kind.
+
+No table of key names: transformers' own weight conversions say where a tensor of the file goes.
+Files are read with `pread`, never mapped, so that a loaded page is counted once and can be freed.
+Knows no request, no budget and no pack.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moestro.engine.facts import ModelNotFound, ModelRefused
+from moestro.engine.formats import ExpertsModule, is_experts_module
+
+from .completeness import refuse_missing
+from .weight_files import few, one_line, open_weights, readable, weight_files
+
+log = logging.getLogger("moestro.engine")
+
+# safetensors' names for the dtypes that are weights as they stand
+PLAIN_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Checkpoint:
+    """The files of one model. Opens and checks them; holds no weights.
+
+    Raises ModelNotFound or ModelRefused with a line that names the file and the reason.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        found = open_weights(weight_files(folder))
+        self._file_of_key = {key: path for key, (path, _) in found.items()}
+        self._slices: dict[str, Any] = {key: part for key, (_, part) in found.items()}
+
+    def close(self) -> None:
+        self._slices.clear()  # the last that holds the files open
+
+    def fingerprint(self) -> str:
+        """Changes when the config or any weight file does (names, sizes, headers, times)."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted(set(self._file_of_key.values())):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        name = self._slices[key].get_dtype()
+        if name not in PLAIN_DTYPES:
+            raise ModelRefused(
+                f"{self._file_of_key[key]}: tensor {key} is {name}; quantized checkpoints are not"
+                " carried, use one in bf16, fp16 or fp32"
+            )
+        return PLAIN_DTYPES[name]
+
+    def stored_dtype(self, key: str) -> torch.dtype | None:
+        """Of a tensor that has the same name in the files; None where conversion renames it."""
+        return self.dtype_of(key) if key in self._slices else None
+
+    def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
+        """Experts modules in the order the model holds them, and the keys of everything else."""
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        meta = model.state_dict()
+        parameters = {
+            f"{path}.{name}": path
+            for path, module in model.named_modules()
+            if is_experts_module(module)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        prefix = model.base_model_prefix
+        renamed = {
+            key: rename_source_key(key, renamings, converters, prefix, meta) for key in self._slices
+        }
+        refuse_missing(self.folder, model, converters, renamed)
+        keys_of_path: dict[str, dict[str, list[str]]] = {}
+        dense = []
+        for key, (target, _) in renamed.items():
+            if target in parameters:
+                sources = keys_of_path.setdefault(parameters[target], {})
+                sources.setdefault(target, []).append(key)
+            else:
+                dense.append(key)
+        modules = [
+            self._experts_module(model, path, keys_of_path.get(path, {}))
+            for path in dict.fromkeys(parameters.values())
+        ]
+        if not modules:
+            raise ModelRefused(
+                f"{self.folder}: no experts that moestro can offload in a model of type"
+                f" {self.config.model_type!r}; if it is dense, split it with `moestro factorize`"
+            )
+        return modules, dense
+
+    def _experts_module(
+        self, model: PreTrainedModel, path: str, sources: dict[str, list[str]]
+    ) -> ExpertsModule:
+        module = model.get_submodule(path)
+        tensors = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            dtypes = {self.dtype_of(key) for key in sources.get(f"{path}.{name}", [])}
+            if sources and len(dtypes) != 1:
+                found = ", ".join(sorted(map(str, dtypes))) or "none"
+                raise ModelRefused(f"{self.folder}: {path}.{name} wants one dtype, found {found}")
+            dtype = dtypes.pop() if dtypes else parameter.dtype
+            tensors[name] = (dtype, tuple(parameter.shape))
+        keys = tuple(key for group in sources.values() for key in group)
+        if not keys:
+            raise ModelRefused(f"{self.folder}: the files hold no weights for {path}")
+        num_experts = next(iter(tensors.values()))[1][0]
+        transposed = bool(module.is_transposed)
+        return ExpertsModule(path, num_experts, tensors, keys, transposed)
+
+    def dense_bytes(self, keys: list[str], itemsize_bytes: int) -> int:
+        """Bytes of the tensors `keys` when each number takes `itemsize_bytes`."""
+        return sum(
+            torch.Size(self._slices[key].get_shape()).numel() * itemsize_bytes for key in keys
+        )
+
+    def load_experts(self, model: PreTrainedModel, entry: ExpertsModule) -> dict[str, torch.Tensor]:
+        """All experts of one module as {parameter: [E, ...]} in the checkpoint's dtype.
+
+        `model` stays without weights. Raises ModelRefused where the file does not fit the model.
+        """
+        module = model.get_submodule(entry.path)
+        metas = dict(module.named_parameters(recurse=False))
+        for name, (dtype, shape) in entry.tensors.items():
+            module.register_parameter(name, _meta_parameter(shape, dtype))
+        try:
+            self._load(model, list(entry.source_keys), torch.device("cpu"))
+            loaded = {name: getattr(module, name).detach() for name in entry.tensors}
+        finally:
+            for name, parameter in metas.items():
+                module.register_parameter(name, parameter)
+        for name, tensor in loaded.items():
+            if tensor.is_meta:
+                raise ModelRefused(f"{self.folder}: {entry.path}.{name} is missing in the files")
+        return loaded
+
+    def load_dense(
+        self,
+        model: PreTrainedModel,
+        keys: list[str],
+        entries: list[ExpertsModule],
+        after_group: Callable[[int, int], None],
+        device: torch.device = torch.device("cpu"),  # noqa: B008  # a value like any other
+    ) -> None:
+        """Give `model` everything but its experts, whose parameters it loses for good.
+
+        On `device`, in the dtype that `model` has, or where its class says so (fp16, bf16) in fp32.
+        Layer after layer; `after_group(done, total)` may replace modules that have their weights.
+        """
+        drop_experts(model, entries)
+        missing, unexpected = set(model.state_dict()), set()
+        groups = _by_layer(keys)
+        for done, group in enumerate(groups, start=1):
+            info = self._load(model, group, device)
+            missing &= info.missing_keys
+            unexpected |= info.unexpected_keys
+            after_group(done, len(groups))
+        info.missing_keys, info.unexpected_keys = missing & set(model.state_dict()), unexpected
+        model._finalize_model_loading(model, _load_config(model, device), info)
+        if info.missing_keys:
+            raise ModelRefused(
+                f"{self.folder}: tensors are missing in the files: {few(info.missing_keys)}"
+            )
+        if info.unexpected_keys:
+            log.info("tensors that the model does not use: %s", few(info.unexpected_keys))
+
+    def _load(self, model: PreTrainedModel, keys: list[str], device: torch.device) -> Any:
+        load_config = _load_config(model, device)
+        subset = {key: self._slices[key] for key in keys}
+        try:
+            info, _ = convert_and_load_state_dict_in_model(model, subset, load_config)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise ModelRefused(f"{self.folder}: {one_line(error)}") from error
+        if info.mismatched_keys:
+            key, found, wanted = sorted(info.mismatched_keys)[0]
+            raise ModelRefused(
+                f"{self.folder}: {key} is {tuple(found)} in the file, {tuple(wanted)} in the config"
+            )
+        if info.conversion_errors:
+            raise ModelRefused(f"{self.folder}: {one_line(next(iter(info.conversion_errors)))}")
+        return info
+
+
+def drop_experts(model: PreTrainedModel, entries: list[ExpertsModule]) -> None:
+    """Their modules lose their parameters for good."""
+    for entry in entries:
+        module = model.get_submodule(entry.path)
+        for name in entry.tensors:
+            del module._parameters[name]
+        module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
+
+
+def _load_config(model: PreTrainedModel, device: torch.device) -> LoadStateDictConfig:
+    return LoadStateDictConfig(
+        device_map={"": device},
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]  # as stock does
+    )
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Raises ModelNotFound or ModelRefused."""
+    path = folder / "config.json"
+    with readable(folder):
+        if not folder.is_dir():
+            raise ModelNotFound(
+                f"{folder} is not a folder; give a Hugging Face model folder or `demo`"
+            )
+        if not path.is_file():
+            raise ModelNotFound(f"{folder} has no config.json: not a Hugging Face model folder")
+    with readable(path):
+        text = path.read_bytes()
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelRefused(f"{path}: {one_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise ModelRefused(f"{path} is not a JSON object")
+    if "auto_map" in raw:
+        raise ModelRefused(f"{path} wants code of its own (auto_map); moestro runs none")
+    if raw.get("quantization_config"):
+        raise ModelRefused(f"{path}: quantized checkpoints are not carried, use bf16 or fp16")
+    with refusing(str(path)):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return config
+
+
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """The one place that turns whatever transformers raises over a config into a refusal.
+
+    Wrong types and numbers end in errors of many kinds there: strict dataclasses, divisions by
+    zero, assertions of torch, names that are not found.
+    """
+    try:
+        yield
+    except CONFIG_ERRORS as error:
+        raise ModelRefused(f"{what}: {_named(error)}") from error
+
+
+def _named(error: Exception) -> str:
+    """Errors whose text alone says nothing (a key, a bare assertion) with their kind."""
+    line = one_line(error)
+    plain = isinstance(error, (KeyError, AssertionError, AttributeError, ArithmeticError))
+    return f"{type(error).__name__}: {line}" if plain else line
+
+
+def _by_layer(keys: list[str]) -> list[list[str]]:
+    """Keys of one numbered layer together, every other key alone."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        parts = key.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        found.setdefault(".".join(parts[: place + 1]), []).append(key)
+    return list(found.values())
+
+
+def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    return torch.nn.Parameter(empty, requires_grad=False)

@@ -1,0 +1,134 @@
+"""The dense part: loaded layer by layer, and with `--dense-format int8` one byte per weight.
+
+Linear layers of the model become `CompactLinear`; norms, routers and everything that is not a
+linear layer stay in the compute dtype. A head that is tied to the embedding gets weights of its
+own (the embedding is looked up, not multiplied), and stays int8 when the rest is int4. An embedding
+that nothing multiplies with keeps the checkpoint's dtype.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from moestro.engine.formats import ExpertsModule, fits_int4
+
+from .checkpoint import Checkpoint
+from .linears import CompactLinear, Int4Weights, Int8Weights, LastRows, StoredEmbedding
+
+DENSE_FORMATS = ("native", "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What becomes of one module when its weights are there."""
+
+    path: str
+    kind: str  # "int8", "int4", or the dtype that an embedding is stored in
+    bytes: int  # that it will take
+    numbers: int
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.kind not in DENSE_FORMATS
+
+    @property
+    def weights(self) -> type[Int8Weights | Int4Weights]:
+        return Int4Weights if self.kind == "int4" else Int8Weights
+
+
+def replacements(
+    model: PreTrainedModel, router_paths: Iterable[str], dense_format: str, checkpoint: Checkpoint
+) -> list[Replacement]:
+    """Which modules of `model` (on meta) are kept in fewer bytes than its own dtype takes.
+
+    Not the routers (`router_paths`): there, one bit picks another expert.
+    """
+    routers = tuple(f"{path}." for path in router_paths)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    found = []
+    for path, module in model.named_modules():
+        if type(module) is torch.nn.Linear and dense_format != "native":
+            if not f"{path}.".startswith(routers):
+                small = dense_format == "int4" and module is not head and fits_int4(module.weight)
+                found.append(_linear(path, module, "int4" if small else "int8"))
+        elif type(module) is torch.nn.Embedding and not (tied and dense_format == "native"):
+            stored, count = checkpoint.stored_dtype(f"{path}.weight"), module.weight.numel()
+            if stored is not None and stored.itemsize < module.weight.dtype.itemsize:
+                kind = str(stored).removeprefix("torch.")
+                found.append(Replacement(path, kind, stored.itemsize * count, count))
+    return found
+
+
+def _linear(path: str, linear: torch.nn.Linear, kind: str) -> Replacement:
+    count = linear.weight.numel()
+    size = count * 9 // 16 if kind == "int4" else count + 4 * linear.out_features
+    return Replacement(path, kind, size, count)
+
+
+def saved_bytes(model: PreTrainedModel, found: Iterable[Replacement], itemsize_bytes: int) -> int:
+    """What `found` take less than `itemsize_bytes` per number would.
+
+    A tied head takes more, not less: its weights are in memory once more.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    return sum(
+        (0 if f"{each.path}.weight" in tied else itemsize_bytes * each.numbers) - each.bytes
+        for each in found
+    )
+
+
+def load_dense(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    keys: list[str],
+    experts: list[ExpertsModule],
+    found: Iterable[Replacement],
+    last: LastRows | None,
+    report: Callable[[int, int], None],
+    device: torch.device = torch.device("cpu"),  # noqa: B008  # a value like any other
+) -> None:
+    """Give `model` its dense weights, and replace the modules of `found` as soon as they have them.
+
+    Only the layer that is being loaded is in memory in two forms.
+    """
+    left = {each.path: each for each in found}
+    # Until the end a tied layer takes its weights from the embedding.
+    tied = bool(getattr(model, "all_tied_weights_keys", {}))
+
+    def after_group(done: int, total: int) -> None:
+        ready = [
+            path
+            for path, each in left.items()
+            if _is_loaded(model, path) and not (tied and each.is_embedding)
+        ]
+        for path in ready:
+            _replace(model, left.pop(path), last)
+        report(done, total)
+
+    checkpoint.load_dense(model, keys, experts, after_group, device)
+    for each in left.values():  # tied to another tensor: it has its weights only now
+        _replace(model, each, last)
+
+
+def _is_loaded(model: PreTrainedModel, path: str) -> bool:
+    return all(not parameter.is_meta for parameter in model.get_submodule(path).parameters())
+
+
+def _replace(model: PreTrainedModel, what: Replacement, last: LastRows | None) -> None:
+    old = model.get_submodule(what.path)
+    new: torch.nn.Module
+    if isinstance(old, torch.nn.Embedding):
+        rows = old.weight.detach().to(getattr(torch, what.kind))
+        new = StoredEmbedding(rows, old.weight.dtype)
+    else:
+        assert isinstance(old, torch.nn.Linear)
+        new = CompactLinear(old, what.weights.encode(old.weight.detach()), last)
+    put_module(model, what.path, new)
+
+
+def put_module(model: PreTrainedModel, path: str, new: torch.nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)

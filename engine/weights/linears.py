@@ -1,0 +1,154 @@
+"""What linear layers and embeddings become when they are kept in fewer bytes.
+
+The tensors are plain attributes: they belong to no state dict and are never initialised.
+
+Shape letters: N outputs, K inputs, n rows.
+"""
+
+import weakref
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+
+from moestro.engine.formats import (
+    Fine,
+    Int4Matrix,
+    Int4Rows,
+    encode_int4,
+    group_of,
+    multiply_fine,
+    multiply_int4,
+    quantize_fine,
+    quantize_rows,
+)
+
+ROWS_AT_ONCE = 128  # of a matrix, encoded together: their fp32 copies stay in the caches
+BLOCK_ROWS = 128
+"""Rows multiplied together: what lies between two operations stays in the caches."""
+
+
+class Weights(Protocol):
+    """One matrix in some format. `begin` prepares up to BLOCK_ROWS rows."""
+
+    size_bytes: int
+    parts: ClassVar[tuple[str, ...]]
+    """Names of the tensors that its class is made of, in order."""
+
+    def begin(self, rows: torch.Tensor) -> Any: ...
+
+    def multiply(self, rows: Any) -> torch.Tensor:
+        """[n, K], as `begin` made them, -> fp32 [n, N]."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its parts by name."""
+
+
+class Int8Weights:
+    """int8 rows [N, K], one scale each; the other side in two int8 digits."""
+
+    parts: ClassVar[tuple[str, ...]] = ("values", "scale")
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        """int8 [N, K], fp32 [N]"""
+        self.values, self.scale = values, scale
+        self._transposed = values.t()
+        self.size_bytes = values.nbytes + scale.nbytes
+
+    @classmethod
+    def encode(cls, weight: torch.Tensor) -> Self:
+        values = torch.empty_like(weight, dtype=torch.int8)
+        scale = torch.empty(weight.shape[0], device=weight.device)
+        for start in range(0, weight.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            values[rows], row_scale = quantize_rows(weight[rows].float())
+            scale[rows] = row_scale[:, 0]
+        return cls(values, scale)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.parts, (self.values, self.scale), strict=True))
+
+    def begin(self, rows: torch.Tensor) -> Fine:
+        return quantize_fine(rows.float())
+
+    def multiply(self, rows: Fine) -> torch.Tensor:
+        return multiply_fine(rows, self._transposed, self.scale)
+
+
+class Int4Weights:
+    """Groups of int4 (formats_int4.py)."""
+
+    parts: ClassVar[tuple[str, ...]] = ("packed", "grid")
+
+    def __init__(self, packed: torch.Tensor, grid: torch.Tensor) -> None:
+        """uint8 [N, K/2] in the kernel's order, bf16 [K/g, N, 2]"""
+        self._matrix = Int4Matrix(packed, grid, group_of(2 * packed.shape[1]))
+        self.size_bytes = packed.nbytes + grid.nbytes
+
+    @classmethod
+    def encode(cls, weight: torch.Tensor) -> Self:
+        return cls(*encode_int4(weight))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.parts, self._matrix[:2], strict=True))
+
+    def begin(self, rows: torch.Tensor) -> Int4Rows:
+        return Int4Rows(rows)
+
+    def multiply(self, rows: Int4Rows) -> torch.Tensor:
+        return multiply_int4(rows, self._matrix)
+
+
+class LastRows:
+    """The rows last prepared, for the next layer that reads the very same tensor (q, k and v do).
+
+    Knows a tensor by its identity, so it is for models whose layers do not change an input that
+    another one reads after them (`Topology.inputs_stay`).
+    """
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[torch.Tensor] | None = None
+        self._kind: type[Weights] | None = None
+        self._blocks: list[Any] = []
+
+    def blocks(self, rows: torch.Tensor, weights: Weights) -> list[Any]:
+        """`rows` [..., K] in blocks, prepared for `weights`."""
+        if self._of is None or self._of() is not rows or self._kind is not type(weights):
+            flat = rows.reshape(-1, rows.shape[-1])
+            self._blocks = [weights.begin(block) for block in torch.split(flat, BLOCK_ROWS)]
+            self._of, self._kind = weakref.ref(rows), type(weights)
+        return self._blocks
+
+
+class CompactLinear(torch.nn.Module):
+    """y = x W^T + b with W in fewer bytes."""
+
+    def __init__(self, linear: torch.nn.Linear, weights: Weights, last: LastRows | None) -> None:
+        """Without `last`, every call prepares its rows itself."""
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.weights = weights
+        self.bias_row = None if linear.bias is None else linear.bias.detach()
+        self._last = last
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        last = LastRows() if self._last is None else self._last
+        products = [self.weights.multiply(block) for block in last.blocks(rows, self.weights)]
+        out = products[0] if len(products) == 1 else torch.cat(products)
+        if self.bias_row is not None:
+            out += self.bias_row
+        return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+
+
+class StoredEmbedding(torch.nn.Module):
+    """Looks rows up in the checkpoint's own dtype and widens those alone: no bit is lost."""
+
+    def __init__(self, rows: torch.Tensor, widened: torch.dtype) -> None:
+        """`widened` is what it hands out."""
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = rows.shape
+        self.rows = rows
+        self._dtype = widened
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.rows).to(self._dtype)

@@ -1,0 +1,44 @@
+"""What moestro wrote beside a checkpoint that it factorized itself (`moestro.json`).
+
+Stock transformers ignores the file: the checkpoint is exact without it at its own experts per
+token. The engine needs it to serve another number of experts with the right output scale.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moestro.engine.facts import ModelRefused
+
+MANIFEST_NAME = "moestro.json"
+MANIFEST_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`output_factor` is folded into every `down_proj`; K experts need K / output_factor."""
+
+    experts_per_token: int
+    num_experts: int
+    output_factor: float
+    source: str  # the dense model, in words
+    method: str  # how it was split and routed, in words
+    plan_sha256: str
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """None where the folder has no manifest; ModelRefused where it is not readable."""
+        path = folder / MANIFEST_NAME
+        if not path.exists():
+            return None
+        try:
+            fields = json.loads(path.read_text("utf-8"))
+            if fields.pop("format") != MANIFEST_FORMAT:
+                raise ModelRefused(f"{path} is of a format that this version does not read")
+            return cls(**fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelRefused(f"{path} is not a manifest of moestro: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps({"format": MANIFEST_FORMAT, **asdict(self)}, indent=1) + "\n"
+        (folder / MANIFEST_NAME).write_text(text, "utf-8")

@@ -1,0 +1,145 @@
+"""A folder with a dense Llama-type model: what it is, whether it has an exact twin, its tensors."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from moestro.factorize.facts import SourceRefused
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class DenseModel:
+    """Facts of a dense model that the split can carry exactly."""
+
+    folder: Path
+    config: Any  # LlamaConfig or MistralConfig
+    files: dict[str, Path]  # tensor name -> the file that has it
+    dtype: torch.dtype
+
+    @property
+    def neurons(self) -> int:
+        return int(self.config.intermediate_size)
+
+    @property
+    def hidden(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @classmethod
+    def open(cls, folder: Path) -> "DenseModel":
+        """Raises SourceRefused and names what stands against an exact twin."""
+        if not (folder / "config.json").is_file():
+            raise SourceRefused(f"{folder} has no config.json: give the folder of a dense model")
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise SourceRefused(f"{folder / 'config.json'} is not readable: {error}") from error
+        for reason in obstacles(config):
+            raise SourceRefused(f"{folder} cannot be factorized exactly: {reason}")
+        files = tensor_files(folder)
+        name = "model.layers.0.mlp.down_proj.weight"
+        if name not in files:
+            raise SourceRefused(f"{folder} has no tensor {name}")
+        try:
+            with safe_open(files[name], "pt") as file:
+                dtype = file.get_tensor(name).dtype
+        except (OSError, SafetensorError) as error:
+            raise SourceRefused(f"{files[name]} is not readable: {error}") from error
+        if dtype not in DTYPES.values():
+            raise SourceRefused(f"{folder} has weights of {dtype}; give the unquantized model")
+        return cls(folder, config, files, dtype)
+
+    def tensors(self) -> "TensorReader":
+        return TensorReader(self.files)
+
+    def content_sha256(self) -> str:
+        """Of names, types, shapes and bytes, whatever the files they are spread over."""
+        digest = hashlib.sha256()
+        with self.tensors() as tensors:
+            for name in sorted(self.files):
+                tensor = tensors.get(name)
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+class TensorReader:
+    """Reads tensors by name; use it in a `with` block, which closes the files."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self._files = files
+        self._open: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "TensorReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def names(self) -> Iterator[str]:
+        return iter(sorted(self._files))
+
+    def get(self, name: str) -> torch.Tensor:
+        """Raises SourceRefused."""
+        path = self._files.get(name)
+        if path is None:
+            raise SourceRefused(f"the model has no tensor {name}")
+        try:
+            if path not in self._open:
+                self._open[path] = self._stack.enter_context(safe_open(path, "pt"))
+            tensor: torch.Tensor = self._open[path].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise SourceRefused(f"{path} is not readable: {error}") from error
+        return tensor
+
+
+def obstacles(config: Any) -> Iterator[str]:
+    """Why a dense model has no exact GraniteMoeShared twin; nothing when it has one."""
+    kind = getattr(config, "model_type", None)
+    if kind not in ("llama", "mistral"):
+        yield f"it is of the type {kind!r}; llama and mistral are carried"
+        return
+    if getattr(config, "quantization_config", None) is not None:
+        yield "it is quantized; give the unquantized model"
+    if config.hidden_act != "silu":
+        yield f"its hidden_act is {config.hidden_act!r}; only silu is carried"
+    if getattr(config, "mlp_bias", False):
+        yield "mlp_bias is set; experts have no bias"
+    if getattr(config, "sliding_window", None) is not None:
+        yield "it has a sliding_window; the twin sees everything"
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Raises SourceRefused when there are no safetensors or some are missing."""
+    single, index = folder / "model.safetensors", folder / INDEX_NAME
+    try:
+        if index.is_file():
+            names = json.loads(index.read_text("utf-8"))["weight_map"]
+            files = {name: folder / file for name, file in names.items()}
+        elif single.is_file():
+            with safe_open(single, "pt") as file:
+                files = dict.fromkeys(file.keys(), single)
+        else:
+            raise SourceRefused(f"{folder} has no model.safetensors; other formats are not read")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise SourceRefused(f"the weights in {folder} are not readable: {error}") from error
+    missing = sorted({path.name for path in files.values() if not path.is_file()})
+    if missing:
+        raise SourceRefused(f"{folder} lacks {', '.join(missing)}")
+    # buffers of old checkpoints, recomputed by everybody
+    return {name: path for name, path in files.items() if "rotary_emb.inv_freq" not in name}

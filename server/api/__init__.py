@@ -1,0 +1,27 @@
+"""What routes are made of: schemas, streams, middleware, and the routes about the server itself."""
+
+from .deps import Parts, PartsDep, SettingsDep, WorkerDep
+from .middleware import ApiKey, BodyLimit, RequestIds
+from .ops import router as ops_router
+from .schemas import Completion, CompletionRequest, ModelCard, ModelList
+from .stream import Answer, ClientGone, EventStream, Sse, whole
+
+__all__ = [
+    "ops_router",
+    "Answer",
+    "ApiKey",
+    "BodyLimit",
+    "ClientGone",
+    "Completion",
+    "CompletionRequest",
+    "EventStream",
+    "ModelCard",
+    "ModelList",
+    "Parts",
+    "PartsDep",
+    "RequestIds",
+    "SettingsDep",
+    "Sse",
+    "WorkerDep",
+    "whole",
+]

@@ -1,0 +1,67 @@
+"""/health, /ready and /metrics: for machines that watch this one. Need no key."""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from moestro.engine import EngineFailed, EngineState
+from moestro.server.contract import ErrorResponse, Problem, Worker, problem_of, state_problem
+
+from .deps import MetricsDep, SettingsDep, WorkerDep
+
+router = APIRouter()
+
+_UNAVAILABLE: dict[int | str, dict[str, Any]] = {
+    503: {"model": ErrorResponse, "description": "Not now"}
+}
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health", responses=_UNAVAILABLE)
+async def health(worker: WorkerDep, settings: SettingsDep) -> JSONResponse:
+    """Alive: 200 also while loading or draining; 503 when the engine died or is stuck."""
+    if worker.state in (EngineState.STOPPED, EngineState.FAILED):
+        return _refusal(state_problem(worker.state), worker)
+    age_s = worker.heartbeat_age_s
+    # A start has long steps of its own (imports, a big read); only a running loop must turn.
+    if worker.state is not EngineState.LOADING and age_s > settings.stuck_after:
+        row = problem_of(EngineFailed()).row
+        return _refusal(Problem(row, f"the engine has not moved for {age_s:.0f} s"), worker)
+    return JSONResponse(
+        {"status": "ok", "state": worker.state.value, "heartbeat_age_s": round(age_s, 3)}
+    )
+
+
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready", responses=_UNAVAILABLE)
+async def ready(worker: WorkerDep) -> JSONResponse:
+    """Send requests here: 200 only when they are served at once."""
+    if worker.state is EngineState.READY:
+        return JSONResponse({"status": "ready", "state": worker.state.value})
+    return _refusal(state_problem(worker.state), worker)
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def metrics(metrics: MetricsDep) -> Response:
+    """Prometheus text. Not async: it may wait for a step, and runs in a thread."""
+    return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _refusal(problem: Problem, worker: Worker) -> JSONResponse:
+    """The error, with the state and how far the start has come."""
+    progress = worker.progress_now if worker.state is EngineState.LOADING else None
+    response = problem.response()
+    body = {
+        **problem.body(),
+        "state": worker.state.value,
+        "progress": None if progress is None else asdict(progress),
+    }
+    headers = {
+        name: value
+        for name, value in response.headers.items()
+        if name not in ("content-length", "content-type")
+    }
+    return JSONResponse(body, response.status_code, headers)

@@ -1,0 +1,348 @@
+"""The `moestro` command. Imports the heavy parts inside the commands, so that --help is instant."""
+
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from moestro.server.facts import Refused, refusal_line
+
+from . import flags
+
+if TYPE_CHECKING:
+    import socket
+
+    from moestro.server.facts import Settings
+
+app = typer.Typer(
+    rich_markup_mode=None,  # plain help: quick, and no boxes around errors
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 refused (one line says why), 130 interrupted."""
+    try:
+        code = app(prog_name="moestro", standalone_mode=False)
+    except TyperException as error:
+        code = _refuse(f"{error.format_message()} (see moestro --help)")
+    except Refused as refusal:
+        code = _refuse(str(refusal))
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code or 0)
+
+
+def _refuse(message: str) -> int:
+    typer.echo(refusal_line(message), err=True)
+    return 2
+
+
+@contextmanager
+def _big_imports() -> Iterator[None]:
+    """While big libraries are imported: some of them swallow a KeyboardInterrupt.
+
+    What they make stays for good. Looking there for garbage takes a tenth of the time that they
+    need, and as long again at each full collection later.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        signal.signal(signal.SIGINT, before)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"moestro {version('moestro')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Serves Mixture-of-Experts language models whose experts do not fit into fast memory.
+
+    \b
+    Start here:
+      moestro serve demo                          a small real model on 127.0.0.1:8000
+      moestro serve ./my-moe --host-memory 8GiB   your own checkpoint, experts in 8 GiB
+      moestro plan ./my-moe                       what that takes and gives, without loading it
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def serve(
+    model: flags.Model,
+    host: flags.Host = None,
+    port: flags.Port = None,
+    device: flags.Device = None,
+    device_memory: flags.DeviceMemory = None,
+    emulate_link: flags.EmulateLink = None,
+    host_memory: flags.HostMemory = None,
+    kv_memory: flags.KvMemory = None,
+    expert_format: flags.ExpertFormat = None,
+    dense_format: flags.DenseFormat = None,
+    experts_per_token: flags.ExpertsPerToken = None,
+    no_prefetch: flags.NoPrefetch = False,
+    no_host_compute: flags.NoHostCompute = False,
+    prefetch_experts: flags.PrefetchExperts = None,
+    threads: flags.Threads = None,
+    max_model_len: flags.MaxModelLen = None,
+    max_step_tokens: flags.MaxStepTokens = None,
+    served_model_name: flags.ServedModelName = None,
+    cache_dir: flags.CacheDir = None,
+    api_key: flags.ApiKey = None,
+) -> None:
+    """Serve a model over HTTP, in the manner of OpenAI's API.
+
+    \b
+    Examples:
+      moestro serve demo
+      moestro serve demo --host-memory 16MiB --experts-per-token 6
+      moestro serve ./my-moe --host 0.0.0.0 --api-key "$KEY"
+    \b
+    Sizes are like 16MiB, 2GiB, 500MB or plain bytes. Each flag is also a variable:
+    MOESTRO_HOST_MEMORY=2GiB is --host-memory 2GiB, MOESTRO_PREFETCH=false is --no-prefetch;
+    a flag wins. Ctrl-C lets running requests finish, a second one does not.
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and not name.startswith("no_")
+    }
+    if no_prefetch:
+        given["prefetch"] = False
+    if no_host_compute:
+        given["host_compute"] = False
+    from moestro.server.facts import load_settings
+    from moestro.server.serving import listening_socket
+
+    settings = load_settings(given)
+    raise typer.Exit(_serve(settings, listening_socket(settings.host, settings.port)))
+
+
+def _serve(settings: "Settings", listener: "socket.socket") -> int:
+    began_s = time.monotonic()
+    with _big_imports():
+        from .start import run_server
+
+    return run_server(settings, listener, began_s)
+
+
+@app.command()
+def plan(
+    model: flags.Model,
+    device: flags.Device = None,
+    device_memory: flags.DeviceMemory = None,
+    host_memory: flags.HostMemory = None,
+    kv_memory: flags.KvMemory = None,
+    expert_format: flags.ExpertFormat = None,
+    dense_format: flags.DenseFormat = None,
+    experts_per_token: flags.ExpertsPerToken = None,
+    threads: flags.Threads = None,
+    max_model_len: flags.MaxModelLen = None,
+    max_step_tokens: flags.MaxStepTokens = None,
+    cache_dir: flags.CacheDir = None,
+    disk_speed: flags.DiskSpeed = None,
+    trace: flags.Trace = None,
+    as_json: flags.AsJson = False,
+) -> None:
+    """Show what serving a model would take and give, without loading it.
+
+    \b
+    Examples:
+      moestro plan ./my-moe --host-memory 8GiB
+      moestro plan ./only-config-json --json --disk-speed 3GB
+    \b
+    A folder with config.json is enough; the weight index and the headers of weight files are used
+    where they are. Memory is what `moestro serve` prints with the same flags. Speeds are bounds
+    from a second of measuring, not promises. Budgets that contradict are refused with the nearest
+    plan that fits.
+    \b
+    --json prints one object of model, memory, experts, link, compute, decode, prefill, changes:
+    sizes in bytes (…_bytes), times in seconds (…_s), speeds per second (tokens_per_s).
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("disk_speed", "trace", "as_json")
+    }
+    from moestro.server.facts import load_settings
+
+    settings = load_settings(given)
+    with _big_imports():
+        from .plan import run_plan
+
+    run_plan(settings, disk_speed, trace, as_json)
+
+
+trace_app = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="Record which experts a model asks for."
+)
+app.add_typer(trace_app, name="trace")
+
+
+@trace_app.command()
+def record(
+    model: flags.Model,
+    out: flags.TraceOut,
+    prompts: flags.Prompts,
+    tokens: flags.TraceTokens = 64,
+    host_memory: flags.HostMemory = None,
+    expert_format: flags.ExpertFormat = None,
+    experts_per_token: flags.ExpertsPerToken = None,
+    threads: flags.Threads = None,
+    cache_dir: flags.CacheDir = None,
+) -> None:
+    """Run prompts, one after another, and write down which experts they asked for.
+
+    \b
+    Example:
+      moestro trace record demo demo.trace --prompts prompts.txt
+      moestro trace replay demo.trace
+      moestro plan demo --trace demo.trace
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("out", "prompts", "tokens")
+    }
+    from moestro.server.facts import load_settings
+
+    settings = load_settings(given)
+    with _big_imports():
+        from .tracing import run_record
+
+    run_record(settings, out, prompts, tokens)
+
+
+@trace_app.command()
+def replay(trace: flags.TraceFile, as_json: flags.AsJson = False, plot: flags.Plot = None) -> None:
+    """Hit rates that a trace would have had: by budget and policy, with Belady's as the ceiling.
+
+    \b
+    Example:
+      moestro trace replay demo.trace --plot demo.svg
+    """
+    with _big_imports():
+        from .tracing import run_replay
+
+    run_replay(trace, as_json, plot)
+
+
+@trace_app.command()
+def mix(
+    trace: flags.TraceFile,
+    out: flags.Mixture,
+    fine: flags.Fine,
+    coarse: flags.Coarse,
+    share: flags.Share = 0.25,
+) -> None:
+    """Write down which experts to keep in a finer format: those that a trace asked for most.
+
+    \b
+    Example:
+      moestro trace mix demo.trace mix.json --fine int8 --coarse int4 --share 0.25
+      moestro serve demo --expert-format mixed:mix.json
+    """
+    with _big_imports():
+        from .tracing import run_mix
+
+    run_mix(trace, out, fine, coarse, share)
+
+
+@app.command()
+def factorize(
+    source: flags.Source,
+    out: flags.Out,
+    calibration: flags.Calibration = None,
+    plan: flags.PlanFile = None,
+    write_plan: flags.WritePlan = None,
+    experts: flags.Experts = 24,
+    shared: flags.Shared = 768,
+    top_k: flags.TopK = 12,
+    calibration_tokens: flags.CalibrationTokens = 32768,
+    seed: flags.Seed = 0,
+    cache_dir: flags.CacheDir = None,
+) -> None:
+    """Split the feed-forward layers of a dense model into experts.
+
+    \b
+    Example:
+      moestro factorize demo ./demo-moe --calibration text.txt --write-plan plan.safetensors
+    """
+    with _big_imports():
+        from moestro.engine import StartError
+        from moestro.factorize import run_factorize
+        from moestro.server.facts import load_places
+
+        from .start import watched_progress
+
+    try:
+        with watched_progress() as progress:
+            report = run_factorize(
+                source,
+                out,
+                calibration=calibration or [],
+                plan=plan,
+                write_plan=write_plan,
+                experts=experts,
+                shared=shared,
+                top_k=top_k,
+                calibration_tokens=calibration_tokens,
+                seed=seed,
+                cache_dir=load_places(cache_dir).cache_dir,
+                progress=progress,
+            )
+    except StartError as error:
+        raise Refused(str(error)) from error
+    typer.echo(report)
+
+
+@app.command()
+def evaluate(
+    folder: flags.Checkpoint,
+    text: flags.Texts,
+    tokens: flags.EvaluationTokens = 8192,
+    experts_per_token: flags.EvaluationExperts = None,
+) -> None:
+    """Measure how well a checkpoint predicts a text (perplexity).
+
+    \b
+    Example:
+      moestro evaluate ./demo-moe --text book.txt --experts-per-token 6
+    """
+    with _big_imports():
+        from moestro.engine import StartError
+        from moestro.factorize import run_evaluate
+
+        from .start import watched_progress
+
+    try:
+        with watched_progress() as progress:
+            report = run_evaluate(folder, text, tokens, experts_per_token, progress)
+    except StartError as error:
+        raise Refused(str(error)) from error
+    typer.echo(report)

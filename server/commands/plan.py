@@ -1,0 +1,234 @@
+"""`moestro plan`: what serving would take and give, as text or as one JSON object.
+
+The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
+
+    model    family, layers, experts_per_layer, experts_per_token, expert_bytes (one, as kept),
+             expert_format, dense_format, stored_dtype, weights ("files", or "absent": the shapes
+             are those of config.json)
+    memory   interpreter, dense, workspace, experts, kv, packing (each with _bytes; what only the
+             first start takes beyond the others), their total_bytes, limit_bytes, limit, kv_tokens,
+             max_model_len_tokens, max_step_tokens (which the workspace is for), max_step_reason
+    experts  slots, total, slots_per_layer (average), resident_share
+    link     scattered_bytes_per_s (one expert a read, decode), ordered_bytes_per_s (neighbours
+             together, prefill), source
+    compute  threads
+    decode, prefill
+             tokens (of one step), routing ("uniform" or "trace"), low and high: each with
+             hit_rate, link_bytes (read in one step), link_s, compute_s, tokens_per_s (a bound),
+             limit ("disk" or "compute")
+    changes  list of flags ("" where none helps) and effect
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from moestro.engine import Bound, Forecast, Outlook, StartError, changes, plan_model
+from moestro.server.facts import Refused, Settings, parse_size
+
+from .console import set_up_logging
+
+NOT_FETCHED = (
+    "MODEL: the demo model is not in {cache_dir} yet; `moestro serve demo` fetches and splits it,"
+    " then it can be planned"
+)
+
+ROUTING = {
+    "uniform": "if every expert is equally likely (skewed routing finds more)",
+    "trace": "in the trace: as the cache decides, and with perfect foresight",
+}
+
+
+def run_plan(settings: Settings, disk_speed: str | None, trace: Path | None, as_json: bool) -> None:
+    """Prints the plan on stdout. Raises Refused where serving would be refused."""
+    set_up_logging(Console(stderr=True))
+    config = settings.to_engine_config()
+    if settings.is_demo:
+        config = replace(config, model_path=_demo(settings.cache_dir))
+    try:
+        forecast = plan_model(config, _speed(disk_speed), trace)
+    except StartError as error:
+        raise Refused(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps(as_object(forecast), indent=2))
+    else:
+        typer.echo("\n".join(lines(forecast)))
+
+
+def _demo(cache_dir: Path) -> Path:
+    from moestro.factorize import find_demo
+
+    folder = find_demo(cache_dir)
+    if folder is None:
+        raise Refused(NOT_FETCHED.format(cache_dir=cache_dir))
+    return folder
+
+
+def _speed(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        speed = parse_size(text.strip().removesuffix("/s"))
+    except ValueError as error:
+        raise Refused(f"--disk-speed: {error}, per second") from error
+    if not isinstance(speed, int) or speed <= 0:
+        raise Refused(f"--disk-speed: {text!r} is not above 0")
+    return speed
+
+
+def as_object(forecast: Forecast) -> dict[str, Any]:
+    """The object that the head of this file describes."""
+    plan, work = forecast.plan, forecast.work
+    layer = work.layers[0]
+    return {
+        "model": {
+            "family": forecast.family,
+            "layers": len(work.layers),
+            "experts_per_layer": layer.num_experts,
+            "experts_per_token": layer.experts_per_token,
+            "expert_bytes": forecast.slot_bytes,
+            "expert_format": forecast.expert_format,
+            "dense_format": forecast.dense_format,
+            "stored_dtype": forecast.stored_dtype,
+            "weights": "files" if forecast.has_weights else "absent",
+        },
+        "memory": {f"{name}_bytes": count for name, count in plan.parts().items()}
+        | {
+            "total_bytes": plan.total_bytes,
+            "limit_bytes": plan.limit_bytes,
+            "limit": plan.limit_name,
+            "kv_tokens": plan.kv_tokens,
+            "max_model_len_tokens": forecast.context_tokens,
+            "max_step_tokens": plan.demand.step_tokens,
+            "max_step_reason": plan.step_reason,
+        },
+        "experts": {
+            "slots": forecast.slots,
+            "total": work.total_experts,
+            "slots_per_layer": forecast.slots / len(work.layers),
+            "resident_share": forecast.resident_share,
+        },
+        "link": {
+            "scattered_bytes_per_s": forecast.link.scattered_bytes_per_s,
+            "ordered_bytes_per_s": forecast.link.ordered_bytes_per_s,
+            "source": forecast.link.source,
+        },
+        "compute": {"threads": forecast.compute.threads},
+        "decode": _outlook_object(forecast.decode, forecast.decode_routing),
+        "prefill": _outlook_object(forecast.prefill, forecast.prefill_routing),
+        "changes": [{"flags": one.flags, "effect": one.effect} for one in changes(forecast)],
+    }
+
+
+def _outlook_object(outlook: Outlook, routing: str) -> dict[str, Any]:
+    ends = {"low": _bound_object(outlook.low), "high": _bound_object(outlook.high)}
+    return {"tokens": outlook.low.tokens, "routing": routing, **ends}
+
+
+def _bound_object(bound: Bound) -> dict[str, Any]:
+    return {
+        "hit_rate": bound.hit_rate,
+        "link_bytes": bound.link_bytes,
+        "link_s": bound.link_s,
+        "compute_s": bound.compute_s,
+        "tokens_per_s": bound.tokens_per_s,
+        "limit": bound.limit,
+    }
+
+
+def lines(forecast: Forecast) -> list[str]:
+    """The text for people."""
+    return [
+        *_model_lines(forecast),
+        *forecast.plan.lines(),
+        "",
+        *_speed_lines(forecast),
+        "",
+        *_change_lines(forecast),
+    ]
+
+
+def _model_lines(forecast: Forecast) -> list[str]:
+    work = forecast.work
+    layer = work.layers[0]
+    found = [
+        f"{forecast.family}: {len(work.layers)} layers of {layer.num_experts} experts of"
+        f" {_size(forecast.slot_bytes)} ({forecast.expert_format}), {layer.experts_per_token}"
+        " per token"
+    ]
+    if not forecast.has_weights:
+        found.append(
+            f"the weights are not here: shapes are those of config.json, stored as"
+            f" {forecast.stored_dtype}"
+        )
+    return found
+
+
+def _speed_lines(forecast: Forecast) -> list[str]:
+    work, link = forecast.work, forecast.link
+    per_layer = forecast.slots / len(work.layers)
+    found = [
+        f"in RAM      {forecast.slots} of {work.total_experts} experts"
+        f" ({100 * forecast.resident_share:.1f} %), {per_layer:.1f} of"
+        f" {work.layers[0].num_experts} per layer on average",
+    ]
+    if not forecast.holds_all:
+        found.append(
+            f"disk        {_rate(link.scattered_bytes_per_s)} expert by expert,"
+            f" {_rate(link.ordered_bytes_per_s)} in order ({link.source})"
+        )
+    return [
+        *found,
+        *_outlook_lines("decode", forecast.decode, forecast.decode_routing),
+        *_outlook_lines("prefill", forecast.prefill, forecast.prefill_routing),
+        f"These are bounds, not promises: what the disk and {forecast.compute.threads} thread(s)"
+        " allow when nothing",
+        "else takes time (no attention over long contexts, no fixed cost per layer).",
+    ]
+
+
+def _outlook_lines(name: str, outlook: Outlook, routing: str) -> list[str]:
+    low, high = outlook.low, outlook.high
+    speed = _between(f"{low.tokens_per_s:.3g}", f"{high.tokens_per_s:.3g}")
+    limit = low.limit if low.limit == high.limit else f"{low.limit} or {high.limit}"
+    rates = _between(f"{100 * low.hit_rate:.0f}", f"{100 * high.hit_rate:.0f}")
+    sizes = _between(_size(high.link_bytes), _size(low.link_bytes))
+    times = _between(_time(high.link_s), _time(low.link_s))
+    unit = "token" if low.tokens == 1 else f"{low.tokens} tokens"
+    return [
+        f"{name:<11} at most {speed} tokens/s, limited by {limit}",
+        f"            per {unit}: {sizes} read in {times}, computed in {_time(low.compute_s)}",
+        f"            {rates} % hits {ROUTING[routing]}",
+    ]
+
+
+def _change_lines(forecast: Forecast) -> list[str]:
+    found = changes(forecast)
+    if not found:
+        return ["all experts and the whole context fit: more memory changes nothing"]
+    return ["what would change it"] + [
+        f"  {one.flags + ': ' if one.flags else ''}{one.effect}" for one in found
+    ]
+
+
+def _between(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e6:.0f} MB/s"
+
+
+def _size(count_bytes: float) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count_bytes >= unit:
+            return f"{count_bytes / unit:.4g} {name}"
+    return f"{count_bytes:.0f} B"

@@ -1,0 +1,36 @@
+"""The engine as the server sees it: its members, and its errors as HTTP answers."""
+
+from .errors import (
+    DOCUMENTED,
+    HTTP_ROWS,
+    REJECTIONS,
+    UNSUPPORTED,
+    BodyTooLarge,
+    ErrorResponse,
+    GenerationFailed,
+    Problem,
+    Row,
+    UnknownModel,
+    answer,
+    problem_of,
+    state_problem,
+)
+from .protocols import Stream, Worker
+
+__all__ = [
+    "BodyTooLarge",
+    "DOCUMENTED",
+    "ErrorResponse",
+    "GenerationFailed",
+    "HTTP_ROWS",
+    "Problem",
+    "REJECTIONS",
+    "Row",
+    "Stream",
+    "UNSUPPORTED",
+    "UnknownModel",
+    "Worker",
+    "answer",
+    "problem_of",
+    "state_problem",
+]

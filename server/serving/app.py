@@ -1,0 +1,62 @@
+"""The application, built from its parts. Creates nothing at import and nothing global."""
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from moestro.engine import EngineError
+from moestro.server.api import ApiKey, BodyLimit, Parts, RequestIds, ops_router
+from moestro.server.api.dialects import completions_router
+from moestro.server.contract import GenerationFailed, UnknownModel, Worker, answer
+from moestro.server.facts import Settings
+from moestro.server.metrics import EngineCollector, ServerMetrics
+
+METRICS_PATIENCE_S = 60.0  # a page of metrics does not wait for an engine in a step this long
+
+
+class Api(FastAPI):
+    """FastAPI documents a 422 for every route with parameters; here they are 400s."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema.get("components", {}).get("schemas", {}).pop(name, None)
+        return schema
+
+
+def create_app(worker: Worker, settings: Settings) -> FastAPI:
+    """The caller starts and stops the worker; the app only asks it."""
+    patience_s = min(settings.stuck_after, METRICS_PATIENCE_S)
+    metrics = ServerMetrics(EngineCollector(worker, settings.served_name, patience_s))
+    # No docs pages: theirs load scripts from elsewhere. No redirects: they trust the Host header.
+    app = Api(
+        title="moestro",
+        version=version("moestro"),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.parts = Parts(worker, settings, metrics)
+    app.include_router(completions_router)
+    app.include_router(ops_router)
+    for kind in (
+        RequestValidationError,
+        HTTPException,
+        EngineError,
+        UnknownModel,
+        GenerationFailed,
+        Exception,
+    ):
+        app.add_exception_handler(kind, answer)
+    # The last added is the first passed.
+    app.add_middleware(BodyLimit, limit_bytes=settings.max_body)
+    if settings.key is not None:
+        app.add_middleware(ApiKey, key=settings.key, metrics=metrics)
+    app.add_middleware(RequestIds)
+    return app

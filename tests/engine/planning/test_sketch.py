@@ -1,0 +1,63 @@
+"""A plan needs no weights: the config alone gives the same shapes as the files' headers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from moestro.engine import EngineConfig, ModelRefused
+from moestro.engine.planning.blueprint import Blueprint, inspect, plan_memory, understand
+from moestro.engine.planning.sketch import Sketch, weights_are_here
+
+
+def without_weights(folder: Path, to: Path, index: dict[str, object] | None = None) -> Path:
+    to.mkdir()
+    shutil.copy(folder / "config.json", to)
+    if index is not None:
+        (to / "model.safetensors.index.json").write_text(json.dumps(index))
+    return to
+
+
+def facts(config: EngineConfig, blueprint: Blueprint) -> tuple[object, object, object]:
+    parts = plan_memory(config, blueprint).parts()
+    layers = [(layer.num_experts, layer.layout) for layer in blueprint.spec.layers]
+    return {**parts, "interpreter": 0}, layers, blueprint.topology
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_config_alone_gives_the_same_plan(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    whole = EngineConfig(tiny.build(family, tmp_path / "whole", dtype), tmp_path)
+    bare = EngineConfig(without_weights(whole.model_path, tmp_path / "bare"), tmp_path)
+    assert weights_are_here(whole.model_path) and not weights_are_here(bare.model_path)
+    sketched = understand(bare, Sketch(bare.model_path))
+    assert facts(bare, sketched) == facts(whole, inspect(whole))
+
+
+@pytest.mark.parametrize(("itemsize", "stored"), [(4, torch.float32), (2, torch.bfloat16)])
+def test_the_index_wins_over_the_config(itemsize: int, stored: torch.dtype, tmp_path: Path) -> None:
+    whole = tiny.build("olmoe", tmp_path / "whole", torch.float16)
+    total = itemsize * (whole / "model.safetensors").stat().st_size // 2
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"},
+    }
+    if stored is torch.bfloat16:
+        config = json.loads((whole / "config.json").read_text())
+        (whole / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    bare = without_weights(whole, tmp_path / "bare", index)
+    assert not weights_are_here(bare)
+    blueprint = understand(EngineConfig(bare, tmp_path), Sketch(bare))
+    assert {dtype for dtype, _ in blueprint.experts[0].tensors.values()} == {stored}
+
+
+def test_a_broken_index_is_named(tmp_path: Path) -> None:
+    bare = without_weights(tiny.build("olmoe", tmp_path / "whole"), tmp_path / "bare")
+    (bare / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ModelRefused, match="index.json is not a weight index"):
+        weights_are_here(bare)

@@ -1,0 +1,44 @@
+"""What is said around a start."""
+
+import logging
+import shlex
+
+import pytest
+
+from moestro.server.commands.start import prepare_of, ready_text, warn_if_open
+from moestro.server.facts.refusal import refusal_line
+from moestro.server.facts.settings import Settings
+
+
+def test_ready_text_can_be_copied():
+    settings = Settings(model="demo", served_model_name="it's")
+    text = ready_text(settings, "http://127.0.0.1:8000", 1.25)
+    words = shlex.split(text[text.index("curl") : text.index("\n\n  pieces")].replace("\\\n", " "))
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/completions"]
+    assert '"model": "it\'s"' in words[-1]
+    assert "http://127.0.0.1:8000/metrics" in text
+    assert "Authorization" not in text
+
+
+def test_ready_text_never_shows_the_key():
+    text = ready_text(Settings(model="demo", api_key="hidden"), "http://h:1", 1)
+    assert "hidden" not in text
+    assert "$MOESTRO_API_KEY" in text
+
+
+def test_a_refusal_is_one_line_whatever_its_cause_says():
+    assert refusal_line("first\n  second\t third\n") == "moestro: first second third"
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"),
+    [("127.0.0.1", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "k", False)],
+)
+def test_an_open_door_is_said(caplog, host, key, warns):
+    with caplog.at_level(logging.WARNING, "moestro"):
+        warn_if_open(Settings(model="demo", host=host, api_key=key))
+    assert ("without a key" in caplog.text) is warns
+
+
+def test_a_folder_needs_no_preparation(tmp_path):
+    assert prepare_of(Settings(model=str(tmp_path))) is None
