@@ -1,9 +1,11 @@
 """A model understood and its memory planned, before anything is loaded."""
 
 import logging
+import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -30,13 +32,13 @@ from moestro.engine.model import Topology, build_meta_model, trace
 from moestro.engine.weights import Checkpoint, Manifest, Replacement, replacements, saved_bytes
 
 from .device_memory import DEVICE_ALLOWANCE_BYTES, HostDemand, settle_host
+from .limits import HostMemory, is_in_memory, memory_available, memory_limit, resident_bytes
 from .memory import (
     ALLOWANCE_BYTES,
     DEFAULT_KV_BYTES,
     DEVICE_BUDGET,
     Demand,
     MemoryPlan,
-    memory_limit,
     settle,
 )
 from .step_size import plan_best_steps, plan_given_steps
@@ -46,6 +48,7 @@ log = logging.getLogger("moestro.engine")
 PACKING_COPIES = 2.5  # of one layer, while transformers converts it: 2.3 seen
 # Of a token and one that it may see: two masks of booleans, and one of them as a product wants it.
 MASK_BYTES = 6
+BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +137,46 @@ def _experts_per_token(
 
 
 def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = False) -> MemoryPlan:
-    """With `packing`, the pack has to be built first. Raises BudgetTooSmall with the arithmetic."""
-    spec = blueprint.spec
-    demand = _demand(config, blueprint, spec, packing)
+    """With `packing`, the pack has to be built first. Raises BudgetTooSmall with the arithmetic.
 
-    def plan(step_tokens: int) -> MemoryPlan:
+    How long steps are moves the last bits of long prompts, so it is chosen as if all of the limit
+    were free: it is the same at every start. The budgets are then what is available now.
+    """
+    spec, limit = blueprint.spec, memory_limit()
+    demand = _demand(config, blueprint, spec, packing)
+    own_bytes = demand.interpreter_bytes + _files_bytes(config, spec, packing=False)
+
+    def plan(step_tokens: int, memory: HostMemory = HostMemory(limit)) -> MemoryPlan:  # noqa: B008
         workspace = _workspace_bytes(config, blueprint, demand, step_tokens)
         asked = replace(demand, workspace_bytes=workspace, step_tokens=step_tokens)
-        return _settled(config, blueprint, spec, asked)
+        return _settled(config, blueprint, spec, asked, memory)
 
     if config.max_step_tokens is not None:
-        return plan_given_steps(plan, config.max_step_tokens)
-    return plan_best_steps(plan, None if config.link is None else config.device_memory_bytes)
+        chosen = plan_given_steps(plan, config.max_step_tokens)
+    else:
+        slots_bytes = None if config.link is None else config.device_memory_bytes
+        chosen = plan_best_steps(plan, slots_bytes)
+    now = HostMemory(limit, memory_available() + own_bytes)
+    planned = plan(chosen.demand.step_tokens, now)
+    return replace(planned, step_reason=chosen.step_reason)
+
+
+def _files_bytes(config: EngineConfig, spec: PackSpec, *, packing: bool) -> int:
+    """Of the cache and the model's folder where these are memory; with a pack that is to come."""
+    folders = {config.cache_dir, config.model_path}
+    inside = {each for each in folders if config.cache_dir in each.parents}
+    found = sum(_held_bytes(each) for each in folders - inside if is_in_memory(each))
+    return found + (spec.total_bytes if packing and is_in_memory(config.cache_dir) else 0)
+
+
+def _held_bytes(folder: Path) -> int:
+    """What the files below `folder` take. Files that vanish meanwhile take nothing."""
+    total = 0
+    for base, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += BLOCK_BYTES * os.lstat(Path(base, name)).st_blocks
+    return total
 
 
 def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing: bool) -> Demand:
@@ -163,7 +194,8 @@ def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing:
     if blueprint.device.room is None:  # else the dense weights are never here as a whole
         loading_bytes += dense_bytes
     return Demand(
-        interpreter_bytes=psutil.Process().memory_info().rss,
+        interpreter_bytes=resident_bytes(),
+        files_bytes=_files_bytes(config, spec, packing=packing),
         dense_bytes=dense_bytes,
         workspace_bytes=0,
         experts_total_bytes=spec.slot_bytes * spec.num_experts,
@@ -175,14 +207,18 @@ def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing:
 
 
 def _settled(
-    config: EngineConfig, blueprint: Blueprint, spec: PackSpec, demand: Demand
+    config: EngineConfig,
+    blueprint: Blueprint,
+    spec: PackSpec,
+    demand: Demand,
+    memory: HostMemory,
 ) -> MemoryPlan:
     """The budgets beside `demand`. Raises BudgetTooSmall."""
     wanted_context, least = demand.context_tokens, max(blueprint.topology.experts_per_token)
     if blueprint.device.room is None:
-        plan = _in_host_memory(config, demand, spec, least)
+        plan = _in_host_memory(config, demand, spec, least, memory)
     else:
-        plan = _apart(config, blueprint, blueprint.device.room, demand)
+        plan = _apart(config, blueprint, blueprint.device.room, demand, memory)
     if config.max_model_len_tokens is not None and plan.kv_tokens < wanted_context:
         needed = round_up_tokens(wanted_context) * demand.kv_bytes_per_token
         raise BudgetTooSmall(
@@ -193,21 +229,26 @@ def _settled(
     return plan
 
 
-def _in_host_memory(config: EngineConfig, demand: Demand, spec: PackSpec, least: int) -> MemoryPlan:
+def _in_host_memory(
+    config: EngineConfig, demand: Demand, spec: PackSpec, least: int, memory: HostMemory
+) -> MemoryPlan:
     host, slots = config.host_memory_bytes, demand.experts_least_bytes // spec.slot_bytes
     if host is not None:
         _check_slots("--host-memory", host, spec, slots)
-    plan = settle(demand, host, config.kv_memory_bytes, memory_limit())
+    kv, now = config.kv_memory_bytes, memory.available_bytes
+    plan = settle(demand, host, kv, memory.limit, available_bytes=now)
     if config.device_memory_bytes is None:
         return plan
     # An emulated device's slots take memory unless they only show the host's.
     device = _check_slots("--device-memory", config.device_memory_bytes, spec, least)
     if plan.experts_bytes >= demand.experts_total_bytes:
         return plan
-    return settle(demand, host, config.kv_memory_bytes, memory_limit(), device.arena_bytes)
+    return settle(demand, host, kv, memory.limit, device.arena_bytes, available_bytes=now)
 
 
-def _apart(config: EngineConfig, blueprint: Blueprint, room: Room, demand: Demand) -> MemoryPlan:
+def _apart(
+    config: EngineConfig, blueprint: Blueprint, room: Room, demand: Demand, memory: HostMemory
+) -> MemoryPlan:
     """All that is computed from in a device's own memory; the host has its tier of experts."""
     spec, staging = blueprint.spec, blueprint.device.staging_bytes
     least = max(blueprint.topology.experts_per_token)
@@ -218,6 +259,7 @@ def _apart(config: EngineConfig, blueprint: Blueprint, room: Room, demand: Deman
     there = replace(
         demand,
         interpreter_bytes=0,
+        files_bytes=0,
         workspace_bytes=demand.workspace_bytes + DEVICE_ALLOWANCE_BYTES - ALLOWANCE_BYTES,
         packing_bytes=demand.dense_bytes + 2 * _largest_bytes(blueprint),
     )
@@ -234,8 +276,11 @@ def _apart(config: EngineConfig, blueprint: Blueprint, room: Room, demand: Deman
         experts_wish_bytes=wish + staging,
         staging_bytes=staging,
         packing_bytes=demand.packing_bytes,
+        files_bytes=demand.files_bytes,
     )
-    return replace(plan, host=settle_host(host, config.host_memory_bytes, memory_limit()))
+    return replace(
+        plan, host=settle_host(host, config.host_memory_bytes, memory.limit, memory.available_bytes)
+    )
 
 
 def _check_slots(

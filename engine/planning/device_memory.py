@@ -22,10 +22,11 @@ class HostDemand:
     experts_wish_bytes: int  # more than that is not worth choosing; staging included
     staging_bytes: int
     packing_bytes: int  # taken at the start alone
+    files_bytes: int = 0  # of cache and model, where their folders are memory (tmpfs)
 
     @property
     def fixed_bytes(self) -> int:
-        return self.interpreter_bytes + HOST_ALLOWANCE_BYTES
+        return self.interpreter_bytes + self.files_bytes + HOST_ALLOWANCE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class HostPlan:
 
     @property
     def packing_excess_bytes(self) -> int:
-        packing = self.demand.interpreter_bytes + self.demand.packing_bytes
+        demand = self.demand
+        packing = demand.interpreter_bytes + demand.files_bytes + demand.packing_bytes
         return max(0, packing - self.demand.fixed_bytes - self.experts_bytes)
 
     @property
@@ -53,6 +55,7 @@ class HostPlan:
             "host_workspace": HOST_ALLOWANCE_BYTES,
             "host_experts": self.experts_bytes,
             "host_packing": self.packing_excess_bytes,
+            **({"host_files": self.demand.files_bytes} if self.demand.files_bytes else {}),
         }
 
     def lines(self) -> list[str]:
@@ -68,6 +71,7 @@ class HostPlan:
             f"  experts   {human_bytes(self.experts_bytes):>10}  {share} % of"
             f" {human_bytes(demand.experts_total_bytes)} + staging"
             f" {human_bytes(demand.staging_bytes)} (--host-memory)",
+            *files_line(demand.files_bytes),
             *self._packing_line(),
         ]
 
@@ -80,15 +84,29 @@ class HostPlan:
         ]
 
 
+def files_line(files_bytes: int) -> list[str]:
+    """What a plan says of files that are memory; nothing where there are none."""
+    if not files_bytes:
+        return []
+    return [
+        f"  files     {human_bytes(files_bytes):>10}  of the fixed part: files on tmpfs, which is"
+        " memory; a --cache-dir on a disk takes none"
+    ]
+
+
 def settle_host(
-    demand: HostDemand, host_memory_bytes: int | None, limit: tuple[int, str]
+    demand: HostDemand,
+    host_memory_bytes: int | None,
+    limit: tuple[int, str],
+    available_bytes: int | None = None,
 ) -> HostPlan:
     """The host tier's budget where the user gave none, then the check.
 
-    Raises BudgetTooSmall with the sums.
+    `available_bytes` as in memory.py. Raises BudgetTooSmall with the sums.
     """
     limit_bytes, limit_name = limit
-    left = int(limit_bytes * (1 - HOST_RESERVE_SHARE)) - demand.fixed_bytes
+    now_bytes = limit_bytes if available_bytes is None else min(limit_bytes, available_bytes)
+    left = now_bytes - int(limit_bytes * HOST_RESERVE_SHARE) - demand.fixed_bytes
     experts = host_memory_bytes
     if experts is None:
         experts = max(demand.experts_least_bytes, min(demand.experts_wish_bytes, left))

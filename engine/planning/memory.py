@@ -6,16 +6,12 @@ The fixed part (interpreter, dense weights, workspace) follows from the model; t
 
 import ctypes
 import gc
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-
-import psutil
 
 from moestro.cache import human_bytes
 from moestro.engine.facts import GIB, MIB, ROUND_TOKENS, BudgetTooSmall, round_up_tokens
 
-from .device_memory import HostPlan
+from .device_memory import HostPlan, files_line
 
 # What torch, its threads and the allocator take beyond what a formula can name: 60-100 MiB seen.
 ALLOWANCE_BYTES = 96 * MIB
@@ -49,12 +45,13 @@ class Demand:
     experts_least_bytes: int  # what one step must hold
     kv_bytes_per_token: int
     context_tokens: int  # the longest sequence asked for
+    files_bytes: int = 0  # of cache and model, where their folders are memory (tmpfs)
     packing_bytes: int = 0  # taken once, at the start: one layer of experts, or one tensor, twice
     step_tokens: int = LEAST_STEP_TOKENS  # the most in one step; they make the workspace
 
     @property
     def fixed_bytes(self) -> int:
-        return self.interpreter_bytes + self.dense_bytes + self.workspace_bytes
+        return self.interpreter_bytes + self.dense_bytes + self.workspace_bytes + self.files_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,8 @@ class MemoryPlan:
     @property
     def packing_excess_bytes(self) -> int:
         """What packing takes beyond what serving will."""
-        packing = self.demand.interpreter_bytes + self.demand.packing_bytes
+        demand = self.demand
+        packing = demand.interpreter_bytes + demand.files_bytes + demand.packing_bytes
         return max(0, packing - self.serving_bytes)
 
     @property
@@ -100,12 +98,14 @@ class MemoryPlan:
         if self.host is not None:
             return self._apart() | self.host.parts()
         device = {"device": self.device_bytes} if self.device_bytes else {}
+        files = {"files": self.demand.files_bytes} if self.demand.files_bytes else {}
         return {
             "interpreter": self.demand.interpreter_bytes,
             "dense": self.demand.dense_bytes,
             "workspace": self.demand.workspace_bytes,
             "experts": self.experts_bytes,
             **device,
+            **files,
             "kv": self.kv_bytes,
             "packing": self.packing_excess_bytes,
         }
@@ -133,6 +133,7 @@ class MemoryPlan:
             f"  experts   {human_bytes(self.experts_bytes):>10}  {share} % of"
             f" {human_bytes(demand.experts_total_bytes)} ({flag})",
             *self._device_line(),
+            *files_line(self.demand.files_bytes),
             f"  kv        {human_bytes(self.kv_bytes):>10}  {self.kv_tokens} tokens of"
             f" {human_bytes(demand.kv_bytes_per_token)} (--kv-memory)",
             f"  step      {demand.step_tokens:>10}  tokens (--max-step-tokens): {self.step_reason}",
@@ -166,54 +167,6 @@ def release_freed_memory() -> None:
         return
 
 
-def memory_limit(root: Path = Path("/")) -> tuple[int, str]:
-    """The tightest of the machine's memory and the memory groups' limits, with its name.
-
-    A limit may sit on any ancestor of the process's own group, so all of them are asked. `root` is
-    where proc and sys are.
-    """
-    limit, name = psutil.virtual_memory().total, "the machine's memory"
-    for path in _limit_files(root):
-        try:
-            group = int(path.read_text())
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-        if group < limit:
-            limit, name = group, f"the memory group's limit, {path}"
-    return limit, name
-
-
-def _limit_files(root: Path) -> Iterator[Path]:
-    """Of the process's own group up to the mounts' tops, for both versions of memory groups."""
-    mounts = root / "sys/fs/cgroup"
-    tops = {"v1": (mounts / "memory",), "v2": (mounts, mounts / "unified")}
-    names = {"v1": "memory.limit_in_bytes", "v2": "memory.max"}
-    for version, own in _own_groups(root):
-        # In a container the path can be the host's, which is not mounted: then the top is left.
-        inside = own.relative_to("/") if own.is_absolute() and ".." not in own.parts else None
-        for top in tops[version]:
-            for group in (inside, *inside.parents) if inside else (PurePosixPath(),):
-                yield top / group / names[version]
-
-
-def _own_groups(root: Path) -> list[tuple[str, PurePosixPath]]:
-    """Lines are number:controllers:path; version 2 is number 0 and names no controller."""
-    found = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except (OSError, ValueError):
-        lines = []
-    for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if "memory" in controllers.split(","):
-            found.append(("v1", PurePosixPath(path)))
-        elif number == "0" and not controllers:
-            found.append(("v2", PurePosixPath(path)))
-    # Without proc, the tops at least.
-    return found or [("v1", PurePosixPath("/")), ("v2", PurePosixPath("/"))]
-
-
 def settle(
     demand: Demand,
     host_memory_bytes: int | None,
@@ -221,21 +174,24 @@ def settle(
     limit: tuple[int, str],
     device_bytes: int = 0,
     kind: BudgetKind = HOST_BUDGET,
+    available_bytes: int | None = None,
 ) -> MemoryPlan:
     """Budgets where the user gave none, then the check. Raises BudgetTooSmall with the sums.
 
     Room beyond all experts is not planned: nothing would ever take it. `device_bytes` are an
     emulated device's slots, where they lie in the same memory. `kind` says
-    which budget the first one is.
+    which budget the first one is. A budget that is chosen here takes no more than
+    `available_bytes`, which this process has or could have now; others hold the rest.
     """
     limit_bytes, limit_name = limit
     taken = demand.fixed_bytes + device_bytes
-    left = int(limit_bytes * (1 - kind.reserve_share)) - taken
+    now_bytes = limit_bytes if available_bytes is None else min(limit_bytes, available_bytes)
+    left = now_bytes - int(limit_bytes * kind.reserve_share) - taken
     least_kv = ROUND_TOKENS * demand.kv_bytes_per_token
     kv = kv_memory_bytes
     if kv is None:
         whole = round_up_tokens(demand.context_tokens) * demand.kv_bytes_per_token
-        room = limit_bytes - taken - demand.experts_least_bytes
+        room = now_bytes - taken - demand.experts_least_bytes
         kv = max(least_kv, min(whole, DEFAULT_KV_BYTES, left // 2, room))
     experts = host_memory_bytes
     if experts is None:

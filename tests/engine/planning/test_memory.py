@@ -1,14 +1,12 @@
 """The plan is arithmetic: every refusal carries its sums."""
 
 from dataclasses import replace
-from pathlib import Path
 
-import psutil
 import pytest
 
 from moestro.engine import BudgetTooSmall
 from moestro.engine.facts.units import MIB
-from moestro.engine.planning.memory import Demand, memory_limit, settle
+from moestro.engine.planning.memory import Demand, settle
 
 DEMAND = Demand(
     interpreter_bytes=400 * MIB,
@@ -79,65 +77,6 @@ def test_room_beyond_all_experts_is_not_planned() -> None:
     assert plan.total_bytes == (800 + 1000 + 32) * MIB
 
 
-def groups(root: Path, own: str, limits: dict[str, object]) -> Path:
-    """A machine's proc and sys with the process in the groups `own`."""
-    for name, text in {"proc/self/cgroup": own, **limits}.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(f"{text}\n")
-    return root
-
-
-V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
-
-
-@pytest.mark.parametrize(
-    ("own", "limits", "wanted", "place"),
-    [
-        ("0::/", {f"{V2}/memory.max": 7 * MIB}, 7 * MIB, "cgroup/memory.max"),
-        ("0::/a/b", {f"{V2}/a/b/memory.max": 5 * MIB}, 5 * MIB, "a/b/memory.max"),
-        (
-            "0::/a/b",
-            {f"{V2}/a/b/memory.max": "max", f"{V2}/a/memory.max": 6 * MIB},
-            6 * MIB,
-            "a/memory.max",
-        ),
-        (
-            "12:pids:/x\n4:memory:/a/b\n0::/",
-            {
-                f"{V1}/memory.limit_in_bytes": 1 << 62,
-                f"{V1}/a/memory.limit_in_bytes": 8 * MIB,
-                f"{V1}/a/b/memory.limit_in_bytes": 9 * MIB,
-            },
-            8 * MIB,
-            "a/memory.limit_in_bytes",
-        ),
-        # The host's path, seen from inside a container.
-        ("0::/docker/c1", {f"{V2}/memory.max": 4 * MIB}, 4 * MIB, "cgroup/memory.max"),
-        ("0::/../outside", {f"{V2}/memory.max": 4 * MIB}, 4 * MIB, "cgroup/memory.max"),
-        ("0::/a", {f"{V2}/unified/a/memory.max": 3 * MIB}, 3 * MIB, "unified/a/memory.max"),
-    ],
-)
-def test_the_tightest_group_on_the_way_up_counts(
-    own: str, limits: dict[str, object], wanted: int, place: str, tmp_path: Path
-) -> None:
-    limit, name = memory_limit(groups(tmp_path, own, limits))
-    assert limit == wanted
-    assert name.endswith(place)
-
-
-def test_without_groups_the_machine_is_the_limit(tmp_path: Path) -> None:
-    (tmp_path / V2).mkdir(parents=True)
-    limit, name = memory_limit(tmp_path)
-    assert (limit, name) == (psutil.virtual_memory().total, "the machine's memory")
-    (tmp_path / V2 / "memory.max").write_text("1048576")
-    assert memory_limit(tmp_path)[0] == MIB
-
-
-def test_the_limit_is_found() -> None:
-    limit, name = memory_limit()
-    assert limit > 100 * MIB and name
-
-
 def test_packing_counts_where_it_takes_more_than_serving() -> None:
     small = replace(DEMAND, packing_bytes=300 * MIB)
     plan = settle(small, 60 * MIB, 17 * MIB, (10_000 * MIB, "the machine"))
@@ -148,3 +87,26 @@ def test_packing_counts_where_it_takes_more_than_serving() -> None:
     assert "packing" in plan.lines()[-1] and "900 MiB" in plan.lines()[-1]
     with pytest.raises(BudgetTooSmall, match="packing"):
         settle(large, 60 * MIB, 17 * MIB, (1200 * MIB, "the machine"))
+
+
+def test_budgets_that_are_chosen_take_what_is_available_less_the_reserve() -> None:
+    limit = (10_000 * MIB, "the machine")
+    plan = settle(DEMAND, None, 64 * MIB, limit, available_bytes=2600 * MIB)
+    assert plan.experts_bytes == (2600 - 1500 - 800 - 64) * MIB
+    whole = settle(DEMAND, None, 64 * MIB, limit)
+    assert whole.experts_bytes == DEMAND.experts_total_bytes
+    # What is given is the user's, and what is needed is tried: others may let go of theirs.
+    given = settle(DEMAND, 900 * MIB, 64 * MIB, limit, available_bytes=1000 * MIB)
+    assert given.experts_bytes == 900 * MIB
+    least = settle(DEMAND, None, 64 * MIB, limit, available_bytes=1000 * MIB)
+    assert least.experts_bytes == DEMAND.experts_least_bytes
+
+
+def test_files_that_are_memory_are_a_part_of_the_plan() -> None:
+    there = replace(DEMAND, files_bytes=338 * MIB)
+    plan = settle(there, 60 * MIB, 17 * MIB, (10_000 * MIB, "the machine"))
+    assert plan.parts()["files"] == 338 * MIB
+    assert sum(plan.parts().values()) == plan.total_bytes == (800 + 338 + 60 + 17) * MIB
+    assert any("files" in line and "338 MiB" in line for line in plan.lines())
+    with pytest.raises(BudgetTooSmall, match=r"fixed 1\.2 GiB"):
+        settle(there, 60 * MIB, 17 * MIB, (1000 * MIB, "the memory group's limit"))

@@ -10,6 +10,7 @@ import torch
 
 import tiny
 from engine_kit import opened, run_logits
+from moestro.engine import weight_loading
 from moestro.engine.weights import dense_file
 from moestro.engine.weights.linears import CompactLinear
 
@@ -40,7 +41,7 @@ def test_the_second_start_has_the_bits_of_the_first(
     folder = tiny.build(family, tmp_path / "model", torch.bfloat16)
     first = start(folder, tmp_path / "cache", dense_format=dense_format)
     assert KEPT not in caplog.text
-    monkeypatch.setattr(dense_file, "load_dense", None)  # a second start must not call it
+    monkeypatch.setattr(weight_loading, "load_dense", None)  # a second start must not call it
     second = start(folder, tmp_path / "cache", dense_format=dense_format)
     assert KEPT in caplog.text
     assert torch.equal(first, second)
