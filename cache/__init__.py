@@ -1,4 +1,4 @@
-"""Where expert weights are and who may stay. Knows no request, no token, no HTTP."""
+"""Where expert weights are and which are evicted. Knows no request, no token, no HTTP."""
 
 from moestro.cache.facts import (
     LEAST_HOST_SLOTS,
@@ -61,7 +61,7 @@ from moestro.cache.traces import (
 )
 
 from .expert_cache import ExpertCache
-from .lease import Lease, Stay
+from .lease import ComputeBelow, Lease
 from .two_tiers import two_tiers
 
 __all__ = [
@@ -107,7 +107,7 @@ __all__ = [
     "Routed",
     "SlotPlan",
     "SlotState",
-    "Stay",
+    "ComputeBelow",
     "TensorSpec",
     "TierPlan",
     "TierStats",

@@ -16,7 +16,7 @@ from moestro.cache.tiers import (
 )
 from moestro.cache.traces import TraceWriter
 
-from .lease import Lease, Stay
+from .lease import ComputeBelow, Lease
 from .loader import Loader
 
 
@@ -69,12 +69,12 @@ class ExpertCache:
         experts: Sequence[int],
         phase: Phase,
         routed: Routed | None = None,
-        stay: Stay | None = None,
+        compute_below: ComputeBelow | None = None,
     ) -> Lease:
         """One layer event: pins the residents, starts reading the others, and counts both.
 
-        `stay(residents, below)` says how many of those that are missing here and lie in the tier
-        below are lent from there instead: they are misses all the same, and move no byte.
+        `compute_below(residents, below)` says how many of those that are missing here and lie in
+        the tier below are lent from there instead: they are misses all the same, and move no byte.
 
         `experts` are distinct; `routed` says how a prompt's tokens chose among them. Use the lease
         at once as a context manager and leave it before the next call. Raises ValueError or
@@ -85,7 +85,7 @@ class ExpertCache:
         if self._loader.in_flight:
             self._loader.poll()
         parts = self._loader, self._residency, self._arena
-        self._lease = Lease(*parts, layer, experts, phase, routed, stay)
+        self._lease = Lease(*parts, layer, experts, phase, routed, compute_below)
         if self._trace is not None:
             self._trace.record(layer, experts, phase, routed)
         return self._lease
@@ -135,34 +135,34 @@ class ExpertCache:
 
     def stats(self) -> CacheStats:
         """A snapshot. `loaded_bytes` counts whole strides: what was read, padding included."""
-        books, plan = self._counters, self._plan
+        counters, plan = self._counters, self._plan
         return CacheStats(
             layers=tuple(
                 LayerStats(
                     name=layer.name,
-                    hits=books.hits[index],
-                    prefetch_hits=books.prefetch_hits[index],
-                    misses=books.misses[index],
-                    evictions=books.evictions[index],
-                    stayed=books.stayed[index],
+                    hits=counters.hits[index],
+                    prefetch_hits=counters.prefetch_hits[index],
+                    misses=counters.misses[index],
+                    evictions=counters.evictions[index],
+                    computed_below=counters.computed_below[index],
                 )
                 for index, layer in enumerate(self._pack.spec.layers)
             ),
-            demand_loads=books.demand.loads,
-            prefetch_loads=books.prefetch.loads,
-            demand_bytes=books.demand.bytes,
-            prefetch_bytes=books.prefetch.bytes,
-            prefetches_used=books.used,
-            prefetches_late=books.late,
-            prefetches_wasted=books.wasted,
-            prefetches_dropped=books.dropped,
-            prefetch_rereads=books.guesses.rereads,
-            prefetch_head_start_s=books.guesses.head_start_s,
-            prefetch_behind_s=books.guesses.behind_s,
-            demand_read_s=books.demand.read_s,
-            prefetch_read_s=books.prefetch.read_s,
-            prefill_stall_s=books.prefill_stall_s,
-            decode_stall_s=books.decode_stall_s,
+            demand_loads=counters.demand.loads,
+            prefetch_loads=counters.prefetch.loads,
+            demand_bytes=counters.demand.bytes,
+            prefetch_bytes=counters.prefetch.bytes,
+            prefetches_used=counters.used,
+            prefetches_late=counters.late,
+            prefetches_wasted=counters.wasted,
+            prefetches_dropped=counters.dropped,
+            prefetch_rereads=counters.guesses.rereads,
+            prefetch_head_start_s=counters.guesses.head_start_s,
+            prefetch_behind_s=counters.guesses.behind_s,
+            demand_read_s=counters.demand.read_s,
+            prefetch_read_s=counters.prefetch.read_s,
+            prefill_stall_s=counters.prefill_stall_s,
+            decode_stall_s=counters.decode_stall_s,
             slots=plan.slots,
             slots_used=self._table.used,
             slot_bytes=plan.slot_bytes,
@@ -175,7 +175,7 @@ class ExpertCache:
         """Raises AssertionError, with the sums, where two views of the truth differ."""
         self._table.check()
         self._check_users()
-        self._check_books()
+        self._check_counters()
         passing, most = len(self._table.passing), self._residency.stream_slots
         agree("passing experts beyond their share, none", max(0, passing - most), 0)
         if self._host is not None:
@@ -204,23 +204,24 @@ class ExpertCache:
         pinned_by = set() if lease is None else lease.held
         agree("pinned slots, slots of the open lease", table.pinned, pinned_by)
 
-    def _check_books(self) -> None:
-        books, table, lease = self._counters, self._table, self._open_lease()
+    def _check_counters(self) -> None:
+        counters, table, lease = self._counters, self._table, self._open_lease()
         asked = [
-            sum(three) for three in zip(books.hits, books.prefetch_hits, books.misses, strict=True)
+            sum(three)
+            for three in zip(counters.hits, counters.prefetch_hits, counters.misses, strict=True)
         ]
-        agree("hits + misses per layer, requests", asked, books.requested)
+        agree("hits + misses per layer, requests", asked, counters.requested)
         waiting = 0 if lease is None else lease.waiting
-        accounted = books.demand.started + books.late + waiting + books.abandoned
-        accounted += sum(books.stayed)
-        what = "misses, reads started + late + waiting + abandoned + stayed below"
-        agree(what, sum(books.misses), accounted)
-        moving = books.demand.moving + books.prefetch.moving
+        accounted = counters.demand.started + counters.late + waiting + counters.abandoned
+        accounted += sum(counters.computed_below)
+        what = "misses, reads started + late + waiting + abandoned + computed below"
+        agree(what, sum(counters.misses), accounted)
+        moving = counters.demand.moving + counters.prefetch.moving
         agree("reads moving, LOADING slots", moving, len(table.loading))
-        fate = books.used + books.late + books.wasted + len(table.guessed)
-        agree("prefetches, used + late + wasted + unasked", books.prefetch.started, fate)
-        loads = books.demand.loads + books.prefetch.loads
-        agree("loads - evictions, READY slots", loads - sum(books.evictions), sum(table.ready))
-        agree("loads, loads by layer", loads, sum(books.loads))
-        read = books.demand.bytes + books.prefetch.bytes
+        fate = counters.used + counters.late + counters.wasted + len(table.guessed)
+        agree("prefetches, used + late + wasted + unasked", counters.prefetch.started, fate)
+        loads = counters.demand.loads + counters.prefetch.loads
+        agree("loads - evictions, READY slots", loads - sum(counters.evictions), sum(table.ready))
+        agree("loads, loads by layer", loads, sum(counters.loads))
+        read = counters.demand.bytes + counters.prefetch.bytes
         agree("bytes, loads x stride", read, self._loader.loaded_bytes)

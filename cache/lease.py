@@ -1,9 +1,10 @@
 """The experts of one layer event, held while they are used.
 
 residents              yielded first, in the order of the request; pinned from the start
-missing, with a seat   read at once, yielded as they arrive; pinned from the start
-missing, staying       lent from the tier below, yielded after the residents
-missing, without       read in waves into slots of a rota: whose experts were yielded and are done
+missing, with a slot   read at once, yielded as they arrive; pinned from the start
+missing, lent          lent from the tier below, yielded after the residents
+missing, without       read in waves into slots used in turn (the rotation), each as soon as its
+                       expert was yielded and is done
 """
 
 from collections import deque
@@ -20,7 +21,7 @@ from moestro.cache.tiers import MOST_BYTES_AT_ONCE, Arena, Failure
 
 from .loader import Loader
 
-Stay = Callable[[int, int], int]
+ComputeBelow = Callable[[int, int], int]
 """(residents, missing ones that lie in the tier below) -> how many of these to lend from there."""
 
 
@@ -42,7 +43,7 @@ class Lease:
         experts: Sequence[int],
         phase: Phase,
         routed: Routed | None = None,
-        stay: Stay | None = None,
+        compute_below: ComputeBelow | None = None,
     ) -> None:
         if len(set(experts)) != len(experts) or (experts and min(experts) < 0):
             raise ValueError(f"expert numbers must be distinct and not negative: {experts}")
@@ -55,8 +56,8 @@ class Lease:
         self._pending: list[int] = []  # experts that wait for a slot
         self._coming: set[int] = set()  # slots of this lease being read into
         self._arrived: deque[int] = deque()  # slots not yielded yet
-        self._rota: deque[int] = deque()  # slots given to those who wait, in this order
-        self._done: set[int] = set()  # slots of the rota whose expert was yielded and is done
+        self._rotation: deque[int] = deque()  # slots given to those who wait, in this order
+        self._done: set[int] = set()  # slots of the rotation whose expert was yielded and is done
         self._more: set[int] = set()  # slots that joined after the residents
         self._given: set[int] = set()  # slots of residents that were given up
         self._failure: Failure | None = None
@@ -66,7 +67,7 @@ class Lease:
         self._here = residency.ask(layer, experts, phase, routed)
         self._count_hits(len(experts))
         if len(self._here) < len(experts):
-            self._demand(experts, stay, welcome=routed is not None)
+            self._demand(experts, compute_below, admit=routed is not None)
 
     @property
     def waiting(self) -> int:
@@ -110,7 +111,7 @@ class Lease:
             yield self._lent(self._here)
             if self._pending:
                 for slot in self._here:
-                    self._spend(slot)
+                    self._release(slot)
         if self._below:
             yield self._below
         while self._coming or self._arrived or self._pending or self._failure:
@@ -119,7 +120,7 @@ class Lease:
             yield self._lent(slots)
             if self._pending:
                 for slot in slots:
-                    self._spend(slot)
+                    self._release(slot)
 
     def _lent(self, slots: Sequence[int]) -> list[tuple[int, dict[str, torch.Tensor]]]:
         views, keys = self._views, self._table.keys
@@ -140,7 +141,7 @@ class Lease:
             assert key is not None, "a pinned slot has an expert"
             yield key.expert, views[slot]
             if self._pending:
-                self._spend(slot)
+                self._release(slot)
 
     def _slots(self) -> Iterator[int]:
         yield from self._here
@@ -171,12 +172,14 @@ class Lease:
             counters.used += len(guessed)
             counters.guesses.asked(self._keys_in(guessed), late=False)
 
-    def _demand(self, experts: Sequence[int], stay: Stay | None, *, welcome: bool) -> None:
+    def _demand(
+        self, experts: Sequence[int], compute_below: ComputeBelow | None, *, admit: bool
+    ) -> None:
         """Everything that is not here: joins the reads under way and starts those that fit."""
         table, row, keys = self._table, self._table.where[self._layer], self._residency.keys
         self._pending = sorted(missing(row, experts))
-        if stay is not None:
-            self._borrow(experts, stay)
+        if compute_below is not None:
+            self._borrow(experts, compute_below)
         late = [row[e] for e in experts if row[e] != NOWHERE and not table.ready[row[e]]]
         self._counters.misses[self._layer] += len(self._pending) + len(self._below) + len(late)
         self._counters.late += len(late)
@@ -187,35 +190,35 @@ class Lease:
         table.pinned.update(late)
         self._coming.update(late)
         self._more.update(late)
-        if welcome:
-            self._pending = self._residency.welcome(self._layer, self._pending, experts)
-        slots = self._seat(experts)
+        if admit:
+            self._pending = self._residency.admit(self._layer, self._pending, experts)
+        slots = self._assign(experts)
         while self._pending and not (slots or self._here or self._coming):
             # All slots are taken by a prefetch of other experts, which cannot be called back.
             self._loader.wait(self._phase)
-            slots = self._seat(experts)
+            slots = self._assign(experts)
         if len(slots) < len(self._pending):
-            self._rota.extend(self._residency.rota([*self._here, *late], slots))
+            self._rotation.extend(self._residency.rotation([*self._here, *late], slots))
         self._start(slots)
 
-    def _borrow(self, experts: Sequence[int], stay: Stay) -> None:
+    def _borrow(self, experts: Sequence[int], compute_below: ComputeBelow) -> None:
         """Leaves some of those who wait in the tier below, to be computed with there."""
         wanting = set(self._pending)
         below = self._loader.resident_below(self._layer, [x for x in experts if x in wanting])
-        count = stay(len(self._here), len(below)) if below else 0
+        count = compute_below(len(self._here), len(below)) if below else 0
         if not count:
             return
         chosen = below[-count:]  # the last choices: the first are the likelier to be asked again
         self._pending = sorted(wanting.difference(chosen))
         views = self._loader.lend(self._layer, chosen, alone=not self._pending)
         self._below = list(zip(chosen, views, strict=True))
-        self._counters.stayed[self._layer] += count
+        self._counters.computed_below[self._layer] += count
 
     def _keys_in(self, slots: Iterable[int]) -> list[ExpertKey]:
         return [key for slot in slots if (key := self._table.keys[slot]) is not None]
 
-    def _seat(self, experts: Sequence[int]) -> list[int]:
-        return self._residency.seat(self._layer, self._pending, experts, self._phase)
+    def _assign(self, experts: Sequence[int]) -> list[int]:
+        return self._residency.assign(self._layer, self._pending, experts, self._phase)
 
     def _start(self, slots: Sequence[int]) -> None:
         """Reads the first experts that wait into `slots`, which they were given."""
@@ -235,32 +238,32 @@ class Lease:
             if self._failure is not None:
                 raise self._failure
             if not self._coming:
-                self._refill(min(len(self._rota), len(self._pending)))
+                self._refill(min(len(self._rotation), len(self._pending)))
             self.collect(self._loader.wait(self._phase))
         return self._arrived.popleft()
 
-    def _spend(self, slot: int) -> None:
+    def _release(self, slot: int) -> None:
         """`slot` was yielded and is done: others wait for it."""
         if not self.open:
             raise RuntimeError("the lease's block was left")
         self._done.add(slot)
-        # Half of the rota at a time: one half is computed with while the other is read into.
+        # Half of the rotation at a time: one half is computed with while the other is read into.
         enough = min(
-            max(1, len(self._rota) // 2),
+            max(1, len(self._rotation) // 2),
             max(1, MOST_BYTES_AT_ONCE // self._loader.strides[self._layer]),
             len(self._pending),
         )
-        if all(each in self._done for each in islice(self._rota, enough)):
+        if all(each in self._done for each in islice(self._rotation, enough)):
             self._refill(enough)
 
     def _refill(self, count: int) -> None:
-        """Gives up the first `count` slots of the rota, all done, for those who wait."""
-        old = [self._rota.popleft() for _ in range(count)]
+        """Gives up the first `count` slots of the rotation, all done, for those who wait."""
+        old = [self._rotation.popleft() for _ in range(count)]
         self._arena.used(old)
         self._table.pinned.difference_update(old)
         self._more.difference_update(old)
         self._done.difference_update(old)
         self._given.update(old)
         new = self._residency.replace(self._layer, old, self._pending[:count])
-        self._rota.extend(new)
+        self._rotation.extend(new)
         self._start(new)

@@ -1,4 +1,4 @@
-"""Fills slots: from "these experts have a slot" to "they are here", with the books kept.
+"""Fills slots: from "these experts have a slot" to "they are here", and counted.
 
 Between the decisions (residency.py, lease.py) and the bytes (transfer.py).
 """

@@ -210,16 +210,16 @@ def _bind(
     step: StepPhase,
     prefetch: Prefetch | None,
 ) -> None:
-    maths, stay = MathByFlags(blueprint.codec), None
+    maths, compute_below = MathByFlags(blueprint.codec), None
     if config.link is not None and config.host_compute:
-        stay = host_share(config.link, blueprint)
+        compute_below = host_share(config.link, blueprint)
     elif blueprint.device.room is not None:
         log.info("experts where they lie: off, every miss is copied (only emulated links split)")
     for layer, path in enumerate(blueprint.topology.experts_paths):
         module = model.get_submodule(path)
         math = maths.of(module)
         scale = blueprint.output_scale
-        bind(module, OffloadedExperts(layer, cache, step, math, scale, prefetch, stay))
+        bind(module, OffloadedExperts(layer, cache, step, math, scale, prefetch, compute_below))
 
 
 def _assemble(

@@ -23,5 +23,5 @@ def host_share(link: LinkSpec, blueprint: Blueprint) -> HostShare:
     compute_s = matrices.numbers_each / measure_multiply(blueprint.codec, matrices, 1)
     copy_s = link.latency_s + blueprint.spec.slot_bytes / link.bandwidth_bytes_per_s
     share = HostShare(copy_s, compute_s, compute_s)
-    log.info("experts where they lie: %s; of 4 misses %d stay", share, share(0, 4))
+    log.info("experts where they lie: %s; of 4 misses %d are computed there", share, share(0, 4))
     return share

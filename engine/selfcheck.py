@@ -1,4 +1,4 @@
-"""One look in the mirror before serving: packed, chunked and alone must give the same logits.
+"""A self-check before serving: packed, chunked and alone must give the same logits.
 
 A model whose layers keep state that the packed cache does not know (recurrent, convolutional)
 would answer wrongly without any error. Running one short sequence alone, and again in two chunks

@@ -99,7 +99,7 @@ def _dense_model(
     device = blueprint.device
     model = build_meta_model(checkpoint, device.compute_dtype)
     compact = compact_modules(config, blueprint, model)
-    last = LastRows() if blueprint.topology.inputs_stay else None
+    last = LastRows() if blueprint.topology.inputs_unchanged else None
     kept = None
     if device.room is None:  # a GPU's weights would have to be kept in their own place and dtype
         kept = DenseFile.of(checkpoint, config.dense_format, folder)

@@ -16,7 +16,7 @@ class LayerStats:
     prefetch_hits: int
     misses: int
     evictions: int
-    stayed: int = 0  # misses that were computed with where they lay, in the tier below
+    computed_below: int = 0  # misses that were computed with where they lay, in the tier below
 
     @property
     def lookups(self) -> int:

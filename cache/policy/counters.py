@@ -33,7 +33,7 @@ class Counters:
     misses: list[int] = field(init=False)
     evictions: list[int] = field(init=False)
     loads: list[int] = field(init=False)
-    stayed: list[int] = field(init=False)  # missed, and computed with in the tier below
+    computed_below: list[int] = field(init=False)  # missed, and computed with in the tier below
     demand: LinkCounters = field(default_factory=LinkCounters)
     prefetch: LinkCounters = field(default_factory=LinkCounters)
     used: int = 0
@@ -46,7 +46,15 @@ class Counters:
     guesses: GuessLedger = field(init=False)
 
     def __post_init__(self) -> None:
-        each = ("requested", "hits", "prefetch_hits", "misses", "evictions", "loads", "stayed")
+        each = (
+            "requested",
+            "hits",
+            "prefetch_hits",
+            "misses",
+            "evictions",
+            "loads",
+            "computed_below",
+        )
         for name in each:
             setattr(self, name, [0] * self.layers)
         self.guesses = GuessLedger(self.layers)

@@ -113,8 +113,8 @@ class DecayedFrequency:
         else:
             layer.routed(keys, routed)
 
-    def promise(self, key: ExpertKey) -> float:
-        return self._stay(self._layer(key.layer).rate(key), self._since(key.layer))
+    def keep_score(self, key: ExpertKey) -> float:
+        return self._score(self._layer(key.layer).rate(key), self._since(key.layer))
 
     def added(self, key: ExpertKey) -> None:
         if key in self._kept:
@@ -133,9 +133,9 @@ class DecayedFrequency:
             return found
         ranked = [layer.ranked() for layer in self._layers]
         sinces = [self._since(number) for number in range(len(ranked))]
-        stay = self._stay
+        score = self._score
         heads = [
-            (stay(rates[0], since), since, number, 0)
+            (score(rates[0], since), since, number, 0)
             for number, ((_, rates), since) in enumerate(zip(ranked, sinces, strict=True))
             if rates
         ]
@@ -144,7 +144,7 @@ class DecayedFrequency:
             _, since, number, place = heads[0]
             keys, rates = ranked[number]
             if place + 1 < len(keys):
-                following = (stay(rates[place + 1], since), since, number, place + 1)
+                following = (score(rates[place + 1], since), since, number, place + 1)
                 heapreplace(heads, following)
             else:
                 heappop(heads)
@@ -166,7 +166,7 @@ class DecayedFrequency:
         """Layers run since this one did: 0 for the current one, which runs again last."""
         return (self._current - layer) % len(self._layers)
 
-    def _stay(self, rate: float, since: int) -> float:
+    def _score(self, rate: float, since: int) -> float:
         """The lower, the sooner a key leaves; `since` is of its layer. Grows with the rate."""
         return rate
 
@@ -184,5 +184,5 @@ class NextUse(DecayedFrequency):
     ) -> None:
         super().__init__(half_life_events, last_event_share)
 
-    def _stay(self, rate: float, since: int) -> float:
+    def _score(self, rate: float, since: int) -> float:
         return since / len(self._layers) - 1 / max(_LEAST_RATE, rate)

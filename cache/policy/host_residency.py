@@ -81,10 +81,10 @@ class HostResidency:
             self._evict([slot for slot, _ in doubled])
         if table.free < count:
             busy = (*table.loading, *table.pinned)
-            staying = {key for slot in busy if (key := table.keys[slot]) is not None}
+            unevictable = {key for slot in busy if (key := table.keys[slot]) is not None}
             kept = self._policy.keys()
-            wanted = min(count - table.free, len(kept) - len(staying))
-            victims = self._policy.victims(wanted, staying)
+            wanted = min(count - table.free, len(kept) - len(unevictable))
+            victims = self._policy.victims(wanted, unevictable)
             if victims is None:
                 raise RuntimeError(f"the policy has no {wanted} victims among {len(kept)} keys")
             self._evict([table.where[key.layer][key.expert] for key in victims])

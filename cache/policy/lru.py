@@ -21,7 +21,7 @@ class Policy(Protocol):
         They are used together: their mutual order carries no meaning.
         """
 
-    def promise(self, key: ExpertKey) -> float:
+    def keep_score(self, key: ExpertKey) -> float:
         """What speaks for keeping `key`, kept or not: the higher the more, and for victims least.
 
         0 for every key where nothing is known of those that are not kept.
@@ -55,7 +55,7 @@ class Lru:
             if key in order:
                 move(key)
 
-    def promise(self, key: ExpertKey) -> float:
+    def keep_score(self, key: ExpertKey) -> float:
         return 0.0
 
     def added(self, key: ExpertKey) -> None:
@@ -99,7 +99,7 @@ class PerLayer:
             self._current = keys[0].layer
             self._of(self._current).asked(keys, routed)
 
-    def promise(self, key: ExpertKey) -> float:
+    def keep_score(self, key: ExpertKey) -> float:
         """Layers' own figures could not be compared."""
         return 0.0
 

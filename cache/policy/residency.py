@@ -1,15 +1,17 @@
-"""Who has a slot and who must go: table, policy and counters change together here, or not at all.
+"""Which experts have slots and which are evicted.
+
+Table, policy and counters change together here, or not at all.
 
 The live cache (lease.py, loader.py) and replayer.py decide with this same code, which is why
 replayed hits are live hits. Knows no memory and no reads.
 
 A *streaming* event is one of a prompt, or one that asks for more experts than there are slots.
-Nearly every expert of its layer passes through, once: seated like others they would push out all
-that decoding lives on. So it takes free slots, and beyond them no more than `stream_slots`, whose
+Nearly every expert of its layer passes through, once: given slots like others they would evict all
+that decoding needs. So it takes free slots, and beyond them no more than `stream_slots`, whose
 experts are *passing*: the first to leave, until a decode event asks for them.
 
 What a prompt asked for most, its answer will ask for, too. These experts pass by anyway: where the
-policy expects them sooner than others that are kept, they stay instead (`welcome`).
+policy expects them sooner than others that are kept, they are kept instead (`admit`).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -41,7 +43,7 @@ class Residency:
         self.stream_slots = min(len(table.keys), max(2, len(table.keys) // STREAM_SHARE))
 
     def streams(self, requested: int, phase: Phase) -> bool:
-        """An event of `requested` experts must not be seated at the expense of decoding."""
+        """An event of `requested` experts must not be given slots at the expense of decoding."""
         return phase is Phase.PREFILL or requested > len(self.table.keys)
 
     def ask(
@@ -61,26 +63,28 @@ class Residency:
                 table.passing.pop(slot, None)
         return here
 
-    def welcome(self, layer: int, wanted: Sequence[int], asked: Sequence[int]) -> list[int]:
+    def admit(self, layer: int, wanted: Sequence[int], asked: Sequence[int]) -> list[int]:
         """Evicts those whom the policy expects later than some of `wanted`, a prompt's.
 
         `wanted`, ascending, but first those that there is a free slot for now.
         """
         policy, keys, kept = self.policy, self.keys[layer], self.policy.keys()
-        best = sorted(wanted, key=lambda expert: -policy.promise(keys[expert]))
-        staying = self._staying({keys[expert] for expert in asked})
+        best = sorted(wanted, key=lambda expert: -policy.keep_score(keys[expert]))
+        unevictable = self._unevictable({keys[expert] for expert in asked})
         room = self.table.free
-        most = min(len(best) - room, len(kept) - len(staying))
+        most = min(len(best) - room, len(kept) - len(unevictable))
         leaving = []
-        for expert, victim in zip(best[room:], policy.victims(most, staying) or (), strict=False):
-            if policy.promise(keys[expert]) <= policy.promise(victim):
+        for expert, victim in zip(
+            best[room:], policy.victims(most, unevictable) or (), strict=False
+        ):
+            if policy.keep_score(keys[expert]) <= policy.keep_score(victim):
                 break
             leaving.append(self.table.where[victim.layer][victim.expert])
         self.evict(leaving)
         room = self.table.free
         return [*sorted(best[:room]), *sorted(best[room:])]
 
-    def seat(
+    def assign(
         self, layer: int, wanted: Sequence[int], asked: Sequence[int], phase: Phase
     ) -> list[int]:
         """Slots for as many of `wanted` as may have one now, first ones first, evicting for them.
@@ -120,11 +124,11 @@ class Residency:
             slots = [slot for slot, _ in zip(leaving, range(count - table.free), strict=False)]
             self.left += self.evict(slots)
         if table.free < count:
-            kept, staying = self.policy.keys(), self._staying(protected)
-            wanted = min(count - table.free, len(kept) - len(staying))
+            kept, unevictable = self.policy.keys(), self._unevictable(protected)
+            wanted = min(count - table.free, len(kept) - len(unevictable))
             if most_victims is not None:
                 wanted = min(wanted, most_victims)
-            victims = self.policy.victims(wanted, staying)
+            victims = self.policy.victims(wanted, unevictable)
             if victims is None:
                 raise RuntimeError(f"the policy has no {wanted} victims among {len(kept)} keys")
             self.left += self.evict([table.where[key.layer][key.expert] for key in victims])
@@ -148,28 +152,28 @@ class Residency:
             self.counters.wasted += 1
         self.policy.removed(self.table.failed(slot))
 
-    def rota(self, held: Sequence[int], seats: Sequence[int]) -> list[int]:
-        """Slots that the rest of an event takes turns in: of its `seats` or, before them, `held`.
+    def rotation(self, held: Sequence[int], slots: Sequence[int]) -> list[int]:
+        """Slots that the rest of an event takes turns in: of its `slots` or, before them, `held`.
 
-        The first one is given up first, as soon as its expert is done. Who stays depends on this
-        order alone, never on the order in which reads end.
+        The first one is given up first, as soon as its expert is done. Which experts are kept
+        depends on this order alone, never on the order in which reads end.
         """
         passing = self.table.passing
-        streaming = [slot for slot in (*held, *seats) if slot in passing]
-        return streaming or list(seats) or list(held[: self.stream_slots])
+        streaming = [slot for slot in (*held, *slots) if slot in passing]
+        return streaming or list(slots) or list(held[: self.stream_slots])
 
     def replace(self, layer: int, slots: Sequence[int], experts: Sequence[int]) -> list[int]:
-        """Evicts `slots`, a part of a rota, for as many `experts`; the slots these were given."""
+        """Evicts `slots` of a rotation for as many `experts`; the slots these were given."""
         passing = sum(slot in self.table.passing for slot in slots)
         self.evict(slots)
         return self.take(layer, experts, passing)
 
-    def _staying(self, protected: Iterable[ExpertKey]) -> set[ExpertKey]:
+    def _unevictable(self, protected: Iterable[ExpertKey]) -> set[ExpertKey]:
         """Kept keys that nobody may evict now."""
         table, kept = self.table, self.policy.keys()
-        staying = {key for slot in table.loading if (key := table.keys[slot]) is not None}
-        staying.update(key for key in protected if key in kept)
-        return staying
+        unevictable = {key for slot in table.loading if (key := table.keys[slot]) is not None}
+        unevictable.update(key for key in protected if key in kept)
+        return unevictable
 
     def _leaving(self, protected: Collection[ExpertKey]) -> Iterator[int]:
         """Slots whose experts were passing and may go now, first come first."""

@@ -4,7 +4,7 @@
                experts missing:   take a host slot, are read, then copied
                no host slot free: wait until a copy or a read ends (demanded before guessed)
 
-To the device's cache it is a reader like any other. One thread calls it and keeps all its books;
+To the device's cache it is a reader like any other. One thread calls it and keeps all its counts;
 only the pack's reader has threads. Knows no device: the link does.
 """
 
@@ -47,7 +47,7 @@ class _Task:
 
 
 @dataclass(slots=True)
-class _Books:
+class _Counts:
     """hits + misses = experts asked for; misses = reads started + joined + waiting."""
 
     asked: int = 0
@@ -79,7 +79,7 @@ class TierReader:
         self._residency, self._table = residency, residency.table
         self._disk, self._link = disk, link
         self._layers = pack.spec.layers
-        self._books = _Books()
+        self._counts = _Counts()
         self._backlog: tuple[deque[_Task], deque[_Task]] = (deque(), deque())  # demanded, guessed
         self._reading: list[ReadRequest] = []
         self._awaiting: dict[ExpertKey, list[_Task]] = {}  # tasks by the expert being read
@@ -88,7 +88,7 @@ class TierReader:
         self._lent: tuple[int, list[int]] | None = None  # of the event that is being submitted
 
     def submit(self, requests: Sequence[ReadRequest]) -> None:
-        here, books, table = list[_Task](), self._books, self._table
+        here, counts, table = list[_Task](), self._counts, self._table
         for layer, of_layer in groupby(requests, lambda request: request.layer):
             distinct = dict.fromkeys(x for request in of_layer for x in request.experts)
             if self._lent is not None and self._lent[0] == layer:
@@ -104,9 +104,9 @@ class TierReader:
                     here.append(task)
                 else:
                     self._backlog[request.guessed].append(task)
-            books.asked += len(request.slots)
-        books.hits += len(here)
-        books.misses += sum(len(request.slots) for request in requests) - len(here)
+            counts.asked += len(request.slots)
+        counts.hits += len(here)
+        counts.misses += sum(len(request.slots) for request in requests) - len(here)
         self._copy(here)
         self._serve_backlog()
 
@@ -129,8 +129,8 @@ class TierReader:
         slots = [row[expert] for expert in experts]
         for slot in slots:
             self._residency.lend(slot)
-        self._books.asked += len(slots)
-        self._books.hits += len(slots)
+        self._counts.asked += len(slots)
+        self._counts.hits += len(slots)
         self._lent = (layer, list(experts))
         if alone:
             self._residency.asked(*self._lent)
@@ -174,18 +174,18 @@ class TierReader:
         return [copy_s + read_s for read_s in time_reads(self._pack, most_s)]
 
     def stats(self) -> TierStats:
-        books, plan = self._books, self._plan
+        counts, plan = self._counts, self._plan
         return TierStats(
             mode=self._residency.mode.value,
-            hits=books.hits,
-            misses=books.misses,
+            hits=counts.hits,
+            misses=counts.misses,
             evictions=self._residency.evictions,
-            demand_reads=books.demand.loads,
-            prefetch_reads=books.prefetch.loads,
-            demand_bytes=books.demand.bytes,
-            prefetch_bytes=books.prefetch.bytes,
-            demand_read_s=books.demand.read_s,
-            prefetch_read_s=books.prefetch.read_s,
+            demand_reads=counts.demand.loads,
+            prefetch_reads=counts.prefetch.loads,
+            demand_bytes=counts.demand.bytes,
+            prefetch_bytes=counts.prefetch.bytes,
+            demand_read_s=counts.demand.read_s,
+            prefetch_read_s=counts.prefetch.read_s,
             slots=plan.slots,
             slots_used=self._table.used,
             slot_bytes=plan.slot_bytes,
@@ -210,20 +210,24 @@ class TierReader:
         self._check_books()
 
     def _check_books(self) -> None:
-        books, waiting = self._books, sum(map(len, self._backlog))
-        disk = (books.demand, books.prefetch)
-        agree("hits + misses of the host tier, asked for", books.hits + books.misses, books.asked)
-        accounted = sum(reads.started for reads in disk) + books.joined + waiting
-        agree("host misses, reads started + joined + waiting", books.misses, accounted)
+        counts, waiting = self._counts, sum(map(len, self._backlog))
+        disk = (counts.demand, counts.prefetch)
+        agree(
+            "hits + misses of the host tier, asked for", counts.hits + counts.misses, counts.asked
+        )
+        accounted = sum(reads.started for reads in disk) + counts.joined + waiting
+        agree("host misses, reads started + joined + waiting", counts.misses, accounted)
         moving = sum(reads.moving for reads in disk)
         agree("host reads moving, LOADING host slots", moving, len(self._table.loading))
         ready = sum(reads.loads for reads in disk) - self._residency.evictions
         agree("host reads - evictions, READY host slots", ready, sum(self._table.ready))
         agree(
-            "copies under way, those of the books", len(self._copying), books.copies - books.copied
+            "copies under way, those of the counts",
+            len(self._copying),
+            counts.copies - counts.copied,
         )
         link = self._link.stats()
-        agree("copies that ended, those of the link", books.copied <= link.copies, True)
+        agree("copies that ended, those of the link", counts.copied <= link.copies, True)
         idle = bool(waiting) and not self._reading and not self._copying
         agree("experts waiting for a host slot while all are idle, none", idle, False)
 
@@ -243,7 +247,7 @@ class TierReader:
             self._copying[copy] = task
             copies.append(copy)
         if copies:
-            self._books.copies += len(copies)
+            self._counts.copies += len(copies)
             self._link.submit(copies)
 
     def _serve_backlog(self) -> None:
@@ -256,7 +260,7 @@ class TierReader:
                 key = queue[0].key
                 slot = row[key.layer][key.expert]
                 if slot != NOWHERE:  # another request has had it read
-                    self._books.joined += 1
+                    self._counts.joined += 1
                 elif not room:
                     break
                 else:
@@ -273,7 +277,7 @@ class TierReader:
         if requests:
             self._reading += requests
             for request in requests:
-                self._books.of(request).started += len(request.slots)
+                self._counts.of(request).started += len(request.slots)
             self._disk.submit(requests)
 
     def _requests(self, slots: Sequence[int], *, guessed: bool) -> Iterator[ReadRequest]:
@@ -297,7 +301,7 @@ class TierReader:
         for copied_one in copied:
             task = self._copying.pop(copied_one.copy)
             self._residency.unpin(copied_one.copy.source)
-            self._books.copied += 1
+            self._counts.copied += 1
             task.job.busy_s += copied_one.busy_s
             self._finish(task)
             ended = True
@@ -313,7 +317,7 @@ class TierReader:
         """A read from the pack ended: the tasks whose copy can begin."""
         request, error = completion.request, completion.error
         self._reading.remove(request)
-        reads = self._books.of(request)
+        reads = self._counts.of(request)
         reads.read_s += completion.read_s
         for expert, slot in zip(request.experts, request.slots, strict=True):
             tasks = self._awaiting.pop(self._residency.keys[request.layer][expert])

@@ -110,17 +110,17 @@ def _run(residency: Residency, event: TraceEvent) -> int:
     held = residency.ask(layer, experts, event.phase, event.routed)
     waiting = sorted(missing(row, experts))
     if waiting and event.routed is not None:
-        waiting = residency.welcome(layer, waiting, experts)
-    seats = residency.seat(layer, waiting, experts, event.phase)
-    _arrive(table, seats)
-    waiting = waiting[len(seats) :]
-    rota = deque(residency.rota(held, seats) if waiting else ())
+        waiting = residency.admit(layer, waiting, experts)
+    slots = residency.assign(layer, waiting, experts, event.phase)
+    _arrive(table, slots)
+    waiting = waiting[len(slots) :]
+    rotation = deque(residency.rotation(held, slots) if waiting else ())
     for expert in waiting:
-        slot = rota.popleft()
+        slot = rotation.popleft()
         table.pinned.discard(slot)
-        seats = residency.replace(layer, [slot], [expert])
-        _arrive(table, seats)
-        rota.extend(seats)
+        slots = residency.replace(layer, [slot], [expert])
+        _arrive(table, slots)
+        rotation.extend(slots)
     table.pinned.clear()
     return len(held)
 

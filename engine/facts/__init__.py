@@ -1,7 +1,7 @@
 """The engine's facts: errors, configuration, units, statistics and the device. Lowest wing."""
 
 from .config import EngineConfig, LinkSpec, Progress, ProgressFn
-from .device import CPU, Device, Later, Room, choose, places, set_threads
+from .device import CPU, Device, HostCopy, Room, choose, index_on, set_threads
 from .errors import (
     BadParameter,
     BudgetTooSmall,
@@ -42,7 +42,7 @@ __all__ = [
     "EngineState",
     "EngineStats",
     "GIB",
-    "Later",
+    "HostCopy",
     "LinkSpec",
     "LoadCancelled",
     "MIB",
@@ -63,7 +63,7 @@ __all__ = [
     "TierStats",
     "Unavailable",
     "choose",
-    "places",
+    "index_on",
     "round_up_tokens",
     "set_threads",
 ]

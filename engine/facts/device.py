@@ -98,7 +98,7 @@ def _cuda(name: str, why: str) -> Device:
     )
 
 
-def places(values: Sequence[int], device: torch.device) -> torch.Tensor:
+def index_on(values: Sequence[int], device: torch.device) -> torch.Tensor:
     """int64 [n] on `device`, which is not made to wait: out of pinned memory, where it is a GPU."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -106,7 +106,7 @@ def places(values: Sequence[int], device: torch.device) -> torch.Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-class Later:
+class HostCopy:
     """Numbers on their way to the host: asked for now, read when the device has got so far.
 
     What is queued between does not delay them.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from moestro.engine.facts import places
+from moestro.engine.facts import index_on
 
 SCALE = "scale"  # a quantized matrix `x` has its scales beside it as `x.scale`
 LARGEST = 127.0
@@ -254,7 +254,7 @@ def per_row(each: Sequence[torch.Tensor], counts: Sequence[int] | None) -> torch
     if counts is None or max(counts) == 1:
         return stacked
     rows = sum(counts)
-    return stacked.repeat_interleave(places(counts, stacked.device), dim=0, output_size=rows)
+    return stacked.repeat_interleave(index_on(counts, stacked.device), dim=0, output_size=rows)
 
 
 def largest_of_rows(rows: torch.Tensor) -> torch.Tensor:

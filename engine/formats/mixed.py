@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from moestro.cache import BlobLayout, PackLayer, TraceInvalid, TraceReader
-from moestro.engine.facts import StartError
-from moestro.engine.facts import places as places_on
+from moestro.engine.facts import StartError, index_on
 
 from .experts_module import ExpertsModule
 from .matrices import Codec, Layout, Source, Span
@@ -210,12 +209,12 @@ class MixedCodec:
             owns = [matrices[number][1] for number in mine]
             into = [row for number in mine for row in range(below[number], below[number + 1])]
             counts = (below[number + 1] - below[number] for number in mine)
-            part = codec.take(rows.of(codec), places_on(into, rows.device))
+            part = codec.take(rows.of(codec), index_on(into, rows.device))
             spans_of_part = list(pairwise(accumulate(counts, initial=0)))
             outs.append(codec.multiply_each(part, spans_of_part, owns))
             places += into
         joined = torch.cat(outs)
-        return torch.empty_like(joined).index_copy_(0, places_on(places, joined.device), joined)
+        return torch.empty_like(joined).index_copy_(0, index_on(places, joined.device), joined)
 
     def multiply_apart(self, rows: _Rows, matrices: Sequence[Matrix]) -> torch.Tensor:
         codecs = list(dict.fromkeys(codec for codec, _ in matrices))
@@ -224,13 +223,13 @@ class MixedCodec:
             mine = [number for number, (whose, _) in enumerate(matrices) if whose is codec]
             part = rows.of(codec)
             if len(rows) > 1 and len(codecs) > 1:
-                part = codec.take(part, places_on(mine, rows.device))
+                part = codec.take(part, index_on(mine, rows.device))
             outs.append(codec.multiply_apart(part, [matrices[number][1] for number in mine]))
             places += mine
         if len(codecs) == 1:
             return outs[0]
         joined = torch.cat(outs)
-        return torch.empty_like(joined).index_copy_(0, places_on(places, joined.device), joined)
+        return torch.empty_like(joined).index_copy_(0, index_on(places, joined.device), joined)
 
     def _layout(self, name: str, tensors: Source, transposed: bool) -> Layout:
         codec = self._codecs[name]

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moestro.cache import ExpertCache, Phase, Routed, Stay
-from moestro.engine.facts import places as places_on
+from moestro.cache import ComputeBelow, ExpertCache, Phase, Routed
+from moestro.engine.facts import index_on
 from moestro.engine.formats import Codec, Span, per_row
 
 NAME = "moestro"
@@ -193,13 +193,13 @@ class OffloadedExperts:
         math: ExpertMath,
         output_scale: float = 1.0,
         ahead: Ahead | None = None,
-        stay: Stay | None = None,
+        compute_below: ComputeBelow | None = None,
     ) -> None:
         self.layer = layer
         self.cache = cache
         self.step = step
         self.math = math
-        self.stay = stay  # who is computed where they lie, with few tokens
+        self.compute_below = compute_below  # who is computed where they lie, with few tokens
         self.output_scale = output_scale
         self.ahead = ahead
 
@@ -236,7 +236,7 @@ class OffloadedExperts:
         wanted = places_by_expert(*on_host(ids, weights, num_experts), num_experts)
         rows, results = self.math.codec.begin(hidden), None
         routed = self._routed(tokens, map(len, wanted.values()))
-        event = (self.layer, list(wanted), self.step.phase, routed, self.stay)
+        event = (self.layer, list(wanted), self.step.phase, routed, self.compute_below)
         with self.cache.acquire(*event) as lease:
             self._look_ahead(hidden)
             for group in lease.groups():
@@ -247,7 +247,7 @@ class OffloadedExperts:
                     return out, wanted  # all at once and in order already
                 if results is None:
                     results = hidden.new_zeros((tokens * k, hidden.shape[1]))
-                results.index_copy_(0, places_on(flat, out.device), out)
+                results.index_copy_(0, index_on(flat, out.device), out)
         if results is None:
             results = hidden.new_zeros((tokens * k, hidden.shape[1]))
         return results, wanted
@@ -267,7 +267,7 @@ class OffloadedExperts:
             return self.math.apart(module, rows, experts)
         of_token = [place // k for some in places for place in some]
         below = accumulate((len(some) for some in places), initial=0)
-        chosen = self.math.codec.take(rows, places_on(of_token, hidden.device))
+        chosen = self.math.codec.take(rows, index_on(of_token, hidden.device))
         return self.math.each(module, chosen, list(pairwise(below)), experts)
 
     def _many_tokens(

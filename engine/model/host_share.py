@@ -12,13 +12,13 @@ last digits depend on who was resident.
 from dataclasses import dataclass
 
 COPY_EVERY = 8
-"""A lone miss that is cheaper at home is copied once in so many times all the same: what is asked
-for again and again must come to the device at last."""
+"""A lone miss that is cheaper on the host is copied once in so many times all the same: what is
+asked for again and again must come to the device at last."""
 
 
 @dataclass(slots=True)
 class HostShare:
-    """Called once per layer event with misses; remembers only how many lone ones stayed."""
+    """Called once per layer event with misses; remembers only how many lone ones were here."""
 
     copy_s: float  # one expert over the link
     host_s: float  # one expert with few tokens, on the host
@@ -26,20 +26,20 @@ class HostShare:
     lone: int = 0
 
     def __call__(self, residents: int, below: int) -> int:
-        """How many of `below` missing experts stay, when `residents` are computed meanwhile.
+        """How many of `below` missing experts the host computes, the device having `residents`.
 
         The fewest of those numbers with which copies and computing end soonest.
         """
-        staying = min(range(below + 1), key=lambda count: self._ends_s(residents, below, count))
-        if staying == below:
+        on_host = min(range(below + 1), key=lambda count: self._ends_s(residents, below, count))
+        if on_host == below:
             self.lone += 1
             if below > 1 or self.lone % COPY_EVERY == 0:
-                staying -= 1
-        return staying
+                on_host -= 1
+        return on_host
 
-    def _ends_s(self, residents: int, below: int, staying: int) -> float:
-        copied_s = (below - staying) * self.copy_s
-        computed_s = residents * self.device_s + staying * self.host_s
+    def _ends_s(self, residents: int, below: int, on_host: int) -> float:
+        copied_s = (below - on_host) * self.copy_s
+        computed_s = residents * self.device_s + on_host * self.host_s
         return max(copied_s, computed_s)
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moestro.cache import ExpertCache, Phase
-from moestro.engine.facts import Later, PrefetchStats, RecallStats
+from moestro.engine.facts import HostCopy, PrefetchStats, RecallStats
 
 from .experts import StepPhase, in_rank_order
 from .regret import Regret
@@ -31,11 +31,11 @@ class NextGate:
     ids_index: int
     ratio: torch.Tensor | None  # [H]
 
-    def __call__(self, hidden: torch.Tensor) -> Later:
+    def __call__(self, hidden: torch.Tensor) -> HostCopy:
         """`hidden` [T, H]: what the experts of the layer before read -> ids [T, k]."""
         guess = hidden if self.ratio is None else hidden * self.ratio
         ids: torch.Tensor = self.router(guess)[self.ids_index]
-        return Later(ids)
+        return HostCopy(ids)
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class Prefetch:
         self._clock = clock
         self._work_clock = work_clock
         self._recall = [_Recall() for _ in gates]
-        self._asked: tuple[Later, float] | None = None  # by `before`, and what that took
+        self._asked: tuple[HostCopy, float] | None = None  # by `before`, and what that took
         self._guess: _Guess | None = None  # of the layer that runs next
         self._began_s: float | None = None  # when the first layer of this decode step was done
         self._stall_s = 0.0  # by then
@@ -125,7 +125,7 @@ class Prefetch:
             ),
         )
 
-    def _fetch(self, layer: int, ids: Later, took_s: float) -> None:
+    def _fetch(self, layer: int, ids: HostCopy, took_s: float) -> None:
         began_s = self._work_clock()
         experts = list(in_rank_order(ids.tolist()))
         chosen = self._cache.absent(layer, experts)[: self._most]

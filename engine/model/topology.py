@@ -41,7 +41,7 @@ class Topology:
     expanded_layers: frozenset[int]
     kv_numbers_per_token: int  # numbers (not bytes) that all layers keep for one token
     attention_layers: int
-    inputs_stay: bool  # no layer changes a tensor in place that a linear layer after it reads
+    inputs_unchanged: bool  # no layer changes a tensor in place that a linear layer after it reads
 
     @property
     def router_paths(self) -> list[str]:
@@ -56,7 +56,7 @@ class _Watch:
         self.made_by: dict[int, tuple[str, int]] = {}  # storage -> (module path, output index)
         self.read_by: dict[str, int] = {}  # module path -> storage of its only input
         self.runs: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # experts path, hidden, ids
-        self.inputs_stay = True
+        self.inputs_unchanged = True
         self._versions: dict[int, int] = {}  # of linear layers' inputs, by identity
         self._alive: list[torch.Tensor] = []  # keeps storages from being reused under our keys
 
@@ -78,7 +78,7 @@ class _Watch:
             if isinstance(read, torch.Tensor):
                 self._alive.append(read)
                 version = self._versions.setdefault(id(read), read._version)
-                self.inputs_stay &= version == read._version
+                self.inputs_unchanged &= version == read._version
 
     def experts(
         self,
@@ -167,7 +167,7 @@ def _facts(model: PreTrainedModel, watch: _Watch, cache: PackedCache, kv: Sequen
         expanded_layers=frozenset(cache.expanded_layers),
         kv_numbers_per_token=kv.numbers_per_token,
         attention_layers=kv.num_layers,
-        inputs_stay=watch.inputs_stay,
+        inputs_unchanged=watch.inputs_unchanged,
     )
 
 

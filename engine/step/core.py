@@ -1,4 +1,4 @@
-"""The engine without its thread: one `step` is one breath. Knows no queue and no event loop."""
+"""The engine without its thread: one `step` runs one batch. Knows no queue and no event loop."""
 
 import logging
 import time
@@ -36,7 +36,7 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
-class _Voice:
+class _Output:
     """What turns one sequence's logits into text."""
 
     sampler: Sampler
@@ -64,7 +64,7 @@ class Engine:
         self.counters = Counters({reason.value: 0 for reason in FinishReason})
         self._clock = clock
         self._discard_pack = discard_pack  # a damaged one: the next start builds it anew
-        self._voices: dict[int, _Voice] = {}
+        self._outputs: dict[int, _Output] = {}
 
     def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
         """Raises BadParameter or PromptTooLong; touches nothing, so any thread may call it."""
@@ -88,7 +88,7 @@ class Engine:
         self.scheduler.add(sequence)
         sequence.times.submitted_s = self._clock()
         text = self.tokenizer.stream(sequence.token_ids, sequence.params.stop)
-        self._voices[sequence.number] = _Voice(Sampler(sequence.params), text)
+        self._outputs[sequence.number] = _Output(Sampler(sequence.params), text)
 
     def step(self) -> Emitted:
         """schedule -> run -> sample -> commit."""
@@ -109,7 +109,7 @@ class Engine:
 
     def cancel(self, sequence: Sequence) -> TokenEvent | None:
         """The client went away; None if the sequence had already ended."""
-        if sequence.number not in self._voices:
+        if sequence.number not in self._outputs:
             return None
         return self._end(sequence, FinishReason.ABORT, "", ())[1]
 
@@ -126,7 +126,7 @@ class Engine:
         """Views of the truth agree; called when idle and by tests."""
         self.scheduler.check()
         known = {s.number for s in [*self.scheduler.running, *self.scheduler.waiting]}
-        assert known == set(self._voices), f"{known} scheduled, {set(self._voices)} have voices"
+        assert known == set(self._outputs), f"{known} scheduled, {set(self._outputs)} have outputs"
         assert self.runner.held_sequences <= len(self.scheduler.running)
 
     def _note_admission(self, batch: Batch) -> None:
@@ -147,10 +147,10 @@ class Engine:
             self.counters.decode_steps += 1
 
     def _commit(self, sequence: Sequence, logits: torch.Tensor) -> tuple[Sequence, TokenEvent]:
-        voice = self._voices[sequence.number]
+        output = self._outputs[sequence.number]
         try:
-            token = voice.sampler.choose(logits)
-            text = "" if self._stops(sequence, token) else voice.text.push(token)
+            token = output.sampler.choose(logits)
+            text = "" if self._stops(sequence, token) else output.text.push(token)
         except NonFiniteLogits as error:
             self.counters.corrupted += 1
             return self._fail(sequence, str(error))
@@ -161,11 +161,11 @@ class Engine:
         sequence.times.first_token_s = sequence.times.first_token_s or self._clock()
         self.counters.generation_tokens += 1
         if self._stops(sequence, token):
-            return self._end(sequence, FinishReason.STOP, voice.text.finish(), (token,))
-        if voice.text.stopped:
+            return self._end(sequence, FinishReason.STOP, output.text.finish(), (token,))
+        if output.text.stopped:
             return self._end(sequence, FinishReason.STOP, text, (token,))
         if sequence.generated_tokens >= sequence.params.max_tokens:
-            text += voice.text.finish()
+            text += output.text.finish()
             return self._end(sequence, FinishReason.LENGTH, text, (token,))
         return sequence, TokenEvent(text, (token,))
 
@@ -186,7 +186,7 @@ class Engine:
         sequence.times.finished_s = self._clock()
         self.scheduler.remove(sequence)
         self.runner.forget(sequence)
-        del self._voices[sequence.number]
+        del self._outputs[sequence.number]
         self.counters.finished[reason.value] += 1
         timings = sequence.times.timings()
         return sequence, TokenEvent(text, token_ids, reason, timings, error)

@@ -103,7 +103,7 @@ class LastRows:
     """The rows last prepared, for the next layer that reads the very same tensor (q, k and v do).
 
     Knows a tensor by its identity, so it is for models whose layers do not change an input that
-    another one reads after them (`Topology.inputs_stay`).
+    another one reads after them (`Topology.inputs_unchanged`).
     """
 
     def __init__(self) -> None:

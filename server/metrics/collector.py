@@ -90,19 +90,19 @@ def _of_lookups(stats: EngineStats) -> Iterator[Metric]:
     layers = stats.cache.layers
     lookups: Labelled = {}
     evictions: Labelled = {}
-    stayed: Labelled = {}  # none without a tier to stay in
+    computed_below: Labelled = {}  # none without a tier below the slots
     for label, layer in zip(layer_labels([layer.name for layer in layers]), layers, strict=True):
         lookups[label, "hit"] = layer.hits
         lookups[label, "prefetch_hit"] = layer.prefetch_hits
         lookups[label, "miss"] = layer.misses
         evictions[(label,)] = layer.evictions
         if stats.cache.host is not None:
-            stayed[(label,)] = layer.stayed
+            computed_below[(label,)] = layer.computed_below
     words = "Distinct experts asked for, per layer and step"
     yield _counter("expert_lookups", words, lookups, ("layer", "result"))
     yield _counter("expert_evictions", "Experts that made room for others", evictions, ("layer",))
     what = "Misses computed on the host, where they lay"
-    yield _counter("expert_host_computed", what, stayed, ("layer",))
+    yield _counter("expert_host_computed", what, computed_below, ("layer",))
 
 
 def _of_transfers(stats: EngineStats) -> Iterator[Metric]:

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from moestro.cache import (
+    ComputeBelow,
     DecayedFrequency,
     Lease,
     Lru,
@@ -32,7 +33,6 @@ from moestro.cache import (
     Policy,
     ReadFailed,
     Routed,
-    Stay,
 )
 from rigs import KINDS, Kind, OneTier, Rig, TwoTiers
 from tiny_packs import assert_is, build_tiny, mixed_spec, tiny_spec
@@ -79,7 +79,9 @@ class CacheMachine(RuleBasedStateMachine):
         layer=LAYERS,
         experts=EXPERTS,
         phase=st.sampled_from(Phase),
-        stay=st.sampled_from([None, None, lambda _, below: below, lambda _, below: min(below, 1)]),
+        compute_below=st.sampled_from(
+            [None, None, lambda _, below: below, lambda _, below: min(below, 1)]
+        ),
         data=st.data(),
     )
     def acquire(
@@ -87,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
         layer: int,
         experts: list[int],
         phase: Phase,
-        stay: Stay | None,
+        compute_below: ComputeBelow | None,
         data: st.DataObject,
     ) -> None:
         # What was read but not collected yet counts as here: acquire collects first.
@@ -95,7 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
         counts = st.tuples(*[st.integers(1, 9)] * len(experts))
         routed = data.draw(st.none() | counts.map(lambda drawn: Routed(9, drawn)))
         routed = routed if phase is Phase.PREFILL else None
-        self.lease = self.cache.acquire(layer, experts, phase, routed, stay)
+        self.lease = self.cache.acquire(layer, experts, phase, routed, compute_below)
         self.layer, self.experts, self.yielded = layer, experts, list[int]()
         self.turns: Iterator[tuple[int, dict[str, torch.Tensor]]] = iter(self.lease)
         self.requested += len(experts)

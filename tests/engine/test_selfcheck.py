@@ -1,4 +1,4 @@
-"""The mirror: rounding passes, a state that leaks between sequences does not."""
+"""The self-check: rounding passes, a state that leaks between sequences does not."""
 
 from pathlib import Path
 

@@ -104,7 +104,7 @@ def test_promises_compare_who_is_kept_with_who_is_not() -> None:
     keep(policy, A)
     for event in ([A, B], [B]):
         policy.asked(event)
-    assert policy.promise(B) > policy.promise(A)
+    assert policy.keep_score(B) > policy.keep_score(A)
 
 
 def test_victims_are_who_promises_least() -> None:
@@ -116,9 +116,9 @@ def test_victims_are_who_promises_least() -> None:
             policy.asked([ExpertKey(layer, step % 3), ExpertKey(layer, (step + layer) % 2)])
     victims = policy.victims(9, ())
     assert victims is not None
-    promises = [policy.promise(key) for key in victims]
-    assert promises == sorted(promises)
-    assert len(set(promises)) > 3
+    scores = [policy.keep_score(key) for key in victims]
+    assert scores == sorted(scores)
+    assert len(set(scores)) > 3
 
 
 @pytest.mark.parametrize(("half_life", "share"), [(0, 0.0), (-1, 0.0), (4, -0.1), (4, 1.1)])

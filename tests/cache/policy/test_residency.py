@@ -1,4 +1,4 @@
-"""Who is seated, who passes, who must go: the decisions that live cache and replay share."""
+"""Which experts get slots, only pass, or are evicted: what live cache and replay decide alike."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,13 @@ def residency(slots: int) -> Residency:
     return Residency(SlotTable(slots, EXPERTS), Lru(), Counters(len(EXPERTS)), EXPERTS)
 
 
-def seat(found: Residency, layer: int, experts: Sequence[int], phase: Phase = DECODE) -> list[int]:
-    """One event as far as its seats, all of which arrive; the experts that got one."""
+def assigned(
+    found: Residency, layer: int, experts: Sequence[int], phase: Phase = DECODE
+) -> list[int]:
+    """One event as far as its slots, all of which are filled; the experts that got one."""
     found.ask(layer, experts, phase)
     wanted = missing(found.table.where[layer], experts)
-    slots = found.seat(layer, wanted, experts, phase)
+    slots = found.assign(layer, wanted, experts, phase)
     for slot in slots:
         found.table.arrived(slot)
     found.table.pinned.clear()
@@ -51,62 +53,67 @@ def test_an_event_streams_if_it_is_of_a_prompt_or_larger_than_the_slots() -> Non
 
 def test_decoding_takes_the_slots_it_needs() -> None:
     found = residency(8)
-    seat(found, 0, range(8))
-    assert seat(found, 1, range(6)) == [0, 1, 2, 3, 4, 5]
+    assigned(found, 0, range(8))
+    assert assigned(found, 1, range(6)) == [0, 1, 2, 3, 4, 5]
     assert here(found, 0) == [6, 7]
     assert not found.table.passing
 
 
 def test_a_prompt_takes_free_slots_like_anyone() -> None:
     found = residency(8)
-    assert seat(found, 0, range(8), PREFILL) == list(range(8))
+    assert assigned(found, 0, range(8), PREFILL) == list(range(8))
     assert not found.table.passing
 
 
 def test_beyond_free_slots_a_prompt_takes_its_share_only() -> None:
     found = residency(8)
-    seat(found, 0, range(6))
-    assert seat(found, 1, range(8), PREFILL) == [0, 1, 2, 3]  # two free, two of eight in passing
+    assigned(found, 0, range(6))
+    assert assigned(found, 1, range(8), PREFILL) == [
+        0,
+        1,
+        2,
+        3,
+    ]  # two free, two of eight in passing
     assert passing(found) == [(1, 2), (1, 3)]
     assert here(found, 0) == [2, 3, 4, 5]
 
 
 def test_who_passed_leaves_before_anyone_else() -> None:
     found = residency(8)
-    seat(found, 0, range(8))
-    assert seat(found, 1, range(8), PREFILL) == [0, 1]
-    assert seat(found, 2, range(8), PREFILL) == [0, 1]
+    assigned(found, 0, range(8))
+    assert assigned(found, 1, range(8), PREFILL) == [0, 1]
+    assert assigned(found, 2, range(8), PREFILL) == [0, 1]
     assert (here(found, 0), here(found, 1)) == ([2, 3, 4, 5, 6, 7], [])
-    seat(found, 1, [5])
+    assigned(found, 1, [5])
     assert passing(found) == [(2, 1)]
     assert here(found, 0) == [2, 3, 4, 5, 6, 7]
 
 
 def test_what_decoding_asks_for_stays_from_then_on() -> None:
     found = residency(8)
-    seat(found, 0, range(8))
-    seat(found, 1, range(8), PREFILL)
-    seat(found, 1, [0, 1], PREFILL)
+    assigned(found, 0, range(8))
+    assigned(found, 1, range(8), PREFILL)
+    assigned(found, 1, [0, 1], PREFILL)
     assert passing(found) == [(1, 0), (1, 1)]
-    seat(found, 1, [0])
+    assigned(found, 1, [0])
     assert passing(found) == [(1, 1)]
-    seat(found, 2, range(3), PREFILL)
+    assigned(found, 2, range(3), PREFILL)
     assert here(found, 1) == [0]
 
 
 def test_a_rota_prefers_who_passes_then_the_seats_then_who_is_here() -> None:
     found = residency(8)
     found.take(0, range(8))
-    assert found.rota([5, 4, 3], [2, 1]) == [2, 1]
-    assert found.rota([5, 4, 3], []) == [5, 4]
+    assert found.rotation([5, 4, 3], [2, 1]) == [2, 1]
+    assert found.rotation([5, 4, 3], []) == [5, 4]
     found.table.passing.update({4: None, 1: None})
-    assert found.rota([5, 4, 3], [2, 1]) == [4, 1]
+    assert found.rotation([5, 4, 3], [2, 1]) == [4, 1]
 
 
 def test_who_replaces_a_passing_expert_passes_too() -> None:
     found = residency(8)
-    seat(found, 0, range(8))
-    seat(found, 1, range(8), PREFILL)
+    assigned(found, 0, range(8))
+    assigned(found, 1, range(8), PREFILL)
     first, second = found.table.passing
     found.replace(1, [first], [7])
     assert passing(found) == [(1, 1), (1, 7)]
@@ -118,7 +125,7 @@ def test_who_replaces_a_passing_expert_passes_too() -> None:
 
 def test_room_is_never_made_at_the_expense_of_the_protected() -> None:
     found = residency(3)
-    seat(found, 0, range(3))
+    assigned(found, 0, range(3))
     assert found.make_room(3, {ExpertKey(0, 1)}) == 2
     assert here(found, 0) == [1]
 
@@ -128,7 +135,7 @@ def prompted(slots: int) -> Residency:
     table, policy = SlotTable(slots, EXPERTS), NextUse()
     found = Residency(table, policy, Counters(len(EXPERTS)), EXPERTS)
     for experts in (range(slots), range(4), range(4)):
-        seat(found, 0, experts)
+        assigned(found, 0, experts)
     counts = tuple(10 if expert in (2, 5) else 1 for expert in range(8))
     found.ask(1, range(8), PREFILL, Routed(10, counts))
     return found
@@ -136,16 +143,16 @@ def prompted(slots: int) -> Residency:
 
 def test_a_prompts_favourites_stay_instead_of_who_is_expected_later() -> None:
     found = prompted(8)
-    assert found.welcome(1, range(8), range(8)) == [2, 5, 0, 1, 3, 4, 6, 7]
+    assert found.admit(1, range(8), range(8)) == [2, 5, 0, 1, 3, 4, 6, 7]
     assert here(found, 0) == [0, 1, 2, 3, 6, 7]
-    slots = found.seat(1, [2, 5, 0, 1, 3, 4, 6, 7], range(8), PREFILL)
+    slots = found.assign(1, [2, 5, 0, 1, 3, 4, 6, 7], range(8), PREFILL)
     assert passing(found) == [(1, 0), (1, 1)]
     assert len(slots) == 4
 
 
 def test_nobody_stays_instead_of_who_is_expected_sooner() -> None:
     found = prompted(4)
-    assert found.welcome(1, range(8), range(8)) == list(range(8))
+    assert found.admit(1, range(8), range(8)) == list(range(8))
     assert here(found, 0) == [0, 1, 2, 3]
 
 
@@ -153,14 +160,14 @@ def test_free_slots_go_to_a_prompts_favourites() -> None:
     table = SlotTable(2, EXPERTS)
     found = Residency(table, NextUse(), Counters(len(EXPERTS)), EXPERTS)
     found.ask(1, range(4), PREFILL, Routed(10, (1, 9, 1, 9)))
-    assert found.welcome(1, range(4), range(4)) == [1, 3, 0, 2]
+    assert found.admit(1, range(4), range(4)) == [1, 3, 0, 2]
 
 
-def test_a_policy_that_knows_nothing_of_strangers_welcomes_none() -> None:
+def test_a_policy_that_knows_nothing_of_absent_experts_admits_none() -> None:
     found = residency(4)
-    seat(found, 0, range(4))
+    assigned(found, 0, range(4))
     found.ask(1, range(4), PREFILL, Routed(10, (1, 9, 1, 9)))
-    assert found.welcome(1, range(4), range(4)) == [0, 1, 2, 3]
+    assert found.admit(1, range(4), range(4)) == [0, 1, 2, 3]
     assert here(found, 0) == [0, 1, 2, 3]
 
 

@@ -16,7 +16,7 @@ import tiny
 from engine_kit import MIB, generate, opened, run_logits
 from imagined import imagined, nothing
 from moestro.engine import BudgetTooSmall, EngineConfig, SamplingParams, StartError
-from moestro.engine.facts.device import Device, Later, choose, places
+from moestro.engine.facts.device import Device, HostCopy, choose, index_on
 from moestro.engine.formats.matrices import filled_int_mm, filled_int_mm_apart
 from moestro.engine.model.attention import for_every_head
 from moestro.engine.model.experts import mark, places_by_expert, sort_by_expert
@@ -252,10 +252,10 @@ def test_device_memory_is_refused_where_auto_finds_no_device(tmp_path: Path) -> 
 
 
 def test_numbers_cross_as_they_are() -> None:
-    found = places([3, 1, 2], torch.device("cpu"))
+    found = index_on([3, 1, 2], torch.device("cpu"))
     assert found.dtype == torch.long and found.tolist() == [3, 1, 2]
-    assert places([], torch.device("cpu")).shape == (0,)
-    assert Later(torch.tensor([[1, 2], [3, 4]])).tolist() == [[1, 2], [3, 4]]
+    assert index_on([], torch.device("cpu")).shape == (0,)
+    assert HostCopy(torch.tensor([[1, 2], [3, 4]])).tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.gpu

@@ -34,12 +34,12 @@ def test_no_other_split_ends_sooner() -> None:
     for below in range(2, 9):
         for residents in range(5):
             share = HostShare(0.7, 0.4, 0.2)
-            staying = share(residents, below)
+            on_host = share(residents, below)
             ends_s = [
                 max(residents * 0.2 + count * 0.4, (below - count) * 0.7)
                 for count in range(below + 1)
             ]
-            assert ends_s[staying] == min(ends_s) or staying == below - 1
+            assert ends_s[on_host] == min(ends_s) or on_host == below - 1
 
 
 def test_a_lone_miss_is_copied_now_and_then() -> None:
@@ -72,8 +72,8 @@ def test_placement_changes_no_bit_where_both_are_one_processor(
             found[host_compute] = run_logits(loaded, steps)
             loaded.cache.check()
             stats = loaded.cache.stats()
-            stayed = sum(layer.stayed for layer in stats.layers)
-            assert (stayed > 0) == host_compute
-            assert stats.demand_loads + stats.prefetches_late + stayed == stats.misses
+            computed_below = sum(layer.computed_below for layer in stats.layers)
+            assert (computed_below > 0) == host_compute
+            assert stats.demand_loads + stats.prefetches_late + computed_below == stats.misses
     assert torch.equal(found[True], wanted)
     assert torch.equal(found[False], wanted)

@@ -178,7 +178,7 @@ def test_an_error_in_one_requests_choice_ends_that_request_alone(loaded: Loaded)
         def push(_: int) -> str:
             raise ZeroDivisionError
 
-    engine._voices[2] = replace(engine._voices[2], text=Broken())  # type: ignore[arg-type]
+    engine._outputs[2] = replace(engine._outputs[2], text=Broken())  # type: ignore[arg-type]
     ends = {}
     ids: list[int] = []
     while not engine.idle:

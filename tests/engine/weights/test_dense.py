@@ -128,7 +128,7 @@ def test_rows_are_prepared_once_for_layers_that_read_the_same_tensor() -> None:
 def test_a_model_that_changes_its_inputs_in_place_is_noticed(tmp_path: Path) -> None:
     folder = tiny.build("mixtral", tmp_path / "model")
     blueprint = inspect(EngineConfig(folder, tmp_path / "cache"))
-    assert blueprint.topology.inputs_stay
+    assert blueprint.topology.inputs_unchanged
     model = build_meta_model(blueprint.checkpoint, torch.float32)
 
     def double(_: torch.nn.Module, inputs: tuple[torch.Tensor], __: torch.Tensor) -> None:
@@ -136,7 +136,7 @@ def test_a_model_that_changes_its_inputs_in_place_is_noticed(tmp_path: Path) -> 
 
     query = model.get_submodule("model.layers.1.self_attn.q_proj")
     query.register_forward_hook(double)
-    assert not trace(model).inputs_stay
+    assert not trace(model).inputs_unchanged
 
 
 @pytest.mark.parametrize("slots", [32, 5, 2])
