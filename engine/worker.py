@@ -1,7 +1,8 @@
 """The one thread that loads the model and calls `step`; the door between it and an event loop.
 
 Requests go in through a queue, events come out through `call_soon_threadsafe`. Nothing else is
-shared: statistics are taken between two steps, by the engine thread itself.
+shared: statistics are taken between two steps, by the engine thread itself; the last ones taken
+can be had at any time.
 """
 
 import asyncio
@@ -97,7 +98,9 @@ class EngineWorker:
         self._prepare = prepare
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._numbers = itertools.count(1)
-        self._gate = threading.Lock()  # guards the two below
+        self._snapshot: EngineStats | None = None
+        self._gate = threading.Lock()  # guards the three below
+        self._asked: Future[EngineStats] | None = None  # not answered yet
         self._streams: dict[int, TokenStream] = {}  # of requests submitted and not ended
         self._closed = False  # nothing more may be submitted: nobody would ever answer
         self._loaded: Loaded | None = None
@@ -158,8 +161,7 @@ class EngineWorker:
         loaded = self._ready()
         if threading.current_thread() is self._thread or not self._thread.is_alive():
             return loaded.stats()
-        answer: Future[EngineStats] = Future()
-        self._inbox.put(lambda: answer.set_result(loaded.stats()))
+        answer = self.ask_stats()
         for _ in range(STATS_TRIES):
             try:
                 return answer.result(STATS_WAIT_S)
@@ -167,6 +169,23 @@ class EngineWorker:
                 if not self._thread.is_alive():
                     break
         raise EngineFailed("the engine did not answer in time")
+
+    def ask_stats(self) -> "Future[EngineStats]":
+        """A snapshot after the step in progress: the same one for all who ask meanwhile."""
+        self._ready()
+        with self._gate:
+            if self._asked is None:
+                self._asked = Future()
+                self._asked.set_running_or_notify_cancel()  # nobody may cancel it for the others
+                self._inbox.put(self._take_snapshot)
+            return self._asked
+
+    @property
+    def last_stats(self) -> EngineStats:
+        """The last snapshot that was taken. Waits for nothing."""
+        self._ready()
+        assert self._snapshot is not None
+        return self._snapshot
 
     def drain(self) -> None:
         """New requests are refused from now on; what runs goes on."""
@@ -185,6 +204,7 @@ class EngineWorker:
     def _live(self) -> None:
         try:
             self._loaded = load(self.config, self._report, self._prepare)
+            self._snapshot = self._loaded.stats()
             self.state = EngineState.READY
             self._settled.set()
             self._serve(self._loaded)
@@ -217,6 +237,14 @@ class EngineWorker:
             pass
         if not self._stopping.is_set():
             self._deliver(loaded.engine.step())
+
+    def _take_snapshot(self) -> None:
+        assert self._loaded is not None
+        with self._gate:
+            asked, self._asked = self._asked, None
+        assert asked is not None
+        self._snapshot = self._loaded.stats()
+        asked.set_result(self._snapshot)
 
     def _take(self, sequence: Sequence) -> None:
         assert self._loaded is not None

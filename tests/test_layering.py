@@ -40,6 +40,7 @@ THIRD_PARTIES = {
     "factorize": {"torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf"},
     "server": {
         "fastapi",
+        "h11",
         "starlette",
         "pydantic",
         "pydantic_core",

@@ -7,8 +7,10 @@ from pathlib import Path
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
-from moestro.engine.facts import BadParameter, ModelRefused
+from moestro.engine.facts import BadParameter, ModelRefused, PromptTooLong
 from moestro.engine.weights import json_object
+
+from .text_bound import most_chars_per_token
 
 log = logging.getLogger("moestro.engine")
 
@@ -30,17 +32,28 @@ class Tokenizer:
         # tokenizer.json may say how its maker cut and padded; a prompt is taken as it is
         self._fast.no_truncation()
         self._fast.no_padding()
+        self._chars_per_token = most_chars_per_token(self._fast)
         self.stop_ids = frozenset(_stop_ids(folder, slow.eos_token_id))
         if not self.stop_ids:
             log.warning("%s names no end-of-sequence token: only limits end an answer", folder)
 
-    def encode(self, text: str) -> list[int]:
-        """Raises BadParameter for text that is not valid Unicode (lone surrogates)."""
+    def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
+        """Other threads go on meanwhile, which they do not with the library's `encode`.
+
+        Raises BadParameter for text that is not valid Unicode (lone surrogates), PromptTooLong
+        for more than `most_tokens`: without encoding it where its length alone says so.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise BadParameter("the prompt is not valid Unicode text", "prompt") from error
-        return list(self._fast.encode(text).ids)
+        if most_tokens is not None and self._chars_per_token is not None:
+            least_tokens = -(-len(text) // self._chars_per_token)
+            _refuse_above(most_tokens, least_tokens, f"at least {least_tokens}")
+        (encoding,) = self._fast.encode_batch_fast([text])
+        if most_tokens is not None:
+            _refuse_above(most_tokens, len(encoding), str(len(encoding)))
+        return list(encoding.ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._fast.decode(list(ids), skip_special_tokens=True))
@@ -108,6 +121,15 @@ class TextStream:
                     longest = length
                     break
         return longest
+
+
+def _refuse_above(most_tokens: int, tokens: int, in_words: str) -> None:
+    if tokens > most_tokens:
+        raise PromptTooLong(
+            f"This model's maximum context length is {most_tokens} tokens."
+            f" However, the prompt has {in_words} tokens. Please reduce it.",
+            "prompt",
+        )
 
 
 def _stop_ids(folder: Path, own: int | list[int] | None) -> list[int]:

@@ -4,7 +4,7 @@ from .deps import Parts, PartsDep, SettingsDep, WorkerDep
 from .middleware import ApiKey, BodyLimit, RequestIds
 from .ops import router as ops_router
 from .schemas import Completion, CompletionRequest, ModelCard, ModelList
-from .stream import Answer, ClientGone, EventStream, Sse, whole
+from .stream import KEEP_ALIVE, Answer, ClientGone, EventStream, Sse, whole
 
 __all__ = [
     "ops_router",
@@ -15,6 +15,7 @@ __all__ = [
     "Completion",
     "CompletionRequest",
     "EventStream",
+    "KEEP_ALIVE",
     "ModelCard",
     "ModelList",
     "Parts",

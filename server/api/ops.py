@@ -1,16 +1,21 @@
 """/health, /ready and /metrics: for machines that watch this one. Need no key."""
 
+import asyncio
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from moestro.engine import EngineFailed, EngineState
+from moestro.engine import EngineFailed, EngineState, Unavailable
 from moestro.server.contract import ErrorResponse, Problem, Worker, problem_of, state_problem
 
 from .deps import MetricsDep, SettingsDep, WorkerDep
+
+FRESH_WITHIN_S = 0.25  # how long a page of metrics waits for the engine's step in progress
 
 router = APIRouter()
 
@@ -45,9 +50,18 @@ async def ready(worker: WorkerDep) -> JSONResponse:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-def metrics(metrics: MetricsDep) -> Response:
-    """Prometheus text. Not async: it may wait for a step, and runs in a thread."""
-    return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+async def metrics(metrics: MetricsDep, worker: WorkerDep) -> Response:
+    """Prometheus text. In a step that is long, with the numbers from before it."""
+    await _fresh_stats(worker)
+    text = await run_in_threadpool(metrics.text)  # thousands of lines: not on the event loop
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+async def _fresh_stats(worker: Worker) -> None:
+    """Waits a moment for the step in progress; on the event loop, where waiting costs no thread."""
+    with contextlib.suppress(Unavailable, TimeoutError):
+        asked = asyncio.wrap_future(worker.ask_stats())
+        await asyncio.wait_for(asyncio.shield(asked), FRESH_WITHIN_S)
 
 
 def _refusal(problem: Problem, worker: Worker) -> JSONResponse:

@@ -184,6 +184,7 @@ class EventStream(Response):
         self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["event_stream"] = True  # comments may be sent in between
         try:
             await send(
                 {

@@ -2,6 +2,7 @@
 
 from .errors import (
     DOCUMENTED,
+    DOWN,
     HTTP_ROWS,
     REJECTIONS,
     UNSUPPORTED,
@@ -20,6 +21,7 @@ from .protocols import Stream, Worker
 __all__ = [
     "BodyTooLarge",
     "DOCUMENTED",
+    "DOWN",
     "ErrorResponse",
     "GenerationFailed",
     "HTTP_ROWS",

@@ -32,6 +32,7 @@ UNSUPPORTED = "unsupported_parameter"  # the type of our refusals, and their `co
 log = logging.getLogger("moestro.server")
 
 MAX_MESSAGE_CHARS = 1000
+MAX_PATH_CHARS = 100
 INVALID = "invalid_request_error"
 DOWN = "service_unavailable"
 BROKEN = "server_error"
@@ -95,6 +96,7 @@ HTTP_ROWS: dict[int, Row] = {
     401: Row(401, INVALID, "invalid_api_key"),
     404: Row(404, INVALID, "not_found"),
     405: Row(405, INVALID, "method_not_allowed"),
+    408: Row(408, INVALID, "request_timeout"),
     413: Row(413, INVALID, "body_too_large", rejection="body_too_large"),
 }
 INTERNAL = Row(500, BROKEN, "internal_error", message="internal error; the log has more")
@@ -189,9 +191,21 @@ def state_problem(state: EngineState) -> Problem:
     return problem_of(reasons.get(state, EngineFailed(GONE)))
 
 
+def _is_no_route(error: Exception) -> bool:
+    """What the router raises for a path that it does not know."""
+    return isinstance(error, StarletteHTTPException) and error.status_code == 404
+
+
+def _of_path(request: Request) -> Problem:
+    """Clients put /v1 twice, or expect a route that is not here: say which ones are."""
+    served = ", ".join(request.app.openapi()["paths"])
+    path = request.scope["path"][:MAX_PATH_CHARS]
+    return Problem(HTTP_ROWS[404], f"there is no {path!r} here; served: {served}")
+
+
 async def answer(request: Request, error: Exception) -> JSONResponse:
     """The one exception handler."""
-    problem = problem_of(error)
+    problem = _of_path(request) if _is_no_route(error) else problem_of(error)
     state = request.scope.get("state", {})
     if not state.get("accepted"):  # what the engine took is counted where it ends
         request.app.state.parts.metrics.refused(request.scope["path"], problem.row)

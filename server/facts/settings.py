@@ -160,6 +160,10 @@ class Settings(Places):
     # No flags: nobody needs them on the first day, an operator may.
     max_body: Bytes = 4 << 20
     keep_alive: Seconds = 15.0
+    idle_timeout: Seconds = 75.0  # longer than clients and proxies keep a connection for reuse
+    head_timeout: Seconds = 20.0
+    body_timeout: Seconds = 60.0
+    max_connections: Count = 1024
     # Nothing moves within a step, and one over a slow disk can take minutes: an engine that is
     # slow must not be taken for one that hangs.
     stuck_after: float = Field(

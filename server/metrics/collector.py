@@ -25,24 +25,25 @@ Labelled = dict[tuple[str, ...], float]
 
 
 class EngineCollector(Collector):
-    """While the engine loads, or when it is gone or stuck, only what can still be said."""
+    """While the engine loads, or when it is gone, only what can still be said.
 
-    def __init__(self, worker: Worker, served_name: str, stuck_after_s: float) -> None:
+    The numbers are the engine's last: a step can take minutes, and nobody waits for its end.
+    """
+
+    def __init__(self, worker: Worker, served_name: str) -> None:
         self._worker = worker
         self._served_name = served_name
-        self._stuck_after_s = stuck_after_s
 
     def collect(self) -> Iterator[Metric]:
         worker = self._worker
-        age_s = worker.heartbeat_age_s
         yield _gauge("engine_up", "1 when requests are served", float(worker.state in UP))
-        yield _gauge("engine_heartbeat_age_seconds", "Since the engine's loop last turned", age_s)
+        words = "Since the engine's loop last turned; its other numbers are at most as old"
+        yield _gauge("engine_heartbeat_age_seconds", words, worker.heartbeat_age_s)
         yield _gauge("build_info", "Version", {(version("moestro"),): 1}, ("version",))
-        # A stuck engine answers no question about its counters; do not wait for it.
-        if worker.state not in UP or age_s > self._stuck_after_s:
+        if worker.state not in UP:
             return
         try:
-            model, stats = worker.model, worker.stats()
+            model, stats = worker.model, worker.last_stats
         except Unavailable:
             return
         yield from _of_model(self._served_name, model, stats)

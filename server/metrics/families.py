@@ -121,7 +121,7 @@ class ServerMetrics:
             self._decode.observe(timings.decode_s)
 
     def text(self) -> bytes:
-        """The page. May wait for the engine's step in progress: not for the event loop."""
+        """The page, with the engine's last snapshot."""
         return generate_latest(_WithoutCreated(self._registry))
 
 

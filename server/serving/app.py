@@ -14,8 +14,6 @@ from moestro.server.contract import GenerationFailed, UnknownModel, Worker, answ
 from moestro.server.facts import Settings
 from moestro.server.metrics import EngineCollector, ServerMetrics
 
-METRICS_PATIENCE_S = 60.0  # a page of metrics does not wait for an engine in a step this long
-
 
 class Api(FastAPI):
     """FastAPI documents a 422 for every route with parameters; here they are 400s."""
@@ -32,8 +30,7 @@ class Api(FastAPI):
 
 def create_app(worker: Worker, settings: Settings) -> FastAPI:
     """The caller starts and stops the worker; the app only asks it."""
-    patience_s = min(settings.stuck_after, METRICS_PATIENCE_S)
-    metrics = ServerMetrics(EngineCollector(worker, settings.served_name, patience_s))
+    metrics = ServerMetrics(EngineCollector(worker, settings.served_name))
     # No docs pages: theirs load scripts from elsewhere. No redirects: they trust the Host header.
     app = Api(
         title="moestro",

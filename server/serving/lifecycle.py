@@ -16,25 +16,79 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Generator
+from functools import partial
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from moestro.engine import EngineState
 from moestro.server.contract import Worker
 from moestro.server.facts import Settings
 
 from .app import create_app
+from .connection import Connection, Limits, connections_that_fit
 
 log = logging.getLogger("moestro.server")
 
 POLL_S = 0.05
 CONNECTIONS_GRACE_S = 5  # for answers that are complete but not yet read
+BACKLOG = 2048
+# asyncio accepts this many before it looks at any of them, and logs as many errors where the
+# process may not open more files.
+ACCEPTED_AT_ONCE = 1
 
 
-class _Server(uvicorn.Server):
+class WebServer(uvicorn.Server):
+    """uvicorn with our connections; its signals are the life cycle's."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._limits = Limits(
+            connections_that_fit(settings.max_connections),
+            head_s=settings.head_timeout,
+            body_s=settings.body_timeout,
+        )
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=partial(Connection, self._limits),  # type: ignore[arg-type]
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                backlog=ACCEPTED_AT_ONCE,
+                timeout_keep_alive=settings.idle_timeout,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=2 * CONNECTIONS_GRACE_S,
+            )
+        )
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        yield  # signals are the life cycle's
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # the number above became the system's queue, too
+
+    def drain(self) -> None:
+        """Idle connections close now, the others after their answer."""
+        self._limits.draining = True
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        cutting = loop.call_later(CONNECTIONS_GRACE_S, self._cut)
+        self._limits.draining = True
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+    def _cut(self) -> None:
+        """Before uvicorn would cancel their routes, which is no quiet end."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 class Lifecycle:
@@ -57,17 +111,7 @@ class Lifecycle:
         self._abort = abort
         self._signalled = asyncio.Event()
         self._code = 0
-        self._server = _Server(
-            uvicorn.Config(
-                create_app(worker, settings),
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=CONNECTIONS_GRACE_S,
-            )
-        )
+        self._server = WebServer(create_app(worker, settings), settings)
 
     async def run(self) -> int:
         """The exit code."""
@@ -115,6 +159,7 @@ class Lifecycle:
     async def _drain(self) -> None:
         """New work is refused, running work may finish."""
         self._worker.drain()
+        self._server.drain()
         grace_s = self._settings.drain_grace
         if not self._worker.idle:
             log.info("finishing running requests, at most %.0f s; again to stop at once", grace_s)

@@ -14,7 +14,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
     except (socket.gaierror, UnicodeError):
         raise Refused(f"--host: {host!r} is not an address of this machine") from None
     try:
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        # "::" is every address of this machine, as 0.0.0.0 is to those who know only IPv4.
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         raise Refused(_cause(error, host, port)) from None
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,25 @@ async def test_draining_refuses_the_new_and_finishes_the_old(worker: EngineWorke
         worker.submit([1, 2], GREEDY)
     events = [event async for event in stream]
     assert events[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_the_last_statistics_are_there_while_a_step_lasts(worker: EngineWorker) -> None:
+    began, release = threading.Event(), threading.Event()
+
+    def long_step() -> None:
+        began.set()
+        assert release.wait(60)
+
+    worker._inbox.put(long_step)
+    assert await asyncio.to_thread(began.wait, 60)
+    before = worker.last_stats
+    asked = [worker.ask_stats() for _ in range(3)]
+    assert asked[0] is asked[1] is asked[2] and not asked[0].done()
+    assert not asked[0].cancel()
+    release.set()
+    after = await asyncio.wrap_future(asked[0])
+    assert worker.last_stats is after is not before
+    assert worker.ask_stats() is not asked[0]
 
 
 async def test_stop_ends_open_streams_with_an_error(worker: EngineWorker) -> None:

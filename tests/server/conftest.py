@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from fake_engine import FakeWorker
 from moestro.server.facts.settings import Settings
 from moestro.server.serving.app import create_app
+from moestro.server.serving.lifecycle import WebServer
 
 ClientFactory = Callable[..., httpx.AsyncClient]
 
@@ -53,13 +53,8 @@ def serving() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
     @contextlib.asynccontextmanager
     async def serve(worker: FakeWorker, **settings: Any) -> AsyncIterator[str]:
         listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(
-            create_app(worker, Settings(model="demo", **settings)),
-            lifespan="off",
-            log_config=None,
-            timeout_graceful_shutdown=1,
-        )
-        server = _Quiet(config)
+        made = Settings(model="demo", **settings)
+        server = WebServer(create_app(worker, made), made)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -68,9 +63,3 @@ def serving() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
             await task
 
     return serve
-
-
-class _Quiet(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

@@ -5,8 +5,8 @@ states, refusals, cancellation and shutdown behave as the engine's do.
 """
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from moestro.cache import CacheStats, LayerStats
@@ -129,7 +129,9 @@ def script_of(*events: TokenEvent | EngineError) -> Script:
 class FakeTokenizer:
     """One token per UTF-8 byte."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
+        if most_tokens is not None and len(text) > most_tokens:
+            raise PromptTooLong("the text is too long", "prompt")
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -202,7 +204,9 @@ class FakeWorker:
         self.open: set[FakeStream] = set()
         self.tokens = FakeTokenizer()
         self.stats_now = STATS
-        self.stats_threads: list[threading.Thread] = []
+        self.snapshot = STATS
+        self.in_a_step = False  # a long one: who asks for statistics is not answered
+        self.questions: list[Future[EngineStats]] = []
         self.stops = 0
 
     @property
@@ -241,10 +245,21 @@ class FakeWorker:
         self.submitted.append(Submitted(tuple(prompt_ids), params, stream))
         return stream
 
-    def stats(self) -> EngineStats:
+    @property
+    def last_stats(self) -> EngineStats:
         self._check_loaded()
-        self.stats_threads.append(threading.current_thread())
-        return replace(self.stats_now, requests_running=len(self.open))
+        return self.snapshot
+
+    def ask_stats(self) -> "Future[EngineStats]":
+        self._check_loaded()
+        if self.in_a_step:
+            asked: Future[EngineStats] = Future()
+            self.questions.append(asked)
+            return asked
+        self.snapshot = replace(self.stats_now, requests_running=len(self.open))
+        answered: Future[EngineStats] = Future()
+        answered.set_result(self.snapshot)
+        return answered
 
     def drain(self) -> None:
         if self.state is EngineState.READY:

@@ -80,9 +80,16 @@ def _check_model(name: str | None, settings: Settings) -> None:
 
 async def _prompt_ids(prompt: str | list[int], worker: Worker) -> list[int]:
     """Text is encoded in a thread, so that a long prompt stops nobody's stream."""
-    if isinstance(prompt, list):
-        return prompt
-    return await run_in_threadpool(worker.tokenizer.encode, prompt)
+    most_tokens = worker.model.max_model_len_tokens
+    if isinstance(prompt, str):
+        return await run_in_threadpool(worker.tokenizer.encode, prompt, most_tokens)
+    if len(prompt) > most_tokens:  # before anybody looks at each of them
+        raise PromptTooLong(
+            f"This model's maximum context length is {most_tokens} tokens."
+            f" However, the prompt has {len(prompt)} tokens. Please reduce it.",
+            "prompt",
+        )
+    return prompt
 
 
 def _submit(worker: Worker, ids: Sequence[int], params: SamplingParams) -> Stream:

@@ -77,7 +77,7 @@ async def test_long_names_are_cut(client):
 
 async def test_a_bug_is_a_500_and_tells_nothing(client, worker):
     class Broken(FakeTokenizer):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
             raise ValueError("secret detail")
 
     worker.tokens = Broken()
@@ -110,3 +110,29 @@ def test_every_branch_of_the_tree_has_a_row(error, status):
 def test_messages_are_bounded():
     body = problem_of(RequestError("x" * 10_000)).body()
     assert len(body["error"]["message"]) == MAX_MESSAGE_CHARS
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/v1/completions",
+        "/v1/completions/",
+        "/v1/chat/completions",
+        "/",
+        "/x" * 600,
+    ],
+)
+async def test_a_path_that_is_not_served_is_told_which_are(client, path):
+    response = await client.post(path, json={"prompt": "x"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (404, "not_found")
+    assert path[:90] in error["message"]
+    for served in ("/v1/completions,", "/v1/models,", "/health,", "/metrics"):
+        assert served in error["message"]
+
+
+async def test_a_path_of_two_slashes_is_another_path(serving, worker):
+    async with serving(worker) as url, httpx.AsyncClient() as client:
+        answer = await client.post(f"{url}//v1/completions", json={"prompt": "x"})
+    assert answer.status_code == 404
+    assert "'//v1/completions'" in answer.json()["error"]["message"]

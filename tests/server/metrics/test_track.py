@@ -12,7 +12,7 @@ def page(metrics: ServerMetrics) -> str:
 
 
 def test_closing_twice_counts_once_and_an_unfinished_request_was_aborted():
-    metrics = ServerMetrics(EngineCollector(FakeWorker(), "demo", 60))
+    metrics = ServerMetrics(EngineCollector(FakeWorker(), "demo"))
     track = Track(metrics, "completions", "r", 0.0)
     track.saw(TokenEvent("a", (1,)))
     track.close()
@@ -23,7 +23,7 @@ def test_closing_twice_counts_once_and_an_unfinished_request_was_aborted():
 
 
 def test_events_without_tokens_are_no_tokens():
-    metrics = ServerMetrics(EngineCollector(FakeWorker(), "demo", 60))
+    metrics = ServerMetrics(EngineCollector(FakeWorker(), "demo"))
     track = Track(metrics, "completions", "r", 0.0)
     track.saw(TokenEvent("a", ()))
     track.saw(TokenEvent("b", (1, 2), FinishReason.LENGTH))

@@ -33,11 +33,18 @@ def test_url_of_ipv6():
         pytest.skip("no IPv6 here")
     with listener:
         assert url_of(listener).startswith("http://[::1]:")
-    # One that takes all of IPv6 takes nothing of IPv4: its own loopback is what works.
     with listening_socket("::", 0) as listener:
         assert url_of(listener) == f"http://[::1]:{listener.getsockname()[1]}"
-        with socket.create_connection(("::1", listener.getsockname()[1]), timeout=5):
-            pass
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 beside IPv4 here")
+@pytest.mark.parametrize("loopback", ["127.0.0.1", "::1"])
+def test_every_address_is_of_both_families(loopback):
+    with (
+        listening_socket("::", 0) as listener,
+        socket.create_connection((loopback, listener.getsockname()[1]), timeout=5),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,13 @@ async def test_full_context_has_the_words_that_clients_know(client):
     assert "This model's maximum context length is 64 tokens" in error["message"]
 
 
+@pytest.mark.parametrize("prompt", ["x" * 65, [1] * 65, [9999] * 65])
+async def test_a_prompt_over_the_context_is_refused_unseen(client, worker, prompt):
+    worker.refusal = BadParameter("the engine was asked", "prompt")
+    error = (await client.post(URL, json={"prompt": prompt})).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
 async def test_engine_s_own_refusal_keeps_its_param(client, worker):
     worker.refusal = BadParameter("top_k must be small", "top_k")
     error = (await client.post(URL, json={"prompt": "x"})).json()["error"]
