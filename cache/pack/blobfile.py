@@ -1,17 +1,24 @@
 """One open file, read past the page cache into memory that starts at pages.
 
 Bytes that the operating system caches on its own account are memory nobody planned: so reads are
-O_DIRECT where the file system grants it, else buffered and forgotten at once (DONTNEED).
+O_DIRECT where the file system grants it, else buffered and forgotten at once (DONTNEED). Some
+grant it and refuse a later read, of another size or after a while: from then on all are buffered.
 """
 
 import errno
+import fcntl
+import logging
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from moestro.cache.facts import PAGE_BYTES, ReadFailed
 
+_log = logging.getLogger("moestro.cache")
+
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _MOST_BUFFERS = 1024  # Linux takes no more in one preadv
 
 
@@ -34,6 +41,7 @@ class BlobFile:
         if not self.direct:
             self._fd = os.open(path, os.O_RDONLY)
         self.size_bytes = os.fstat(self._fd).st_size
+        self._turning = threading.Lock()  # readers of several threads may be refused at once
 
     def read_into(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
         """Fills all buffers, in order, from `offset_bytes` on.
@@ -42,20 +50,37 @@ class BlobFile:
         """
         total, done = sum(map(len, buffers)), 0
         while done < total:
+            direct, here = self.direct, offset_bytes + done
             try:
-                got = os.preadv(self._fd, _after(buffers, done), offset_bytes + done)
+                got = os.preadv(self._fd, _after(buffers, done), here)
             except OSError as error:
-                raise ReadFailed(
-                    f"reading {self.path} at {offset_bytes + done}: {error.strerror}"
-                ) from error
+                if direct and error.errno in _NOT_DIRECT:
+                    self._turn_buffered(error.strerror)
+                    continue
+                raise ReadFailed(f"reading {self.path} at {here}: {error.strerror}") from error
             reached = done + got
-            if self.direct and reached < total:
+            if direct and reached < total:
                 reached -= reached % PAGE_BYTES  # the next direct read must start at a page
-            if reached <= done:
-                raise ReadFailed(f"{self.path} ends early, at {offset_bytes + done + got}")
-            done = reached
+            if reached > done:
+                done = reached
+            elif direct and here + got < self.size_bytes:
+                self._turn_buffered("less than a page at a time")
+            else:
+                raise ReadFailed(f"{self.path} ends early, at {here + got}")
         if not self.direct:
             os.posix_fadvise(self._fd, offset_bytes, total, os.POSIX_FADV_DONTNEED)
+
+    def _turn_buffered(self, why: str | None) -> None:
+        """For all threads, and said once. Direct reads under way are not disturbed."""
+        with self._turning:
+            if not self.direct:
+                return
+            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            self.direct = False
+        _log.warning(
+            "%s is read buffered from now on: a direct read was refused: %s", self.path, why
+        )
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -68,7 +93,7 @@ def _open_direct(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as error:
-        if error.errno == errno.EINVAL:
+        if error.errno in _NOT_DIRECT:
             return -1
         raise
     try:
@@ -76,7 +101,7 @@ def _open_direct(path: Path) -> int:
         os.preadv(fd, [page_memory(PAGE_BYTES)], 0)
     except OSError as error:
         os.close(fd)
-        if error.errno == errno.EINVAL:
+        if error.errno in _NOT_DIRECT:
             return -1
         raise
     return fd

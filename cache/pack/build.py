@@ -5,10 +5,8 @@ work: the next start goes on from there. Needs the memory of one layer (the call
 leaves few dirty pages behind.
 """
 
-import fcntl
 import logging
 import os
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +20,10 @@ from moestro.cache.facts import NoDiskSpace, PackInvalid, PackLayer, PackSpec, h
 
 from .blobfile import page_memory
 from .file import Pack
+from .lockfile import wait_for_lock
 from .partial import OnProof, Partial, disk_errors, free_disk_bytes
 from .views import blob_views
 
-_LOCK_POLL_S = 0.2
 _CHUNK_BYTES = 4 << 20
 
 
@@ -85,21 +83,22 @@ def open_or_build(
     While another process builds, `on_wait` is called again and again (every 0.2 s) and may raise
     to give up. What an interrupted build has finished is proved first, layer by layer, with
     `on_proof` called before each, and `fill` adds the rest. Raises NoDiskSpace (no partial file
-    is left behind), PackUnwritable, PackInvalid (a pack just written does not read back), and
-    whatever the callbacks raise (finished layers are kept for the next call).
+    is left behind), PackUnwritable, PackInvalid (a pack just written does not read back),
+    ReadFailed (a pack that is there, and cannot be read now), and whatever the callbacks raise
+    (finished layers are kept for the next call).
     """
     why = _why_invalid(path, spec)
     if isinstance(why, Pack):  # a pack appears whole, by rename: no lock needed to use it
         return _announced(why, log)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path, on_wait):
+    with _locked(path, on_wait) as locked:
         why = _why_invalid(path, spec)
         if isinstance(why, Pack):  # built by the process that had the lock
             return _announced(why, log)
         if path.exists():
             log.warning("pack %s is %s: building it again", path, why)
-        _build(Partial(path, spec), fill, on_proof, free_bytes, log)
+        _build(Partial(path, spec, shared=locked), fill, on_proof, free_bytes, log)
         return _announced(Pack.open(path, spec), log)
 
 
@@ -146,25 +145,18 @@ def _build(
 
 
 @contextmanager
-def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Holds `path`.lock, which stays: removing it would let two processes hold two of them."""
+def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
+    """Holds `path`.lock, which stays: removing it would let two processes hold two of them.
+
+    False where the file system has no locks.
+    """
+    lock = path.with_name(path.name + ".lock")
     with disk_errors(path):
-        fd = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while not _try_lock(fd):
-            on_wait()
-            time.sleep(_LOCK_POLL_S)
-        yield
+        yield wait_for_lock(fd, lock, on_wait)
     finally:
         os.close(fd)  # and with it the lock, also when the process is killed
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _check_tensors(layer: PackLayer, kinds: Sequence[Mapping[str, torch.Tensor]]) -> None:

@@ -7,6 +7,7 @@
 A pack is written once and never changed (build.py).
 """
 
+import errno
 import json
 import struct
 import zlib
@@ -30,6 +31,8 @@ from .blobfile import BlobFile, page_memory
 MAGIC = b"moestro\n"
 FORMAT_VERSION = 1
 VERIFY_AT_ONCE_BYTES = 1 << 30  # above this a start would wait too long: checked as they are read
+# Says nothing about the file: memory or descriptors are short, or the reader asked wrongly.
+_READERS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINVAL)
 _PREAMBLE = struct.Struct("<8sIIQ")
 _CHUNK_BYTES = 8 << 20
 _CHECKSUM_DIGITS = 8
@@ -79,7 +82,9 @@ class Pack:
         first = file.size_bytes - spec.total_bytes
         self._starts = [first + start for start in layer_starts(spec)]
         self._offsets = [layer.offsets for layer in spec.layers]
+        self._checksums = checksums
         self._unproved: list[list[int | None]] = [list(sums) for sums in checksums]
+        self._doubted = False
 
     @classmethod
     def open(
@@ -92,11 +97,14 @@ class Pack:
     ) -> "Pack":
         """Blobs are checked here when there are at most `verify_up_to_bytes` of them.
 
-        Raises PackInvalid with the reason: missing, foreign, of another spec, truncated, corrupt.
+        Raises PackInvalid with the reason: missing, foreign, of another spec, truncated, corrupt;
+        ReadFailed where it may well be good, and only cannot be read now.
         """
         try:
             file = BlobFile(path, direct=direct)
         except OSError as error:
+            if error.errno in _READERS_FAULT:
+                raise ReadFailed(f"cannot read {path}: {error.strerror}") from error
             raise PackInvalid(f"unreadable: {error.strerror}") from error
         valid = False
         try:
@@ -105,6 +113,9 @@ class Pack:
                 pack._verify_all()
             valid = True
         except ReadFailed as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in _READERS_FAULT:
+                raise
             raise PackInvalid(f"unreadable: {error}") from error
         finally:
             if not valid:
@@ -125,12 +136,19 @@ class Pack:
         return self._starts[layer] + self._offsets[layer][expert]
 
     def unproved(self, layer: int, expert: int) -> int | None:
-        """The crc32 that the blob must have, while nobody has compared it yet."""
-        return self._unproved[layer][expert]
+        """The crc32 that the blob must have, while nobody has compared it yet; or in doubt."""
+        return self._checksums[layer][expert] if self._doubted else self._unproved[layer][expert]
 
     def proved(self, layer: int, expert: int) -> None:
         """The blob was read and its checksum was right: do not compare it again."""
         self._unproved[layer][expert] = None
+
+    def doubt(self) -> None:
+        """A read failed or brought other bytes: from now on every read is compared, each time.
+
+        Whoever notices says so, from any thread; there is no way back.
+        """
+        self._doubted = True
 
     def _verify_all(self) -> None:
         for index, layer in enumerate(self.spec.layers):
@@ -219,7 +237,10 @@ def _read_header(file: BlobFile, spec: PackSpec) -> Checksums:
     text = bytes(whole[_PREAMBLE.size : _PREAMBLE.size + length])
     if zlib.crc32(text) != checksum:
         raise PackInvalid("corrupt: the header does not match its checksum")
-    checksums = _match(json.loads(text), spec)
+    try:
+        checksums = _match(json.loads(text), spec)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise PackInvalid(f"foreign: its header is not one of a pack: {error}") from error
     if file.size_bytes != expected + spec.total_bytes:
         raise PackInvalid(
             f"truncated: {human_bytes(file.size_bytes)} ({file.size_bytes} bytes) instead of "
@@ -237,4 +258,7 @@ def _match(header: dict[str, Any], spec: PackSpec) -> Checksums:
     digits: Sequence[str] = [layer.pop("checksums", "") for layer in header["layers"]]
     if header != wanted:
         raise PackInvalid("foreign: its layers or tensors are laid out differently")
-    return [decode_checksums(line) for line in digits]
+    checksums = [decode_checksums(line) for line in digits]
+    if [len(sums) for sums in checksums] != [layer.num_experts for layer in spec.layers]:
+        raise ValueError("other numbers of checksums than of experts")
+    return checksums

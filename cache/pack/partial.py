@@ -12,6 +12,7 @@ import errno
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -63,15 +64,20 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class Partial:
-    """The two files. Whoever uses it holds the pack's lock, and calls `close` in the end."""
+    """The two files. Whoever uses it holds the pack's lock, and calls `close` in the end.
 
-    def __init__(self, path: Path, spec: PackSpec) -> None:
+    Where there is no lock they are not `shared`: under names of their own, and never resumed.
+    """
+
+    def __init__(self, path: Path, spec: PackSpec, *, shared: bool = True) -> None:
         """`path` is where the whole pack is going to be."""
         self.path = path
         self.spec = spec
         self.finished: dict[int, list[int]] = {}  # layer -> crc32 of its blobs
-        self._blobs = path.with_suffix(".partial")
-        self._journal = path.with_suffix(".journal")
+        own = "" if shared else f".{os.getpid()}-{secrets.token_hex(4)}"
+        self._blobs = path.with_suffix(f"{own}.partial")
+        self._journal = path.with_suffix(f"{own}.journal")
+        self._shared = shared
         self._first = header_bytes(spec)
         self._starts = layer_starts(spec)
         self._blobs_fd = self._journal_fd = -1
@@ -129,7 +135,7 @@ class Partial:
             os.posix_fadvise(self._blobs_fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self._blobs.replace(self.path)
             sync_folder(self.path.parent)
-            self._journal.unlink()
+            self._journal.unlink(missing_ok=True)
 
     def discard(self) -> None:
         self.finished = {}
@@ -138,12 +144,12 @@ class Partial:
             self._journal.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Nothing stays of a build that has finished no layer. Idempotent."""
+        """Nothing stays of a build that has finished no layer or is not shared. Idempotent."""
         for fd in (self._blobs_fd, self._journal_fd):
             if fd >= 0:
                 os.close(fd)
         opened, self._blobs_fd, self._journal_fd = self._blobs_fd >= 0, -1, -1
-        if opened and not self.finished:
+        if opened and not (self.finished and self._shared):
             self.discard()
 
     def _claimed(self) -> dict[int, list[int]]:
@@ -159,9 +165,21 @@ class Partial:
             check, _, rest = line.partition(b" ")
             if check != b"%08x" % zlib.crc32(rest):
                 continue
-            layer, _, digits = rest.decode().partition(" ")
-            found[int(layer)] = decode_checksums(digits)
+            try:
+                layer, checksums = self._layer_of(rest)
+            except ValueError:  # no line that this version writes
+                continue
+            found[layer] = checksums
         return found
+
+    def _layer_of(self, line: bytes) -> tuple[int, list[int]]:
+        name, _, digits = line.decode("ascii").partition(" ")
+        layer, checksums = int(name), decode_checksums(digits)
+        if layer not in range(len(self.spec.layers)):
+            raise ValueError(f"{layer} is no layer")
+        if len(checksums) != self.spec.layers[layer].num_experts:
+            raise ValueError(f"{len(checksums)} checksums")
+        return layer, checksums
 
     def _proved(
         self, claimed: dict[int, list[int]], on_proof: OnProof, log: logging.Logger

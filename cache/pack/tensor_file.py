@@ -18,12 +18,20 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moestro.cache.facts import PAGE_BYTES, PackInvalid, PackUnwritable, ReadFailed, round_up
+from moestro.cache.facts import (
+    DTYPE_BYTES,
+    PAGE_BYTES,
+    PackInvalid,
+    PackUnwritable,
+    ReadFailed,
+    round_up,
+)
 
 from .blobfile import BlobFile, page_memory
 from .partial import sync_folder
@@ -189,11 +197,24 @@ def _read_header(path: Path, file: BlobFile, key: str) -> tuple[list[_Place], li
     text = head[_PREAMBLE.size : _PREAMBLE.size + length]
     if zlib.crc32(text) != checksum:
         raise PackInvalid(f"{path} is damaged: its header has another checksum")
-    record: dict[str, Any] = json.loads(text)
-    if record["key"] != key:
-        raise PackInvalid(f"{path} is of another model, format or version")
-    places = [_Place(name, dtype, tuple(shape), at) for name, dtype, shape, at in record["tensors"]]
-    return places, [int(each, 16) for each in record["sums"]], first
+    try:
+        record: dict[str, Any] = json.loads(text)
+        if record["key"] != key:
+            raise PackInvalid(f"{path} is of another model, format or version")
+        return *_listed(record), first
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise PackInvalid(f"{path} has no header of this version: {error}") from error
+
+
+def _listed(record: dict[str, Any]) -> tuple[list[_Place], list[int]]:
+    places = [
+        _Place(str(name), dtype, tuple(map(index, shape)), index(at))
+        for name, dtype, shape, at in record["tensors"]
+    ]
+    for place in places:
+        if place.dtype not in DTYPE_BYTES or min((place.offset_bytes, *place.shape)) < 0:
+            raise ValueError(f"{place.name} is no tensor")
+    return places, [int(each, 16) for each in record["sums"]]
 
 
 def _view(path: Path, flat: torch.Tensor, place: _Place) -> torch.Tensor:

@@ -80,11 +80,18 @@ class LendingReader(Reader, Protocol):
 
 
 def read_blobs(pack: Pack, request: ReadRequest) -> None:
-    """Reads and, at their first read, checks. Raises ReadFailed, PackInvalid."""
+    """Reads and, at their first read, checks. Raises ReadFailed, PackInvalid.
+
+    After either, the pack is in doubt.
+    """
     layer = request.layer
-    pack.file.read_into(pack.offset(layer, request.experts[0]), request.buffers)
-    for expert, buffer in zip(request.experts, request.buffers, strict=True):
-        prove(buffer, pack.unproved(layer, expert), pack.spec.layers[layer].name, expert)
+    try:
+        pack.file.read_into(pack.offset(layer, request.experts[0]), request.buffers)
+        for expert, buffer in zip(request.experts, request.buffers, strict=True):
+            prove(buffer, pack.unproved(layer, expert), pack.spec.layers[layer].name, expert)
+    except (ReadFailed, PackInvalid):
+        pack.doubt()
+        raise
 
 
 class DirectReader:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from moestro.cache.facts import PackSpec, Phase, Routed, TraceInvalid
+from moestro.cache.facts import PackSpec, Phase, Routed, TraceInvalid, read_fields
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -150,7 +150,7 @@ class TraceReader:
         self.live: LiveCount | None = None
         try:
             self.header = _header(json.loads(next(self._lines(), "")))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise TraceInvalid(f"{path}, line 1: not the header of a trace: {error}") from error
 
     def __iter__(self) -> Iterator[TraceEvent]:
@@ -160,15 +160,16 @@ class TraceReader:
             try:
                 found = json.loads(line)
                 if isinstance(found, dict):
-                    self.live = LiveCount(**found[_LIVE])
+                    self.live = read_fields(LiveCount, found[_LIVE], ("slots",))
                     continue
                 yield _event(found, self.header)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
                 raise TraceInvalid(f"{self.path}, line {number}: not an event: {error}") from error
 
     def _lines(self) -> Iterator[str]:
         try:
-            with self.path.open(encoding="utf-8") as file:
+            # A byte that is no text is told by its line, not by the block that it was read in.
+            with self.path.open(encoding="utf-8", errors="surrogateescape") as file:
                 yield from (line for line in file if line.endswith("\n"))
         except OSError as error:
             raise TraceInvalid(f"{self.path}: {error.strerror}") from error
@@ -177,11 +178,17 @@ class TraceReader:
 def _header(found: dict[str, Any]) -> TraceHeader:
     if found["moestro_trace"] not in READABLE_VERSIONS:
         raise ValueError(f"format {found['moestro_trace']}, not one of {READABLE_VERSIONS}")
-    return TraceHeader(found["model"], tuple(TraceLayer(**layer) for layer in found["layers"]))
+    sizes = ("num_experts", "stride_bytes")
+    layers = [read_fields(TraceLayer, layer, sizes) for layer in found["layers"]]
+    if not isinstance(found["model"], str):
+        raise ValueError(f"model is {found['model']!r}, not text")  # a file's fault
+    return TraceHeader(found["model"], tuple(layers))
 
 
 def _event(found: Sequence[Any], header: TraceHeader) -> TraceEvent:
     step, letter, layer, experts, *rest = found
+    if type(step) is not int or type(layer) is not int or step < 0:
+        raise ValueError(f"step {step!r} and layer {layer!r} are no places")
     known = range(header.layers[layer].num_experts) if layer in range(len(header.layers)) else ()
     if len(set(experts)) != len(experts) or not all(expert in known for expert in experts):
         raise ValueError(f"layer {layer} has no such experts")

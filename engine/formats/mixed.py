@@ -51,7 +51,7 @@ class FormatMap:
             result._check()
         except OSError as error:
             raise StartError(f"--expert-format {MIXED}{path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StartError(
                 f"--expert-format {MIXED}{path}: not a map of formats: {error}"
             ) from error

@@ -27,4 +27,5 @@ def build_meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMo
             experts_implementation=experts.NAME,
         )
     model.train(False)
+    checkpoint.untie(model)
     return model

@@ -64,6 +64,7 @@ class Sketch(Checkpoint):
         self._said_dtype = getattr(self.config, "dtype", None)  # building a model sets it
         self._file_of_key = {}
         self._slices = {}
+        self._untied = set()
 
     def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
         """Like a Checkpoint's, with the model's own names."""

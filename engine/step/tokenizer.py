@@ -28,7 +28,10 @@ class Tokenizer:
             self._fast: FastTokenizer = slow.backend_tokenizer
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             words = " ".join(str(error).split())
-            raise ModelRefused(f"{folder} has no tokenizer that can be read: {words}") from error
+            raise ModelRefused(
+                f"{folder} has no tokenizer that can be read: {words}; fetch tokenizer.json and"
+                " tokenizer_config.json again"
+            ) from error
         # tokenizer.json may say how its maker cut and padded; a prompt is taken as it is
         self._fast.no_truncation()
         self._fast.no_padding()

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from moestro.engine.facts import ModelNotFound, ModelRefused
 from moestro.engine.formats import ExpertsModule, is_experts_module
 
 from .completeness import refuse_missing
+from .tying import same_numbers, tied_twice, untie, warn_untied
 from .weight_files import few, one_line, open_weights, readable, weight_files
 
 log = logging.getLogger("moestro.engine")
@@ -55,6 +57,7 @@ class Checkpoint:
         found = open_weights(weight_files(folder))
         self._file_of_key = {key: path for key, (path, _) in found.items()}
         self._slices: dict[str, Any] = {key: part for key, (_, part) in found.items()}
+        self._untied: set[str] = set()  # names that the config ties and the files do not
 
     def close(self) -> None:
         self._slices.clear()  # the last that holds the files open
@@ -80,6 +83,10 @@ class Checkpoint:
         """Of a tensor that has the same name in the files; None where conversion renames it."""
         return self.dtype_of(key) if key in self._slices else None
 
+    def untie(self, model: PreTrainedModel) -> None:
+        """Give `model`, on meta, parameters of their own where only the config ties them."""
+        untie(model, self._untied & model.all_tied_weights_keys.keys())
+
     def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
         """Experts modules in the order the model holds them, and the keys of everything else."""
         mapping = get_model_conversion_mapping(model)
@@ -97,13 +104,14 @@ class Checkpoint:
             key: rename_source_key(key, renamings, converters, prefix, meta) for key in self._slices
         }
         refuse_missing(self.folder, model, converters, renamed)
+        spare = self._settle_ties(model, {key: target for key, (target, _) in renamed.items()})
         keys_of_path: dict[str, dict[str, list[str]]] = {}
         dense = []
         for key, (target, _) in renamed.items():
             if target in parameters:
                 sources = keys_of_path.setdefault(parameters[target], {})
                 sources.setdefault(target, []).append(key)
-            else:
+            elif key not in spare:
                 dense.append(key)
         modules = [
             self._experts_module(model, path, keys_of_path.get(path, {}))
@@ -116,17 +124,31 @@ class Checkpoint:
             )
         return modules, dense
 
+    def _settle_ties(self, model: PreTrainedModel, targets: dict[str, str]) -> set[str]:
+        """Keys that say again what another one says. Models built from now on tie the rest."""
+        spare: set[str] = set()
+        for name, key, source in tied_twice(model, targets):
+            with readable(self._file_of_key[key]), _damaged(self.folder):
+                same = same_numbers(self._slices[key], self._slices[source])
+            if same:
+                spare.add(key)
+            else:
+                warn_untied(self.folder, name, model.all_tied_weights_keys[name])
+                self._untied.add(name)
+        untie(model, self._untied & model.all_tied_weights_keys.keys())
+        return spare
+
     def _experts_module(
         self, model: PreTrainedModel, path: str, sources: dict[str, list[str]]
     ) -> ExpertsModule:
         module = model.get_submodule(path)
         tensors = {}
         for name, parameter in module.named_parameters(recurse=False):
-            dtypes = {self.dtype_of(key) for key in sources.get(f"{path}.{name}", [])}
-            if sources and len(dtypes) != 1:
-                found = ", ".join(sorted(map(str, dtypes))) or "none"
-                raise ModelRefused(f"{self.folder}: {path}.{name} wants one dtype, found {found}")
-            dtype = dtypes.pop() if dtypes else parameter.dtype
+            dtypes = [self.dtype_of(key) for key in sources.get(f"{path}.{name}", [])]
+            if sources and not dtypes:
+                raise ModelRefused(f"{self.folder}: the files hold no weights for {path}.{name}")
+            # Of several the widest, as stacking them in transformers gives: no bit is lost.
+            dtype = reduce(torch.promote_types, dtypes) if dtypes else parameter.dtype
             tensors[name] = (dtype, tuple(parameter.shape))
         keys = tuple(key for group in sources.values() for key in group)
         if not keys:
@@ -284,6 +306,15 @@ def _named(error: Exception) -> str:
     line = one_line(error)
     plain = isinstance(error, (KeyError, AssertionError, AttributeError, ArithmeticError))
     return f"{type(error).__name__}: {line}" if plain else line
+
+
+@contextmanager
+def _damaged(folder: Path) -> Iterator[None]:
+    """What safetensors says when it reads a tensor of a file that has changed meanwhile."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelRefused(f"{folder}: {one_line(error)}") from error
 
 
 def _by_layer(keys: list[str]) -> list[list[str]]:

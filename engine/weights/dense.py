@@ -95,15 +95,12 @@ def load_dense(
     Only the layer that is being loaded is in memory in two forms.
     """
     left = {each.path: each for each in found}
-    # Until the end a tied layer takes its weights from the embedding.
-    tied = bool(getattr(model, "all_tied_weights_keys", {}))
+    # Until the end one of two tied modules takes its weights from the other, whichever has them.
+    ties = getattr(model, "all_tied_weights_keys", {})
+    tied = {*ties, *ties.values()}
 
     def after_group(done: int, total: int) -> None:
-        ready = [
-            path
-            for path, each in left.items()
-            if _is_loaded(model, path) and not (tied and each.is_embedding)
-        ]
+        ready = [path for path in left if _is_loaded(model, path) and f"{path}.weight" not in tied]
         for path in ready:
             _replace(model, left.pop(path), last)
         report(done, total)

@@ -8,10 +8,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moestro.cache import read_fields
 from moestro.engine.facts import ModelRefused
 
 MANIFEST_NAME = "moestro.json"
 MANIFEST_FORMAT = 1
+COUNTS = ("experts_per_token", "num_experts", "output_factor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,12 @@ class Manifest:
             return None
         try:
             fields = json.loads(path.read_text("utf-8"))
+            if not isinstance(fields, dict) or "format" not in fields:
+                raise ValueError("no JSON object with a format")
             if fields.pop("format") != MANIFEST_FORMAT:
                 raise ModelRefused(f"{path} is of a format that this version does not read")
-            return cls(**fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return read_fields(cls, fields, COUNTS)
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelRefused(f"{path} is not a manifest of moestro: {error}") from error
 
     def write(self, folder: Path) -> None:

@@ -1,8 +1,9 @@
 """The plan of a factorization as a file, storage, errors. Lowest wing."""
 
 from .errors import DownloadCorrupt, FactorizeError, SourceRefused
+from .folder_note import damage, file_sha256, looks_whole, write_note
 from .plan import Plan, PlanFacts, SplitOptions
-from .storage import disk_errors, exclusive, require_free, scratch, staged, sweep
+from .storage import disk_errors, exclusive, publish, require_free, scratch, staged, sweep
 
 __all__ = [
     "DownloadCorrupt",
@@ -11,10 +12,15 @@ __all__ = [
     "PlanFacts",
     "SourceRefused",
     "SplitOptions",
+    "damage",
     "disk_errors",
     "exclusive",
+    "file_sha256",
+    "looks_whole",
+    "publish",
     "require_free",
     "scratch",
     "staged",
     "sweep",
+    "write_note",
 ]

@@ -13,9 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from moestro.cache import read_fields
+
 from .errors import FactorizeError, SourceRefused
 
 PLAN_FORMAT = 1
+COUNTS = ("experts", "top_k", "calibration_tokens", "window_tokens")
 METADATA_KEY = "moestro.plan"  # one key: the writer's order of several keys is random
 
 
@@ -48,8 +51,8 @@ class SplitOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanFacts:
-    """What a plan remembers about its making; `options` are all that the result depends on."""
+class _Said:
+    """What a plan tells in words and numbers."""
 
     source: str  # the dense model, in words
     source_sha256: str  # DenseModel.content_sha256
@@ -57,6 +60,12 @@ class PlanFacts:
     method: str
     command: str  # that repeats it
     router_hit: float  # share of a token's largest experts that the routers find, while fitting
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFacts(_Said):
+    """What a plan remembers about its making; `options` are all that the result depends on."""
+
     options: SplitOptions
 
 
@@ -86,13 +95,18 @@ class Plan:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()[METADATA_KEY])
                 order, routers = file.get_tensor("order"), file.get_tensor("routers")
+            if not isinstance(facts, dict):
+                raise TypeError("its facts are no JSON object")
             if facts.pop("format") != PLAN_FORMAT:
                 raise FactorizeError(
                     f"{path} is a plan of a format that this version does not read"
                 )
-            options = SplitOptions(**facts.pop("options"))
-            return cls(order, routers, PlanFacts(options=options, **facts))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            options = read_fields(SplitOptions, facts.pop("options"), COUNTS)
+            said = read_fields(_Said, facts)
+            if order.dtype.is_floating_point or not routers.dtype.is_floating_point:
+                raise TypeError(f"an order in {order.dtype} and routers in {routers.dtype}")
+            return cls(order, routers, PlanFacts(**asdict(said), options=options))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise FactorizeError(f"{path} is not a plan of moestro: {error}") from error
 
     def check_fits(self, layers: int, neurons: int, hidden: int, source_sha256: str) -> None:

@@ -3,23 +3,23 @@
 Knows nothing about models.
 """
 
-import fcntl
+import errno
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from moestro.cache import wait_for_lock
 from moestro.engine import Progress, ProgressFn
 
 from .errors import FactorizeError
 
 STAGING_PREFIX = ".staging-"
-LOCK_POLL_S = 0.2
+PUBLISH_ATTEMPTS = 3
 
 FreeBytes = Callable[[Path], int]
 
@@ -84,23 +84,37 @@ def sweep(parent: Path) -> None:
 
 
 @contextmanager
-def exclusive(lock: Path, progress: ProgressFn) -> Iterator[None]:
-    """One process at a time inside; the others wait and say so through `progress`."""
+def exclusive(lock: Path, progress: ProgressFn) -> Iterator[bool]:
+    """One process at a time inside; the others wait and say so through `progress`.
+
+    False, and nobody waits, where the file system has no locks.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
-        while not _try_lock(file.fileno()):
-            progress(Progress("waiting for another start", 0, 0))
-            time.sleep(LOCK_POLL_S)
-        yield
+        # the kernel drops the lock with the file, so a killed process never blocks the next one
+        yield wait_for_lock(
+            file.fileno(), lock, lambda: progress(Progress("waiting for another start", 0, 0))
+        )
 
 
-def _try_lock(descriptor: int) -> bool:
-    # the kernel drops the lock with the file, so a killed process never blocks the next one
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def publish(new: Path, target: Path, is_whole: Callable[[Path], bool]) -> None:
+    """`new` becomes `target`, unless another process has made a whole one meanwhile.
+
+    For where no lock keeps two from publishing at once. `new` and `target` share a file system.
+    """
+    for attempt in range(PUBLISH_ATTEMPTS):
+        if is_whole(target):
+            return
+        with suppress(FileNotFoundError):
+            target.rename(new.with_name(f"{new.name}-old-{attempt}"))
+        try:
+            new.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+    raise FactorizeError(f"another start writes {target} again and again; start one at a time")
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
+from moestro.engine import StartError, read_config
 from moestro.factorize.facts import SourceRefused
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -45,9 +45,9 @@ class DenseModel:
         if not (folder / "config.json").is_file():
             raise SourceRefused(f"{folder} has no config.json: give the folder of a dense model")
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise SourceRefused(f"{folder / 'config.json'} is not readable: {error}") from error
+            config = read_config(folder)
+        except StartError as error:
+            raise SourceRefused(f"the model is not readable: {error}") from error
         for reason in obstacles(config):
             raise SourceRefused(f"{folder} cannot be factorized exactly: {reason}")
         files = tensor_files(folder)
@@ -136,7 +136,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
                 files = dict.fromkeys(file.keys(), single)
         else:
             raise SourceRefused(f"{folder} has no model.safetensors; other formats are not read")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         raise SourceRefused(f"the weights in {folder} are not readable: {error}") from error
     missing = sorted({path.name for path in files.values() if not path.is_file()})
     if missing:

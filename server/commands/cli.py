@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +20,9 @@ from . import flags
 if TYPE_CHECKING:
     import socket
 
-    from moestro.server.facts import Settings
+    from moestro.server.facts import Places, Settings
+
+INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 app = typer.Typer(
     rich_markup_mode=None,  # plain help: quick, and no boxes around errors
@@ -30,16 +33,30 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 refused (one line says why), 130 interrupted."""
+    """Exit codes: 0 done, 2 refused (one line says why), 130 interrupted, 143 terminated.
+
+    141 where nobody reads what was printed any more, as a shell's tools do.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = app(prog_name="moestro", standalone_mode=False)
+        sys.stdout.flush()
     except TyperException as error:
         code = _refuse(f"{error.format_message()} (see moestro --help)")
     except Refused as refusal:
         code = _refuse(str(refusal))
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = READER_GONE
+        _drop_output()
     sys.exit(code or 0)
+
+
+def _drop_output() -> None:
+    """So that the interpreter's last flush does not fail for the same reason again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str) -> int:
@@ -47,14 +64,36 @@ def _refuse(message: str) -> int:
     return 2
 
 
+def _settings(given: dict[str, Any]) -> "Settings":
+    """Raises Refused. A variable that is no setting changes nothing, and is said."""
+    from moestro.server.facts import load_settings
+
+    _say_misspelt()
+    return load_settings(given)
+
+
+def _places(cache_dir: str | None) -> "Places":
+    from moestro.server.facts import load_places
+
+    _say_misspelt()
+    return load_places(cache_dir)
+
+
+def _say_misspelt() -> None:
+    from moestro.server.facts import misspelt_variables
+
+    for line in misspelt_variables():
+        typer.echo(f"moestro: warning: {line}", err=True)
+
+
 @contextmanager
 def _big_imports() -> Iterator[None]:
     """While big libraries are imported: some of them swallow a KeyboardInterrupt.
 
-    What they make stays for good. Looking there for garbage takes a tenth of the time that they
+    What they make is kept for good. Looking there for garbage takes a tenth of the time that they
     need, and as long again at each full collection later.
     """
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     gc.disable()
     try:
         yield
@@ -62,6 +101,14 @@ def _big_imports() -> Iterator[None]:
         gc.freeze()
         gc.enable()
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _command_imports() -> Iterator[None]:
+    """The same for a command that does its work in this thread, which signals then unwind."""
+    with _big_imports():
+        yield
+    _unwind_when_terminated()
 
 
 def _show_version(asked: bool) -> None:
@@ -136,11 +183,21 @@ def serve(
         given["prefetch"] = False
     if no_host_compute:
         given["host_compute"] = False
-    from moestro.server.facts import load_settings
-    from moestro.server.serving import listening_socket
+    settings = _settings(given)
+    from .listen import listening_socket
 
-    settings = load_settings(given)
     raise typer.Exit(_serve(settings, listening_socket(settings.host, settings.port)))
+
+
+def _unwind_when_terminated() -> None:
+    """From here on SIGTERM and SIGHUP end a command through its `finally`s: nothing half-made."""
+
+    def unwind(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, unwind)
 
 
 def _serve(settings: "Settings", listener: "socket.socket") -> int:
@@ -189,10 +246,8 @@ def plan(
         for name, value in locals().items()
         if value is not None and name not in ("disk_speed", "trace", "as_json")
     }
-    from moestro.server.facts import load_settings
-
-    settings = load_settings(given)
-    with _big_imports():
+    settings = _settings(given)
+    with _command_imports():
         from .plan import run_plan
 
     run_plan(settings, disk_speed, trace, as_json)
@@ -229,10 +284,8 @@ def record(
         for name, value in locals().items()
         if value is not None and name not in ("out", "prompts", "tokens")
     }
-    from moestro.server.facts import load_settings
-
-    settings = load_settings(given)
-    with _big_imports():
+    settings = _settings(given)
+    with _command_imports():
         from .tracing import run_record
 
     run_record(settings, out, prompts, tokens)
@@ -246,7 +299,7 @@ def replay(trace: flags.TraceFile, as_json: flags.AsJson = False, plot: flags.Pl
     Example:
       moestro trace replay demo.trace --plot demo.svg
     """
-    with _big_imports():
+    with _command_imports():
         from .tracing import run_replay
 
     run_replay(trace, as_json, plot)
@@ -267,7 +320,7 @@ def mix(
       moestro trace mix demo.trace mix.json --fine int8 --coarse int4 --share 0.25
       moestro serve demo --expert-format mixed:mix.json
     """
-    with _big_imports():
+    with _command_imports():
         from .tracing import run_mix
 
     run_mix(trace, out, fine, coarse, share)
@@ -293,10 +346,9 @@ def factorize(
     Example:
       moestro factorize demo ./demo-moe --calibration text.txt --write-plan plan.safetensors
     """
-    with _big_imports():
+    with _command_imports():
         from moestro.engine import StartError
         from moestro.factorize import run_factorize
-        from moestro.server.facts import load_places
 
         from .start import watched_progress
 
@@ -313,7 +365,7 @@ def factorize(
                 top_k=top_k,
                 calibration_tokens=calibration_tokens,
                 seed=seed,
-                cache_dir=load_places(cache_dir).cache_dir,
+                cache_dir=_places(cache_dir).cache_dir,
                 progress=progress,
             )
     except StartError as error:
@@ -334,7 +386,7 @@ def evaluate(
     Example:
       moestro evaluate ./demo-moe --text book.txt --experts-per-token 6
     """
-    with _big_imports():
+    with _command_imports():
         from moestro.engine import StartError
         from moestro.factorize import run_evaluate
 

@@ -19,9 +19,11 @@ from rich.console import Console
 
 from moestro.engine import EngineState, EngineWorker, ProgressFn
 from moestro.server.facts import Settings, refusal_line
-from moestro.server.serving import Lifecycle, is_loopback, url_of
+from moestro.server.serving import Lifecycle
 
 from .console import progress_view, set_up_logging
+from .listen import is_loopback, url_of
+from .output import outlive_readers
 
 log = logging.getLogger("moestro.server")
 
@@ -40,6 +42,7 @@ def watched_progress() -> Iterator[ProgressFn]:
 
 def run_server(settings: Settings, listener: socket.socket, began_s: float) -> int:
     """The exit code, after the server has served. `began_s`: time.monotonic() of the start."""
+    outlive_readers()
     console = Console(stderr=True)
     set_up_logging(console)
     view = progress_view(console)

@@ -1,14 +1,24 @@
 """Settings and refusals. Lowest wing: no engine, so that a wrong flag is answered at once."""
 
 from .refusal import Refused, refusal_line
-from .settings import EXPERT_FORMATS, Settings, load_places, load_settings, parse_size
+from .settings import (
+    EXPERT_FORMATS,
+    Places,
+    Settings,
+    load_places,
+    load_settings,
+    misspelt_variables,
+    parse_size,
+)
 
 __all__ = [
     "EXPERT_FORMATS",
+    "Places",
     "Refused",
     "Settings",
     "load_places",
     "load_settings",
+    "misspelt_variables",
     "parse_size",
     "refusal_line",
 ]

@@ -6,6 +6,7 @@ The only reader of the environment. Knows no HTTP and no model: it hands an `Eng
 import os
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -115,6 +116,13 @@ class Places(BaseSettings):
 
     cache_dir: Path = Field(Path("~/.cache/moestro"), validate_default=True, description="a folder")
 
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        if not str(value).strip():  # to a path, an empty name is the current folder
+            raise ValueError(f"{value!r} is not a folder")
+        return value
+
     @field_validator("cache_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -177,6 +185,8 @@ class Settings(Places):
     @field_validator("model")
     @classmethod
     def _model_exists(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError(f"{value!r} is neither '{DEMO}' nor a checkpoint's folder")
         if value != DEMO and not _is_folder(_expanded(Path(value))):
             raise ValueError(
                 f"there is no folder {_shown(value)} ('{DEMO}' or a checkpoint's folder)"
@@ -269,6 +279,24 @@ class Settings(Places):
             max_model_len_tokens=self.max_model_len,
             max_step_tokens=self.max_step_tokens,
         )
+
+
+# Read by scripts of this repository, not by the program.
+SCRIPTS_VARIABLES = ("TORCH", "BENCH_DIR", "BENCH_PEERS", "CI_BUDGET_S")
+
+
+def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str]:
+    """One line for each variable with our prefix that no setting has; None: the process's own."""
+    known = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    others = {f"{ENV_PREFIX}{name}" for name in SCRIPTS_VARIABLES}
+    lines = []
+    for name in sorted(os.environ if environment is None else environment):
+        if not name.upper().startswith(ENV_PREFIX) or name.upper() in {*known, *others}:
+            continue
+        near = get_close_matches(name.upper(), known, n=1, cutoff=0.0)
+        hint = f"did you mean {near[0]}?" if near else ""
+        lines.append(f"{name} is no setting and changes nothing; {hint}")
+    return lines
 
 
 def load_settings(flags: Mapping[str, object]) -> Settings:

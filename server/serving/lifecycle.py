@@ -4,8 +4,8 @@ LOADING --ready--> SERVING --signal--> DRAINING --idle or grace over--> STOPPED
    |  \\--failed--> exit 2                 |
    \\--signal--> STOPPED                   \\--second signal--> the process ends at once
 
-SIGTERM: 0 after a clean drain, 1 when requests had to be cut or the engine had died. SIGINT: 130.
-Second: 143 or 130.
+SIGTERM and SIGHUP: 0 after a clean drain, 1 when requests had to be cut or the engine had died.
+SIGINT: 130. Second: 143, 129 or 130.
 """
 
 import asyncio
@@ -116,7 +116,9 @@ class Lifecycle:
     async def run(self) -> int:
         """The exit code."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the terminal may go, the server serves on
             loop.add_signal_handler(number, self._on_signal, number)
         self._worker.start()
         web = asyncio.create_task(self._server.serve(sockets=[self._listener]))
@@ -141,7 +143,7 @@ class Lifecycle:
         if self._signalled.is_set():
             sys.stderr.write("moestro: stopped at once\n")
             sys.stderr.flush()
-            self._abort(130 if interrupted else 143)
+            self._abort(128 + number)
         self._code = 130 if interrupted else 0
         self._signalled.set()
 

@@ -57,3 +57,18 @@ def test_the_verdict_is_kept_for_each_format(tmp_path: Path) -> None:
             pass
     kept = sorted(path.name for path in (tmp_path / "cache").rglob("*.checked"))
     assert kept == ["int8.native.checked", "native.native.checked"]
+
+
+def test_a_verdict_that_cannot_be_read_is_made_anew(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    with opened(folder, tmp_path / "cache"):
+        pass
+    (record,) = (tmp_path / "cache").rglob("*.checked")
+    verdict = record.read_bytes()
+    record.write_bytes(b"\xff\xfe" + verdict)
+    with opened(folder, tmp_path / "cache"):
+        assert record.read_bytes() == verdict
+    record.unlink()
+    record.mkdir()  # neither read nor written: checked at every start
+    with opened(folder, tmp_path / "cache"):
+        pass

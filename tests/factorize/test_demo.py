@@ -1,6 +1,9 @@
 """From a wheel to a model with experts, small and offline; nothing half-made in between."""
 
 import errno
+import fcntl
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +111,119 @@ def test_a_damaged_folder_is_made_anew(
     (folder / "moestro.json").write_text("{")
     prepare(source, recipe, tmp_path, quiet, shelf)
     assert Manifest.read(folder) is not None
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def forget(path: Path) -> None:
+    """As an older version left the folder."""
+    (path.parent / ".moestro-files.json").unlink()
+    truncate(path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [
+        (truncate, "model.safetensors"),
+        (flip, "model.safetensors"),
+        (forget, "model.safetensors"),
+        (Path.unlink, "config.json"),
+        (truncate, "tokenizer.json"),
+    ],
+)
+def test_damaged_files_are_made_anew(
+    harm: Callable[[Path], None],
+    name: str,
+    source: DemoSource,
+    recipe: Plan,
+    shelf: Shelf,
+    tmp_path: Path,
+) -> None:
+    folder = prepare(source, recipe, tmp_path, quiet, shelf)
+    wanted = (folder / name).read_bytes()
+    harm(folder / name)
+    assert prepare(source, recipe, tmp_path, quiet, shelf) == folder
+    assert ((folder / name).read_bytes(), shelf.asked) == (wanted, 1)
+    harm(folder / name)
+    harm(tmp_path / "models" / "tiny" / name)
+    prepare(source, recipe, tmp_path, quiet, shelf)
+    assert ((folder / name).read_bytes(), shelf.asked) == (wanted, 2)
+
+
+def test_a_note_that_cannot_be_read_costs_nothing(
+    source: DemoSource, recipe: Plan, shelf: Shelf, tmp_path: Path
+) -> None:
+    folder = prepare(source, recipe, tmp_path, quiet, shelf)
+    for content in (b"\xff\xfe", b"[]", b'{"config.json": 7}', b"[" * 100_000):
+        (folder / ".moestro-files.json").write_bytes(content)
+        seen: list[Progress] = []
+        prepare(source, recipe, tmp_path, seen.append, shelf)
+        assert seen == []
+
+
+def test_what_is_there_needs_neither_lock_nor_a_disk_that_can_be_written(
+    source: DemoSource,
+    recipe: Plan,
+    shelf: Shelf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = prepare(source, recipe, tmp_path, quiet, shelf)
+    (tmp_path / "models" / ".lock").unlink()
+    before = names(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for owner, call in ((Path, "mkdir"), (os, "mkdir"), (Path, "rename"), (fcntl, "flock")):
+        monkeypatch.setattr(owner, call, refuse)
+    assert prepare(source, recipe, tmp_path, quiet, shelf) == folder
+    assert prepare_dense(tmp_path, quiet, source, shelf) == tmp_path / "models" / "tiny"
+    assert names(tmp_path) == before
+
+
+def no_locks(fd: int, how: int) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def lying(fd: int, how: int) -> None:
+    """Everybody gets it."""
+
+
+@pytest.mark.parametrize("flock", [no_locks, lying])
+def test_two_starts_without_locks_both_end_well(
+    flock: Callable[[int, int], None],
+    source: DemoSource,
+    recipe: Plan,
+    shelf: Shelf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The second begins and ends while the first converts."""
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second: list[Path] = []
+
+    def first(notice: Progress) -> None:
+        if notice.phase == "factorize" and not second:
+            second.append(tmp_path)
+            second[0] = prepare(source, recipe, tmp_path, quiet, shelf)
+
+    folder = prepare(source, recipe, tmp_path, first, shelf)
+    assert second == [folder]
+    assert names(tmp_path) == [".lock", "tiny-moe"], "a dense model apart is not kept"
+    assert shelf.asked == 2
+    load_model(folder, experts_per_token=4)
+    said = [r.getMessage() for r in caplog.records if "has no locks" in r.getMessage()]
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize("phase", ["convert", "factorize"])

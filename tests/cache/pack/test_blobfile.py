@@ -1,5 +1,9 @@
 import errno
+import fcntl
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -86,6 +90,70 @@ def test_where_direct_reads_are_refused_it_reads_buffered(
     into = buffers(1)
     file.read_into(3 * PAGE, into)
     assert bytes(into[0]) == b"\x03" * PAGE
+    file.close()
+
+
+class Refusing:
+    """preadv of a file system that granted O_DIRECT: some direct reads fail, or stay short."""
+
+    def __init__(self, granted: int, most_bytes: int, short_bytes: int | None = None) -> None:
+        self.left, self.most_bytes, self.short_bytes = granted, most_bytes, short_bytes
+        self.refused = 0
+        self._whole = os.preadv
+
+    def __call__(self, fd: int, into: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            self.left -= 1
+            if self.left < 0 or sum(map(len, into)) > self.most_bytes:
+                self.refused += 1
+                if self.short_bytes is None:
+                    raise OSError(errno.EINVAL, "Invalid argument")
+                return self._whole(fd, into, offset) and self.short_bytes
+        return self._whole(fd, into, offset)
+
+
+@pytest.mark.parametrize(
+    "refusing",
+    [
+        Refusing(granted=99, most_bytes=PAGE),  # the first page is read, larger ones are not
+        Refusing(granted=3, most_bytes=99 * PAGE),  # good for a while
+        Refusing(granted=2, most_bytes=99 * PAGE, short_bytes=512),
+    ],
+)
+def test_direct_reads_that_are_refused_later_are_made_buffered(
+    path: Path,
+    refusing: Refusing,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(os, "preadv", refusing)
+    file = BlobFile(path)
+    for start in (1, 4, 2):
+        into = buffers(1, 2)
+        file.read_into(start * PAGE, into)
+        assert b"".join(into) == path.read_bytes()[start * PAGE : (start + 3) * PAGE]
+    assert not file.direct
+    assert (refusing.refused, len(caplog.records)) == (1, 1), "asked again, or said twice"
+    file.close()
+
+
+def test_all_threads_change_to_buffered_reads_and_it_is_said_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    both, whole, calls = threading.Barrier(2, timeout=10), os.preadv, count()
+
+    def together(fd: int, into: list[memoryview], offset: int) -> int:
+        if next(calls) < 2:
+            both.wait()
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return whole(fd, into, offset)
+
+    file = BlobFile(path)
+    monkeypatch.setattr(os, "preadv", together)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda start: file.read_into(start * PAGE, buffers(1, 1)), (0, 4)))
+    assert not file.direct
+    assert len(caplog.records) == 1
     file.close()
 
 

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import logging
 import os
@@ -14,6 +15,7 @@ from moestro.cache import (
     PackSpec,
     PackUnwritable,
     PackWriter,
+    ReadFailed,
     open_or_build,
 )
 from tiny_packs import LOG, build_tiny, fill_tiny, layer_tensors, tiny_spec
@@ -53,6 +55,25 @@ def test_it_is_built_once_and_then_opened(
     assert files(path.parent) == {"made.pack", "made.pack.lock"}
     assert {record.levelname for record in caplog.records} == {"INFO"}
     assert "18 experts" in caplog.text
+
+
+def test_a_pack_that_cannot_be_read_now_is_not_built_again(
+    path: Path, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Descriptors or memory are short, or every read is refused: the pack itself may be good."""
+    fill = CountedFill(spec)
+    open_or_build(path, spec, fill, never, LOG).close()
+    for number in (errno.EMFILE, errno.ENOMEM, errno.EINVAL):
+        for name in ("open", "preadv"):
+
+            def refuse(*_: object, number: int = number) -> int:
+                raise OSError(number, os.strerror(number))
+
+            with monkeypatch.context() as patched, pytest.raises(ReadFailed, match="made.pack"):
+                patched.setattr(os, name, refuse)
+                open_or_build(path, spec, fill, never, LOG)
+    open_or_build(path, spec, fill, never, LOG).close()
+    assert fill.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -279,3 +300,53 @@ def test_two_starts_share_one_build(path: Path, spec: PackSpec) -> None:
     assert "building" not in ends[1]
     assert one.returncode == two.returncode == 0
     Pack.open(path, spec).close()
+
+
+def no_locks(fd: int, how: int) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def lying(fd: int, how: int) -> None:
+    """Everybody gets it."""
+
+
+@pytest.mark.parametrize("flock", [no_locks, lying])
+def test_where_there_are_no_locks_two_starts_both_end_well(
+    flock: Callable[[int, int], None],
+    path: Path,
+    spec: PackSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The second begins while the first is between two layers, and is done before it."""
+    build_tiny(path.with_name("plain.pack"), spec).close()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second = CountedFill(spec)
+
+    def first(writer: PackWriter) -> None:
+        for layer in writer.missing:
+            writer.add_layer(layer, layer_tensors(spec, layer))
+            if layer == 1:
+                path.unlink(missing_ok=True)
+                open_or_build(path, spec, second, never, LOG).close()
+
+    open_or_build(path, spec, first, never, LOG).close()
+    assert second.calls == 1
+    assert path.read_bytes() == path.with_name("plain.pack").read_bytes()
+    assert files(path.parent) == {"made.pack", "made.pack.lock", "plain.pack", "plain.pack.lock"}
+    said = [r.getMessage() for r in caplog.records if r.levelno > logging.INFO]
+    assert len(said) == 2, "one for each start"
+    assert all("has no locks" in line for line in said)
+
+
+def test_a_build_without_locks_that_is_stopped_leaves_nothing(
+    path: Path, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(writer: PackWriter) -> None:
+        writer.add_layer(0, layer_tensors(spec, 0))
+        raise InterruptedError
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(InterruptedError):
+        open_or_build(path, spec, stop, never, LOG)
+    assert files(path.parent) == {"made.pack.lock"}

@@ -1,6 +1,10 @@
+import json
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +134,30 @@ def test_a_pack_of_another_spec_is_foreign(
 ) -> None:
     with pytest.raises(PackInvalid, match=why):
         Pack.open(path, change(spec))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: [],
+        lambda header: header | {"layers": None},
+        lambda header: header | {"layers": ["x"]},
+        lambda header: header | {"layers": [x | {"checksums": 7} for x in header["layers"]]},
+        lambda header: header | {"layers": [x | {"checksums": "zz"} for x in header["layers"]]},
+        lambda header: header | {"layers": [x | {"checksums": "00"} for x in header["layers"]]},
+    ],
+)
+def test_a_header_that_says_something_else_is_refused(
+    path: Path, spec: PackSpec, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Even one whose own checksum is right."""
+    whole = path.read_bytes()
+    length = struct.unpack_from("<Q", whole, 16)[0]
+    text = json.dumps(change(json.loads(whole[24 : 24 + length]))).encode()
+    preamble = struct.pack("<8sIIQ", whole[:8], 1, zlib.crc32(text), len(text))
+    path.write_bytes((preamble + text).ljust(header_bytes(spec), b"\0"))
+    with pytest.raises(PackInvalid, match="foreign: its header is not one of a pack"):
+        Pack.open(path, spec)
 
 
 def test_a_big_pack_is_not_read_when_opened(path: Path, spec: PackSpec) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,23 @@ def test_it_goes_on_where_it_was_stopped(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert path.read_bytes() == whole
     assert names(path) == {"made.pack.lock", "made.pack"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"\xff\xfe 00000000", b"x 00000000", b"99 00000000", b"-1 00000000", b"3 00", b"3 0000000g"],
+)
+def test_a_journal_line_that_nobody_could_have_written_is_passed_over(
+    path: Path, whole: bytes, text: bytes
+) -> None:
+    """Even one whose own check is right."""
+    stop_after(path, 2)
+    with path.with_suffix(".journal").open("ab") as journal:
+        journal.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    fill = Fill()
+    build(path, fill)
+    assert fill.added == [2, 3, 4]
+    assert path.read_bytes() == whole
 
 
 def test_stopped_between_the_last_layer_and_the_name(path: Path, whole: bytes) -> None:

@@ -1,7 +1,10 @@
 """Named tensors in one file: bit by bit the same again, or a named error."""
 
 import fcntl
+import json
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,29 @@ def test_what_is_read_is_what_was_written(written: Path) -> None:
 def test_a_file_of_another_owner_is_refused(written: Path) -> None:
     with pytest.raises(PackInvalid, match="another model, format or version"):
         read_tensors(written, "somebody else")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {"key": KEY},
+        {"key": KEY, "tensors": [["x"]], "sums": []},
+        {"key": KEY, "tensors": [["x", "float99", [1], 0]], "sums": []},
+        {"key": KEY, "tensors": [["x", "int8", ["1"], 0]], "sums": []},
+        {"key": KEY, "tensors": [["x", "int8", [-1], 0]], "sums": []},
+        {"key": KEY, "tensors": [["x", "int8", [1], -64]], "sums": []},
+        {"key": KEY, "tensors": [["x", "int8", [1], None]], "sums": []},
+        {"key": KEY, "tensors": [], "sums": ["zz"]},
+    ],
+)
+def test_a_header_that_says_something_else_is_refused(record: object, tmp_path: Path) -> None:
+    """Even one whose own checksum is right."""
+    path, text = tmp_path / "other.tensors", json.dumps(record).encode()
+    preamble = struct.pack("<8sIIQ", b"moestens", 1, zlib.crc32(text), len(text))
+    path.write_bytes((preamble + text).ljust(4096, b"\0"))
+    with pytest.raises(PackInvalid, match="no header of this version"):
+        read_tensors(path, KEY)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.00001, 0.02, 0.5, 0.9])

@@ -1,3 +1,5 @@
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -7,6 +9,7 @@ import torch
 from moestro.cache import (
     Completion,
     DirectReader,
+    ExpertCache,
     Pack,
     PackInvalid,
     PackSpec,
@@ -15,6 +18,7 @@ from moestro.cache import (
 )
 from moestro.cache.pack.blobfile import page_memory
 from moestro.cache.pack.views import blob_views
+from moestro.cache.tiers.transfer import read_blobs
 from tiny_packs import assert_is
 
 
@@ -152,3 +156,39 @@ def test_nobody_waits_for_a_thread_that_died(
         assert isinstance(done.error, ReadFailed)
         assert done.request.guessed == guessed
     reader.close()
+
+
+def test_after_a_failed_read_experts_that_were_proved_are_compared_again(
+    pack: Pack, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was right when the pack was opened may be another disk's bytes by now."""
+    with pack.path.open("r+b") as file:  # damaged behind the open pack's back
+        file.seek(pack.offset(1, 2))
+        file.write(b"\xff\x00" * 32)
+    damaged, sound = request(spec, 1, range(2, 3)), request(spec, 0, range(1))
+    read_blobs(pack, damaged)  # proved once: nobody looks
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched, pytest.raises(ReadFailed):
+        patched.setattr(os, "preadv", refuse)
+        read_blobs(pack, sound)
+    for _ in range(2):
+        with pytest.raises(PackInvalid, match="expert 2"):
+            read_blobs(pack, damaged)
+        read_blobs(pack, sound)
+        pack.proved(0, 0)
+    assert pack.unproved(0, 0) is not None, "in doubt nothing is proved for good"
+
+
+def test_one_wrong_checksum_puts_the_whole_pack_in_doubt(
+    pack_with_flipped_tail: ExpertCache, spec: PackSpec
+) -> None:
+    pack = pack_with_flipped_tail._loader._pack
+    read_blobs(pack, request(spec, 0, range(1)))
+    pack.proved(0, 0)
+    assert pack.unproved(0, 0) is None
+    with pytest.raises(PackInvalid, match="expert 5"):
+        read_blobs(pack, request(spec, 2, range(5, 6)))
+    assert pack.unproved(0, 0) is not None

@@ -19,6 +19,7 @@ from moestro.cache import (
     TraceWriter,
 )
 
+LAYER = {"name": "x", "num_experts": 6, "stride_bytes": 4096}
 DECODE, PREFILL = Phase.DECODE, Phase.PREFILL
 
 
@@ -117,13 +118,19 @@ def test_a_record_that_was_cut_off_is_passed_over(tmp_path: Path, spec: PackSpec
         '[0,"p",0,[1],7,[0]]',
         '[0,"p",0,[1],7,["1"]]',
         '[0,"p",0,[1],7,[1],1]',
+        '["0","d",0,[1]]',
+        '[0,"d",0.0,[1]]',
+        '{"live_decode": {"slots": "1", "hits": 1, "lookups": 1}}',
+        '{"live_decode": {"slots": 0, "hits": 1, "lookups": 1}}',
+        "[" * 100_000,
+        "\udcff",
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, spec: PackSpec, line: str) -> None:
     path = tmp_path / "bad.trace"
     with TraceWriter(path, spec) as writer:
         writer.record(0, [1], DECODE)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(line + "\n")
     with pytest.raises(TraceInvalid, match="line 3"):
         list(TraceReader(path))
@@ -138,6 +145,13 @@ def test_a_damaged_line_is_named(tmp_path: Path, spec: PackSpec, line: str) -> N
         b"\xff\xfe\n",
         json.dumps({"moestro_trace": 9, "model": "", "layers": []}).encode() + b"\n",
         json.dumps({"moestro_trace": 1, "model": "", "layers": [{"x": 1}]}).encode() + b"\n",
+        json.dumps({"moestro_trace": 1, "model": 7, "layers": []}).encode() + b"\n",
+        json.dumps({"moestro_trace": 1, "model": "", "layers": ["x"]}).encode() + b"\n",
+        *(
+            json.dumps({"moestro_trace": 1, "model": "", "layers": [LAYER | wrong]}).encode()
+            + b"\n"
+            for wrong in ({"num_experts": "6"}, {"num_experts": 0}, {"stride_bytes": None})
+        ),
     ],
 )
 def test_what_is_no_trace_is_refused(tmp_path: Path, header: bytes) -> None:

@@ -50,7 +50,7 @@ def test_a_map_that_is_none_is_refused(tmp_path: Path, fields: dict[str, Any], w
         FormatMap.read(write(tmp_path / "map.json", **fields))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "7", "{}"])
+@pytest.mark.parametrize("content", ["", "[]", "7", "{}", "[" * 100_000])
 def test_a_file_that_is_no_map_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "map.json").write_text(content)
     with pytest.raises(StartError, match="--expert-format mixed:.*not a map of formats"):

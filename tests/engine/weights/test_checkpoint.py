@@ -14,7 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import tiny
-from engine_kit import generate, opened
+from engine_kit import generate, opened, run_logits
 from moestro.engine import ModelNotFound, ModelRefused, SamplingParams, StartError
 from moestro.engine.model.meta_model import build_meta_model
 from moestro.engine.weights.checkpoint import Checkpoint
@@ -377,3 +377,24 @@ def test_more_experts_per_token_can_be_asked_for(tmp_path: Path) -> None:
     folder = tiny.build("mixtral", tmp_path / "model")
     with opened(folder, tmp_path / "cache", experts_per_token=3) as loaded:
         assert loaded.info.experts_per_token == 3
+
+
+def test_an_expert_in_a_wider_dtype_widens_its_layer(tmp_path: Path) -> None:
+    """As transformers does, whatever the file's order: no bit of the wide one is lost."""
+    folder = tiny.build("mixtral", tmp_path / "model", torch.bfloat16)
+    key = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[key.format(3)] = tensors[key.format(3)].float() + 1e-4
+        tensors[key.format(5)] = tensors[key.format(5)].half()
+
+    edit_tensors(folder, widen)
+    prompt = list(range(20, 40))
+    wanted = tiny.oracle(folder)(torch.tensor([prompt])).logits[0, -1].detach()
+    for expert_format, most in (("native", 1e-5), ("int8", 0.2)):
+        with opened(folder, tmp_path / "cache", expert_format=expert_format) as loaded:
+            found = run_logits(loaded, [[(1, prompt)]])[0]
+            assert (found - wanted).norm() < most * wanted.norm(), expert_format
+    checkpoint = Checkpoint(folder)
+    tensors = checkpoint.split_keys(build_meta_model(checkpoint, torch.float32))[0][1].tensors
+    assert (tensors["down_proj"][0], tensors["gate_up_proj"][0]) == (torch.float32, torch.bfloat16)

@@ -1,5 +1,8 @@
-from dataclasses import replace
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +39,31 @@ def test_other_files_are_not_plans(tmp_path: Path) -> None:
         write()
         with pytest.raises(FactorizeError, match="is not a plan"):
             Plan.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda facts: [], "no JSON object"),
+        (lambda facts: facts | {"format": 9}, "does not read"),
+        (lambda facts: facts | {"options": 3}, "3 is not an object"),
+        (lambda facts: facts | {"options": facts["options"] | {"top_k": "3"}}, "top_k is '3'"),
+        (lambda facts: facts | {"options": facts["options"] | {"experts": 0}}, "experts is 0"),
+        (lambda facts: facts | {"source": None}, "source is None, not text"),
+        (lambda facts: facts | {"router_hit": "most"}, "router_hit is 'most', not a number"),
+        (lambda facts: facts | {"more": 1}, "'more' is no field"),
+    ],
+)
+def test_a_plan_of_wrong_facts_is_refused(
+    plan: Plan, tmp_path: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    path = tmp_path / "wrong.safetensors"
+    facts = json.loads(json.dumps({"format": 1, **asdict(plan.facts)}))
+    tensors = {"order": plan.order, "routers": plan.routers}
+    save_file(tensors, path, {"moestro.plan": json.dumps(change(facts))})
+    with pytest.raises(FactorizeError, match=words) as caught:
+        Plan.read(path)
+    assert str(path) in str(caught.value)
 
 
 def test_a_plan_that_names_a_neuron_twice(plan: Plan) -> None:

@@ -9,6 +9,7 @@ from moestro.factorize.facts.storage import (
     STAGING_PREFIX,
     disk_errors,
     exclusive,
+    publish,
     require_free,
     staged,
     sweep,
@@ -69,6 +70,39 @@ def test_what_the_disk_refuses_is_one_line(tmp_path: Path) -> None:
         Path("/dev/full").open("wb", buffering=0) as file,
     ):
         file.write(b"x")
+
+
+def test_a_folder_is_published_once(tmp_path: Path) -> None:
+    """Who comes second keeps what is whole, and replaces what is not."""
+    target = tmp_path / "target"
+
+    def is_whole(folder: Path) -> bool:
+        return (folder / "whole").exists()
+
+    for number, name in enumerate(("half", "whole", "whole")):
+        new = tmp_path / f"own-{number}" / "new"
+        new.mkdir(parents=True)
+        (new / name).write_text(str(number))
+        publish(new, target, is_whole)
+    assert names(target) == ["whole"]
+    assert (target / "whole").read_text() == "1"
+
+
+def test_a_folder_that_comes_back_again_and_again_is_given_up(tmp_path: Path) -> None:
+    target, new = tmp_path / "target", tmp_path / "own" / "new"
+    new.mkdir(parents=True)
+
+    class Busy(type(tmp_path)):  # type: ignore[misc]  # the platform's own Path
+        """Somebody else fills it as soon as it is moved away."""
+
+        def rename(self, to: object) -> object:
+            moved = super().rename(to)
+            (tmp_path / "target" / "half").mkdir(parents=True)
+            return moved
+
+    (target / "half").mkdir(parents=True)
+    with pytest.raises(FactorizeError, match="again and again"):
+        publish(new, Busy(target), lambda _: False)
 
 
 def test_the_second_start_waits_and_says_so(tmp_path: Path) -> None:

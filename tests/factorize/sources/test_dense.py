@@ -31,6 +31,9 @@ def test_what_it_finds(dense: Path) -> None:
         ({"model_type": "mistral", "sliding_window": 64}, "sliding_window"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized"),
         ({"model_type": "nobody-knows"}, "not readable"),
+        ({"hidden_size": "32"}, "not readable.*hidden_size"),
+        ({"num_attention_heads": [4]}, "not readable.*num_attention_heads"),
+        ({"rope_parameters": "default"}, "not readable.*rope"),
     ],
 )
 def test_no_exact_twin(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -64,6 +67,14 @@ def test_a_missing_part(tmp_path: Path) -> None:
     index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SourceRefused, match="lacks model-00001-of-00001.safetensors"):
+        DenseModel.open(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(SourceRefused, match="the weights in .* are not readable"):
         DenseModel.open(folder)
 
 

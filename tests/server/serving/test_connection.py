@@ -11,11 +11,11 @@ import pytest
 
 from fake_engine import FakeWorker, eventually, one_then_silence, within
 from moestro.engine import EngineState, FinishReason, TokenEvent
+from moestro.server.commands.listen import listening_socket
 from moestro.server.facts.settings import Settings
 from moestro.server.serving.app import create_app
 from moestro.server.serving.connection import OWN_FILES, Connection, connections_that_fit
 from moestro.server.serving.lifecycle import WebServer
-from moestro.server.serving.listen import listening_socket
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -90,8 +90,10 @@ def problem_of(answer: bytes) -> tuple[int, str]:
     return int(head.split()[1]), json.loads(body)["error"]["code"]
 
 
-def test_idle_connections_outlast_those_of_common_clients():
-    assert Settings(model="demo").idle_timeout >= 75
+def test_idle_connections_outlast_those_of_common_clients(worker):
+    settings = Settings(model="demo")
+    server = WebServer(create_app(worker, settings), settings)
+    assert server.config.timeout_keep_alive == settings.idle_timeout >= 75
 
 
 async def test_an_idle_connection_has_its_own_limit(worker):
@@ -274,7 +276,7 @@ async def test_a_half_sent_request_is_told_of_the_stop(worker, caplog):
 
 
 async def test_a_stop_cuts_who_does_not_read_without_a_traceback(monkeypatch, caplog):
-    monkeypatch.setattr("moestro.server.lifecycle.CONNECTIONS_GRACE_S", 0.05)
+    monkeypatch.setattr("moestro.server.serving.lifecycle.CONNECTIONS_GRACE_S", 0.05)
 
     async def floods(ids, params):
         while True:

@@ -12,9 +12,9 @@ import pytest
 
 from fake_engine import FakeWorker, eventually, one_then_silence, within
 from moestro.engine import EngineFailed, EngineState, StartError
+from moestro.server.commands.listen import listening_socket, url_of
 from moestro.server.facts.settings import Settings
 from moestro.server.serving.lifecycle import Lifecycle
-from moestro.server.serving.listen import listening_socket, url_of
 
 BODY = {"prompt": "x", "stream": True}
 

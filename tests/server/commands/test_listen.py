@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
+from moestro.server.commands.listen import is_loopback, listening_socket, url_of
 from moestro.server.facts.refusal import Refused
-from moestro.server.serving.listen import is_loopback, listening_socket, url_of
 
 
 def test_a_second_start_fails_at_once():
