@@ -10,22 +10,21 @@ import signal
 import sys
 from types import FrameType
 
-SERVING_ENDS = 0  # `serve` was asked to stop and stopped, however early
-TERMINATED = 128 + signal.SIGTERM
-HUNG_UP = 128 + signal.SIGHUP
-
 
 def end_at_once(number: int, _: FrameType | None) -> None:
-    """Without unwinding: some libraries swallow exceptions while they are imported."""
+    """Without unwinding: some libraries swallow exceptions while they are imported.
+
+    A server that was asked to stop and stopped, however early, ends with 0.
+    """
     serving = sys.argv[1:2] == ["serve"]
-    os._exit(SERVING_ENDS if serving else 128 + number)
+    os._exit(0 if serving and number != signal.SIGINT else 128 + number)
 
 
 def answer_signals() -> None:
-    """SIGHUP that was ignored from outside (nohup) stays ignored."""
-    signal.signal(signal.SIGTERM, end_at_once)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, end_at_once)
+    """Those that were ignored from outside (nohup, a shell's background) stay ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end_at_once)
 
 
 def main() -> None:

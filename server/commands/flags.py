@@ -3,7 +3,22 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
+
+
+def named(value: str) -> str:
+    """Any name but an empty one."""
+    if not value.strip():
+        raise BadParameter(f"{value!r} is no name")
+    return value
+
+
+def named_path(value: str) -> Path:
+    """A path as typed. An empty one would be the current folder, which nobody asked for."""
+    if not value.strip():
+        raise BadParameter(f"{value!r} is no file or folder")
+    return Path(value)
+
 
 Model = Annotated[
     str,
@@ -172,6 +187,7 @@ Trace = Annotated[
     Path | None,
     Option(
         "--trace",
+        parser=named_path,
         metavar="FILE",
         show_default=False,
         help="Predict hits from this recorded trace. [default: every expert equally likely]",
@@ -180,16 +196,22 @@ Trace = Annotated[
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of text.")]
 
 # Of `trace`.
-TraceOut = Annotated[Path, Argument(metavar="OUT", help="The new trace file.", show_default=False)]
-TraceFile = Annotated[Path, Argument(metavar="TRACE", help="A recorded trace.", show_default=False)]
+TraceOut = Annotated[
+    Path, Argument(parser=named_path, metavar="OUT", help="The new trace file.", show_default=False)
+]
+TraceFile = Annotated[
+    Path, Argument(parser=named_path, metavar="TRACE", help="A recorded trace.", show_default=False)
+]
 Prompts = Annotated[
-    Path, Option("--prompts", metavar="FILE", help="Plain text, one prompt a line.")
+    Path,
+    Option("--prompts", parser=named_path, metavar="FILE", help="Plain text, one prompt a line."),
 ]
 TraceTokens = Annotated[
     int, Option("--tokens", metavar="N", min=1, help="New tokens for each prompt.")
 ]
 Mixture = Annotated[
-    Path, Argument(metavar="OUT", help="The new map of formats.", show_default=False)
+    Path,
+    Argument(parser=named_path, metavar="OUT", help="The new map of formats.", show_default=False),
 ]
 Fine = Annotated[str, Option("--fine", metavar="FORMAT", help="For those asked for most often.")]
 Coarse = Annotated[str, Option("--coarse", metavar="FORMAT", help="For all others.")]
@@ -201,6 +223,7 @@ Plot = Annotated[
     Path | None,
     Option(
         "--plot",
+        parser=named_path,
         metavar="FILE",
         show_default=False,
         help="Draw hit rate against bytes into this .svg or .png (needs moestro[plot]).",
@@ -212,12 +235,16 @@ Source = Annotated[
     str,
     Argument(
         metavar="SOURCE",
+        parser=named,
         show_default=False,
         help="`demo` or the folder of a dense checkpoint.",
     ),
 ]
 Out = Annotated[
-    Path, Argument(metavar="OUT", show_default=False, help="The new folder for the result.")
+    Path,
+    Argument(
+        parser=named_path, metavar="OUT", show_default=False, help="The new folder for the result."
+    ),
 ]
 Calibration = Annotated[
     list[Path] | None,
@@ -231,13 +258,21 @@ Calibration = Annotated[
 PlanFile = Annotated[
     Path | None,
     Option(
-        "--plan", metavar="FILE", show_default=False, help="Apply this plan; nothing is measured."
+        "--plan",
+        parser=named_path,
+        metavar="FILE",
+        show_default=False,
+        help="Apply this plan; nothing is measured.",
     ),
 ]
 WritePlan = Annotated[
     Path | None,
     Option(
-        "--write-plan", metavar="FILE", show_default=False, help="Keep the plan that was measured."
+        "--write-plan",
+        parser=named_path,
+        metavar="FILE",
+        show_default=False,
+        help="Keep the plan that was measured.",
     ),
 ]
 Experts = Annotated[int, Option("--experts", metavar="N", min=1, help="Routed experts per layer.")]
@@ -257,7 +292,10 @@ CalibrationTokens = Annotated[
 ]
 Seed = Annotated[int, Option("--seed", metavar="N", help="For all that is drawn.")]
 Checkpoint = Annotated[
-    Path, Argument(metavar="FOLDER", show_default=False, help="The checkpoint's folder.")
+    Path,
+    Argument(
+        parser=named_path, metavar="FOLDER", show_default=False, help="The checkpoint's folder."
+    ),
 ]
 Texts = Annotated[
     list[Path],

@@ -7,7 +7,13 @@ import pytest
 
 from moestro.engine import EngineConfig
 from moestro.server.facts.refusal import Refused
-from moestro.server.facts.settings import Settings, load_places, load_settings, parse_size
+from moestro.server.facts.settings import (
+    Settings,
+    load_places,
+    load_settings,
+    misspelt_variables,
+    parse_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,9 @@ def test_flags_win_over_variables(monkeypatch):
             "MODEL: '~nosuchuser/x': no user here has that home folder",
         ),
         ("model", "x" * 5000, "MODEL: cannot read '/"),
+        ("model", "", "MODEL: '' is neither 'demo' nor a checkpoint's folder"),
+        ("cache_dir", "", "--cache-dir: '' is not a folder"),
+        ("cache_dir", " ", "--cache-dir: ' ' is not a folder"),
         ("cache_dir", "~nosuchuser/x", "--cache-dir: '~nosuchuser/x': no user here"),
         ("cache_dir", "x" * 5000, "--cache-dir: cannot read '/"),
         ("cache_dir", __file__, f"--cache-dir: '{__file__}' is not a folder"),
@@ -214,3 +223,16 @@ def test_what_is_no_link_is_refused(text):
 def test_an_emulated_link_leads_to_some_memory():
     with pytest.raises(Refused, match="^--emulate-link: .* --device-memory"):
         load_settings({"model": "demo", "emulate_link": "12GB/s"})
+
+
+def test_a_variable_that_is_no_setting_is_said_with_the_nearest_name() -> None:
+    environment = {
+        "MOESTRO_HOST_MEMROY": "16MiB",
+        "MOESTRO_HOST_MEMORY": "16MiB",
+        "moestro_port": "1",
+        "MOESTRO_TORCH": "",
+        "HOME": "/",
+    }
+    assert misspelt_variables(environment) == [
+        "MOESTRO_HOST_MEMROY is no setting and changes nothing; did you mean MOESTRO_HOST_MEMORY?"
+    ]

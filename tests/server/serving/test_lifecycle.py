@@ -19,6 +19,11 @@ from moestro.server.serving.lifecycle import Lifecycle
 BODY = {"prompt": "x", "stream": True}
 
 
+def codes(stopped: int) -> list[tuple[signal.Signals, int]]:
+    """Exit codes by signal where a server that is stopped ends with `stopped`."""
+    return [(signal.SIGINT, 130), (signal.SIGTERM, stopped), (signal.SIGHUP, stopped)]
+
+
 @dataclass
 class Life:
     """A life cycle that runs beside the test."""
@@ -59,7 +64,7 @@ async def life(state: EngineState = EngineState.READY, grace_s: float = 30) -> A
             yield Life(worker, client, code, said, aborted)
         finally:
             loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
             code.cancel()
             await asyncio.wait({code})
@@ -92,7 +97,7 @@ async def test_a_start_that_fails_is_2():
         assert it.said == ["the model is broken"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(("number", "code"), codes(1))
 async def test_an_engine_that_died_is_no_clean_end(number, code):
     async with life() as it:
         await it.answered("/ready", 200)
@@ -116,7 +121,7 @@ async def test_an_engine_that_dies_while_it_drains_is_no_clean_end():
         assert await it.exit_code() == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "code"), codes(0))
 async def test_signals_while_loading(number, code):
     async with life(EngineState.LOADING) as it:
         await it.answered("/health", 200)
@@ -126,7 +131,7 @@ async def test_signals_while_loading(number, code):
         assert not it.said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "code"), codes(0))
 async def test_running_work_finishes_and_new_work_is_refused(number, code):
     async with life() as it:
         async with it.client.stream("POST", "/v1/completions", json=BODY) as response:
@@ -156,7 +161,7 @@ async def test_work_that_outlasts_the_grace_is_told_so():
         assert await it.exit_code() == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [*codes(143)[:2], (signal.SIGHUP, 129)])
 async def test_a_second_signal_ends_it_at_once(number, code):
     async with (
         life() as it,
@@ -169,3 +174,17 @@ async def test_a_second_signal_ends_it_at_once(number, code):
         assert not it.aborted
         send(number)
         await eventually(lambda: it.aborted == [code])
+
+
+async def test_a_hang_up_that_is_ignored_from_outside_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        async with life() as running:
+            await running.answered("/ready", 200)
+            send(signal.SIGHUP)
+            await running.answered("/ready", 200)
+            send(signal.SIGTERM)
+            assert await running.exit_code() == 0
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
