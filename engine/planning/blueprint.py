@@ -158,7 +158,10 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = F
         chosen = plan_best_steps(plan, slots_bytes)
     now = HostMemory(limit, memory_available() + own_bytes)
     planned = plan(chosen.demand.step_tokens, now)
-    return replace(planned, step_reason=chosen.step_reason)
+    reason = chosen.step_reason
+    if planned.experts_bytes < chosen.experts_bytes:
+        reason += " (were all of the limit free; it is the same at every start)"
+    return replace(planned, step_reason=reason)
 
 
 def _files_bytes(config: EngineConfig, spec: PackSpec, *, packing: bool) -> int:

@@ -9,6 +9,7 @@ import tiny
 from engine_kit import generate, opened
 from moestro.engine import BadParameter, BudgetTooSmall, EngineConfig, SamplingParams
 from moestro.engine.facts.units import MIB
+from moestro.engine.planning import blueprint
 from moestro.engine.planning.blueprint import MASK_BYTES, inspect, plan_memory
 from moestro.engine.planning.memory import Demand, MemoryPlan, settle
 from moestro.engine.planning.step_size import plan_best_steps, plan_given_steps
@@ -146,6 +147,21 @@ def test_the_workspace_grows_with_the_step(folder: Path, tmp_path: Path) -> None
     for context in (128, 512):
         grown = workspace(1024, context) - workspace(64, context)
         assert grown == 960 * (per_token + MASK_BYTES * context)
+
+
+def test_what_others_hold_changes_budgets_and_never_the_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(folder, tmp_path)
+    understood, plans = inspect(config), []
+    for available_bytes in (1 << 50, 0):
+        monkeypatch.setattr(blueprint, "memory_available", lambda free=available_bytes: free)
+        plans.append(plan_memory(config, understood))
+    plenty, none = plans
+    assert plenty.experts_bytes == plenty.demand.experts_total_bytes
+    assert none.experts_bytes == none.demand.experts_least_bytes
+    assert none.demand.step_tokens == plenty.demand.step_tokens
+    assert none.step_reason.startswith(f"{plenty.step_reason} (were all of the limit free")
 
 
 def test_a_step_has_a_token_for_each_who_runs(tmp_path: Path) -> None:
