@@ -1,4 +1,4 @@
-"""Any order of calls, of arrivals and of failures: the books agree after each of them.
+"""Any order of calls, of arrivals and of failures: the counters agree after each of them.
 
 One contract for every tier, every mode of the host tier and every policy. The judge is the rig's
 own note of which slot's bytes are whose, kept apart from the cache.

@@ -13,7 +13,7 @@ DECODE = Phase.DECODE
 
 
 def run(cache: ExpertCache, layer: int, experts: Sequence[int], phase: Phase = DECODE) -> list[int]:
-    """One whole event; checks every yielded expert's bytes and the books at every turn."""
+    """One whole event; checks every yielded expert's bytes and the counters at every turn."""
     yielded = []
     with cache.acquire(layer, experts, phase) as lease:
         for expert, tensors in lease:

@@ -1,6 +1,6 @@
-"""Caches with one fault built in: what the books do not show, the bytes do.
+"""Caches with one fault built in: what the counters do not show, the bytes do.
 
-Each fault is a double of one part, everything else is real. `by check` runs with the books compared
+Each fault is a double of one part, everything else is real. `by check` runs with the counters compared
 at every turn; `by contents` looks at nothing but the bytes of what is lent.
 """
 
@@ -141,7 +141,7 @@ CASES = [
     for fault, (_, _, judges) in FAULTS.items()
     for kind in KINDS
     for judge in sorted(judges)
-    # Where nobody leaves the host tier, a missing pin does no harm; the books still tell.
+    # Where nobody leaves the host tier, a missing pin does no harm; the counters still tell.
     if not ("host buffer" in fault and kind.startswith("whole") and judge == "bytes")
 ]
 

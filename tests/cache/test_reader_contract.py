@@ -118,7 +118,7 @@ def ask(
 
 
 def collect(cache: ExpertCache, requests: Sequence[ReadRequest]) -> list[Completion]:
-    """Submits, checks the books at every turn, and waits for all of it."""
+    """Submits, checks the counters at every turn, and waits for all of it."""
     reader, done = cache._loader._reader, list[Completion]()
     reader.submit(requests)
     while len(done) < len(requests):

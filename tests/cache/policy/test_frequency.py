@@ -99,7 +99,7 @@ def test_however_long_a_prompt_the_past_keeps_half_its_weight() -> None:
     assert rates == pytest.approx([0.5, 0.5], rel=0.01)
 
 
-def test_promises_compare_who_is_kept_with_who_is_not() -> None:
+def test_scores_compare_kept_keys_with_others() -> None:
     policy = NextUse()
     keep(policy, A)
     for event in ([A, B], [B]):
@@ -107,7 +107,7 @@ def test_promises_compare_who_is_kept_with_who_is_not() -> None:
     assert policy.keep_score(B) > policy.keep_score(A)
 
 
-def test_victims_are_who_promises_least() -> None:
+def test_victims_have_the_lowest_scores() -> None:
     policy = NextUse()
     keys = [ExpertKey(layer, expert) for layer in range(3) for expert in range(3)]
     keep(policy, *keys)

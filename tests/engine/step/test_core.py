@@ -1,4 +1,4 @@
-"""One breath at a time: what ends a sequence, and what it leaves behind."""
+"""One step at a time: what ends a sequence, and what it leaves behind."""
 
 from collections.abc import Iterator
 from dataclasses import replace
