@@ -1,7 +1,7 @@
 """Caches with one fault built in: what the counters do not show, the bytes do.
 
-Each fault is a double of one part, everything else is real. `by check` runs with the counters compared
-at every turn; `by contents` looks at nothing but the bytes of what is lent.
+Each fault is a double of one part, everything else is real. `by check` runs with the counters
+compared at every turn; `by contents` looks at nothing but the bytes of what is lent.
 """
 
 import random
