@@ -27,6 +27,7 @@ from moestro.engine.facts import (
     LoadCancelled,
     ModelInfo,
     NotReady,
+    PackLost,
     Progress,
     ProgressFn,
     StartError,
@@ -208,7 +209,7 @@ class EngineWorker:
             self.state = EngineState.READY
             self._settled.set()
             self._serve(self._loaded)
-        except (StartError, CacheError) as error:
+        except (StartError, CacheError, PackLost) as error:
             self._fail(error if isinstance(error, EngineError) else StartError(str(error)))
         except Exception as error:  # the thread's boundary: nobody may wait for ever
             log.exception("the engine's thread died")
@@ -226,7 +227,7 @@ class EngineWorker:
         self.state = EngineState.STOPPED
 
     def _turn(self, loaded: Loaded) -> None:
-        """Requests in, one step, events out."""
+        """Requests in, one step, events out. Raises PackLost."""
         self._beat_s = time.monotonic()
         try:
             command = self._inbox.get(block=loaded.engine.idle, timeout=IDLE_BEAT_S)
@@ -237,6 +238,8 @@ class EngineWorker:
             pass
         if not self._stopping.is_set():
             self._deliver(loaded.engine.step())
+            if loaded.engine.pack_lost is not None:
+                raise loaded.engine.pack_lost
 
     def _take_snapshot(self) -> None:
         assert self._loaded is not None

@@ -75,3 +75,7 @@ class Draining(Unavailable):
 
 class EngineFailed(Unavailable):
     """Not worth a retry on this process."""
+
+
+class PackLost(EngineFailed):
+    """The experts' file cannot be read any more: this engine has ended, a new start rebuilds it."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moestro.cache import CacheError, PackInvalid
-from moestro.engine.facts import BadParameter, PromptTooLong
+from moestro.cache import CacheError, PackInvalid, ReadFailed
+from moestro.engine.facts import BadParameter, PackLost, PromptTooLong
 
 from .runner import Runner
 from .sampler import NonFiniteLogits, Sampler
@@ -19,6 +19,7 @@ from .tokenizer import TextStream, Tokenizer
 log = logging.getLogger("moestro.engine")
 
 STEP_FAILED = "this step of the engine failed; the server's log says why"
+MOST_UNREAD_STEPS = 3  # in a row: what fails that often is not a passing fault
 
 Emitted = list[tuple[Sequence, TokenEvent]]
 
@@ -63,6 +64,8 @@ class Engine:
         self.vocab_size = vocab_size
         self.counters = Counters({reason.value: 0 for reason in FinishReason})
         self._clock = clock
+        self.pack_lost: PackLost | None = None  # then no step can succeed any more
+        self._unread_steps = 0  # that failed to read an expert since the last that did not
         self._discard_pack = discard_pack  # a damaged one: the next start builds it anew
         self._outputs: dict[int, _Output] = {}
 
@@ -100,9 +103,9 @@ class Engine:
             logits = self.runner.run(batch)
         except (CacheError, RuntimeError, MemoryError) as error:
             log.error("a step failed, its %d requests end: %s", len(batch.parts), error)
-            if isinstance(error, PackInvalid):
-                self._discard_pack()
+            self._judge_pack(error)
             return [self._fail(part.sequence, STEP_FAILED) for part in batch.parts]
+        self._unread_steps = 0
         self._count(batch)
         ready = [part.sequence for part in batch.parts if part.sequence.pending_tokens == 0]
         return [self._commit(seq, row) for seq, row in zip(ready, logits, strict=True)]
@@ -128,6 +131,19 @@ class Engine:
         known = {s.number for s in [*self.scheduler.running, *self.scheduler.waiting]}
         assert known == set(self._outputs), f"{known} scheduled, {set(self._outputs)} have outputs"
         assert self.runner.held_sequences <= len(self.scheduler.running)
+
+    def _judge_pack(self, error: Exception) -> None:
+        """One failed read may pass. Damage does not, nor do reads that fail step after step."""
+        if isinstance(error, PackInvalid):
+            self._discard_pack()
+            self.pack_lost = PackLost(f"{error}; it was removed: start again, it is built anew")
+        elif isinstance(error, ReadFailed):
+            self._unread_steps += 1
+            if self._unread_steps >= MOST_UNREAD_STEPS:
+                self.pack_lost = PackLost(
+                    f"{error}, {self._unread_steps} steps in a row; look at the disk, or remove the"
+                    " file: the next start builds it anew"
+                )
 
     def _note_admission(self, batch: Batch) -> None:
         now = self._clock()

@@ -29,7 +29,7 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = {
 async def health(worker: WorkerDep, settings: SettingsDep) -> JSONResponse:
     """Alive: 200 also while loading or draining; 503 when the engine died or is stuck."""
     if worker.state in (EngineState.STOPPED, EngineState.FAILED):
-        return _refusal(state_problem(worker.state), worker)
+        return _refusal(state_problem(worker.state, worker.failure), worker)
     age_s = worker.heartbeat_age_s
     # A start has long steps of its own (imports, a big read); only a running loop must turn.
     if worker.state is not EngineState.LOADING and age_s > settings.stuck_after:
@@ -46,7 +46,7 @@ async def ready(worker: WorkerDep) -> JSONResponse:
     """Send requests here: 200 only when they are served at once."""
     if worker.state is EngineState.READY:
         return JSONResponse({"status": "ready", "state": worker.state.value})
-    return _refusal(state_problem(worker.state), worker)
+    return _refusal(state_problem(worker.state, worker.failure), worker)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -21,6 +21,7 @@ from moestro.engine import (
     EngineFailed,
     EngineState,
     NotReady,
+    PackLost,
     PromptTooLong,
     QueueFull,
     RequestError,
@@ -36,6 +37,10 @@ MAX_PATH_CHARS = 100
 INVALID = "invalid_request_error"
 DOWN = "service_unavailable"
 BROKEN = "server_error"
+LOST = (
+    "the file of the experts cannot be read any more and the engine has ended; the log says why,"
+    " and a new start builds it anew"
+)
 GONE = "the engine failed and will not come back; its log says why"
 
 
@@ -87,6 +92,7 @@ ROWS: dict[type[Exception], Row] = {
     NotReady: Row(503, DOWN, "model_loading", 5, "loading"),
     QueueFull: Row(503, DOWN, "queue_full", 2, "queue_full"),
     Draining: Row(503, DOWN, "draining", 5, "draining"),
+    PackLost: Row(503, DOWN, "pack_lost", 30, "pack_lost", LOST),
     EngineFailed: Row(503, DOWN, "engine_failed", 30, "engine_failed", GONE),
     Unavailable: Row(503, DOWN, "unavailable", 5, "unavailable"),
     GenerationFailed: Row(500, BROKEN, "generation_failed"),
@@ -140,7 +146,7 @@ class Problem:
         headers = dict(self.headers)
         if self.row.retry_after_s is not None:
             headers["Retry-After"] = str(self.row.retry_after_s)
-        if self.row.code == "engine_failed":
+        if self.row.code in ("engine_failed", "pack_lost"):
             headers["x-should-retry"] = "false"  # this process will not come back
         return JSONResponse(self.body(), self.row.status, headers)
 
@@ -181,8 +187,13 @@ def _of_validation(errors: Sequence[Any]) -> Problem:
     return Problem(Row(400, INVALID, code), f"{'.'.join(path)}: {first['msg']}", path[0])
 
 
-def state_problem(state: EngineState) -> Problem:
-    """Why the engine in this state takes no requests (any state but READY)."""
+def state_problem(state: EngineState, failure: Exception | None = None) -> Problem:
+    """Why the engine in this state takes no requests (any state but READY).
+
+    `failure`, if any, is what ended it.
+    """
+    if isinstance(failure, PackLost):
+        return problem_of(failure)
     reasons: dict[EngineState, Exception] = {
         EngineState.LOADING: NotReady("the model is still loading"),
         EngineState.DRAINING: Draining("the server is shutting down"),

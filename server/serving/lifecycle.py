@@ -5,7 +5,7 @@ LOADING --ready--> SERVING --signal--> DRAINING --idle or grace over--> STOPPED
    \\--signal--> STOPPED                   \\--second signal--> the process ends at once
 
 SIGTERM and SIGHUP: 0 after a clean drain, 1 when requests had to be cut or the engine had died.
-SIGINT: 130. Second: 143, 129 or 130.
+SIGINT: 130. Second: 143, 129 or 130. A pack that is lost: 1, for a supervisor to start it again.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from functools import partial
 import uvicorn
 from starlette.types import ASGIApp
 
-from moestro.engine import EngineState
+from moestro.engine import EngineState, PackLost
 from moestro.server.contract import Worker
 from moestro.server.facts import Settings
 
@@ -31,6 +31,7 @@ from .connection import Connection, Limits, connections_that_fit
 log = logging.getLogger("moestro.server")
 
 POLL_S = 0.05
+WATCH_S = 1.0  # between two looks at an engine that serves
 CONNECTIONS_GRACE_S = 5  # for answers that are complete but not yet read
 BACKLOG = 2048
 # asyncio accepts this many before it looks at any of them, and logs as many errors where the
@@ -155,8 +156,11 @@ class Lifecycle:
 
     async def _until_signal(self, web: "asyncio.Task[None]") -> None:
         waiting = asyncio.ensure_future(self._signalled.wait())
-        await asyncio.wait({waiting, web}, return_when=asyncio.FIRST_COMPLETED)
+        while not (waiting.done() or web.done() or isinstance(self._worker.failure, PackLost)):
+            await asyncio.wait({waiting, web}, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
+        if isinstance(self._worker.failure, PackLost):  # whoever starts it again gets a new pack
+            self._on_failed(str(self._worker.failure))
 
     async def _drain(self) -> None:
         """New work is refused, running work may finish."""

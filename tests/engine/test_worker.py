@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from moestro.engine import (
     FinishReason,
     LoadCancelled,
     NotReady,
+    PackLost,
     Progress,
     QueueFull,
     SamplingParams,
@@ -235,3 +237,33 @@ async def test_nobody_waits_for_a_stopped_engine(worker: EngineWorker) -> None:
     with pytest.raises(Draining):
         worker.submit([1, 2], GREEDY)
     assert worker.idle and ended + refused > 0
+
+
+async def test_a_pack_truncated_under_a_running_engine_ends_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    few = 4 * 16384 * 4  # bytes: slots for some of the experts, so that others are read again
+    config = EngineConfig(
+        folder, tmp_path, kv_memory_bytes=1 << 20, threads=1, host_memory_bytes=few, prefetch=False
+    )
+    worker = EngineWorker(config, ignore)
+    worker.start()
+    assert worker.wait_loaded(60) and worker.state is EngineState.READY, worker.failure
+    try:
+        (pack,) = tmp_path.rglob("*.pack")
+        os.truncate(pack, 4096)
+        with pytest.raises(EngineFailed):
+            for number in range(50):  # until an expert is read
+                async for event in worker.submit([number, 6, 7], GREEDY):
+                    if event.finish_reason is FinishReason.ERROR:
+                        await asyncio.to_thread(worker._thread.join, 10)
+        state: EngineState = worker.state
+        assert (state, type(worker.failure)) == (EngineState.FAILED, PackLost)
+    finally:
+        worker.stop()
+    again = EngineWorker(config, ignore)
+    again.start()
+    try:
+        assert again.wait_loaded(60) and again.state is EngineState.READY, "it was built anew"
+    finally:
+        again.stop()

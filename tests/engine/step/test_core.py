@@ -12,7 +12,7 @@ from engine_kit import generate, opened
 from moestro.cache import PackInvalid, ReadFailed
 from moestro.engine import BadParameter, PromptTooLong, QueueFull, SamplingParams
 from moestro.engine.loader import Loaded
-from moestro.engine.step.core import STEP_FAILED, Engine
+from moestro.engine.step.core import MOST_UNREAD_STEPS, STEP_FAILED, Engine
 from moestro.engine.step.sequence import Sequence
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -147,8 +147,26 @@ def test_a_damaged_pack_is_taken_away_for_the_next_start(folder: Path) -> None:
         loaded.engine.runner = FailingOnce(loaded.engine, PackInvalid("bits"))  # type: ignore[assignment]
         assert generate(loaded.engine, [[1, 2, 3]], GREEDY)[0].finish == "error"
         assert not pack.exists()
+        assert "it was removed: start again" in str(loaded.engine.pack_lost)
     with opened(folder, cache_dir) as loaded:
         assert generate(loaded.engine, [[1, 2, 3]], GREEDY)[0].finish == "length"
+
+
+def test_reads_that_fail_step_after_step_lose_the_pack(loaded: Loaded) -> None:
+    engine = loaded.engine
+
+    def fail_once() -> None:
+        engine.runner = FailingOnce(engine, ReadFailed("no"))  # type: ignore[assignment]
+        assert generate(engine, [[1, 2, 3]], GREEDY)[0].finish == "error"
+
+    for _ in range(MOST_UNREAD_STEPS - 1):
+        fail_once()
+    generate(engine, [[1, 2, 3]], GREEDY)  # one that succeeds begins the count anew
+    for _ in range(MOST_UNREAD_STEPS):
+        assert engine.pack_lost is None
+        fail_once()
+    assert "no, 3 steps in a row; look at the disk" in str(engine.pack_lost)
+    engine.pack_lost = None
 
 
 class FailingOnce:

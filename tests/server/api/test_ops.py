@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from fake_engine import eventually
-from moestro.engine import EngineFailed, EngineState, Progress
+from moestro.engine import EngineFailed, EngineState, PackLost, Progress
 from moestro.server.api import ops
 
 
@@ -29,6 +29,18 @@ async def test_states(client, worker, state, health, ready):
     if ready == 503:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
         assert response.headers["retry-after"]
+
+
+@pytest.mark.parametrize("path", ["/ready", "/health"])
+async def test_a_pack_that_is_lost_is_said(client, worker, path):
+    worker.fail(PackLost("/secret/place.pack is damaged"))
+    response = await client.get(path)
+    assert response.status_code == 503
+    error = response.json()["error"]
+    assert error["code"] == "pack_lost"
+    assert "file of the experts cannot be read" in error["message"]
+    assert "/secret" not in response.text
+    assert response.headers["x-should-retry"] == "false"
 
 
 async def test_ready_shows_progress(client, worker):

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from fake_engine import FakeWorker, eventually, one_then_silence, within
-from moestro.engine import EngineFailed, EngineState, StartError
+from moestro.engine import EngineFailed, EngineState, PackLost, StartError
 from moestro.server.commands.listen import listening_socket, url_of
 from moestro.server.facts.settings import Settings
 from moestro.server.serving.lifecycle import Lifecycle
@@ -105,6 +105,14 @@ async def test_an_engine_that_died_is_no_clean_end(number, code):
         await it.answered("/health", 503)
         send(number)
         assert await it.exit_code() == code
+
+
+async def test_a_lost_pack_ends_the_process_for_a_supervisor_to_start_it_again():
+    async with life() as it:
+        await it.answered("/ready", 200)
+        it.worker.fail(PackLost("the pack is damaged"))
+        assert await it.exit_code() == 1
+        assert it.said == ["ready", "the pack is damaged"]
 
 
 async def test_an_engine_that_dies_while_it_drains_is_no_clean_end():
