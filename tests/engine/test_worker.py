@@ -254,9 +254,7 @@ async def test_a_pack_truncated_under_a_running_engine_ends_it(
         os.truncate(pack, 4096)
         with pytest.raises(EngineFailed):
             for number in range(50):  # until an expert is read
-                async for event in worker.submit([number, 6, 7], GREEDY):
-                    if event.finish_reason is FinishReason.ERROR:
-                        await asyncio.to_thread(worker._thread.join, 10)
+                await ids_of(worker, [number, 6, 7], GREEDY)
         state: EngineState = worker.state
         assert (state, type(worker.failure)) == (EngineState.FAILED, PackLost)
     finally:
