@@ -297,7 +297,10 @@ def _read_note(path: Path) -> bytes | None:
         return None
 
 
-def _discard(path: Path) -> None:
-    """Take a damaged pack away, so that the next start builds it anew."""
-    log.error("%s is damaged and was removed: restart the server to build it anew", path)
-    path.unlink(missing_ok=True)
+def _discard(path: Path) -> str:
+    """Take a damaged pack away, so that the next start builds it anew; what became of it."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{path} could not be removed ({error.strerror}): remove it and start again"
+    return f"{path} was removed: start again, it is built anew"

@@ -31,6 +31,7 @@ from moestro.engine.facts import (
     Progress,
     ProgressFn,
     StartError,
+    Unavailable,
 )
 from moestro.engine.step import Emitted, SamplingParams, Sequence, TokenEvent, Tokenizer
 
@@ -295,13 +296,19 @@ class EngineWorker:
     def _fail(self, failure: EngineError) -> None:
         self.failure = failure
         self.state = EngineState.FAILED
-        self._end_all(EngineFailed(str(failure)))
+        self._end_all(_as_unavailable(failure))
         self._settled.set()
 
     def _ready(self) -> Loaded:
         """Raises NotReady while loading, EngineFailed after a failure."""
         if self.state is EngineState.FAILED:
-            raise EngineFailed(str(self.failure))
+            assert self.failure is not None
+            raise _as_unavailable(self.failure)
         if self._loaded is None or not self._settled.is_set():
             raise NotReady("the model is still loading")
         return self._loaded
+
+
+def _as_unavailable(failure: EngineError) -> Unavailable:
+    """What a request is told of it; a new one each time, for it is raised."""
+    return PackLost(str(failure)) if isinstance(failure, PackLost) else EngineFailed(str(failure))

@@ -14,6 +14,7 @@ EngineError
     ├── QueueFull         too many requests wait
     ├── Draining          shutting down, running work finishes
     └── EngineFailed      the engine thread died; restart the server
+        └── PackLost      because the file of the experts cannot be read any more
 """
 
 

@@ -19,7 +19,7 @@ from .tokenizer import TextStream, Tokenizer
 log = logging.getLogger("moestro.engine")
 
 STEP_FAILED = "this step of the engine failed; the server's log says why"
-MOST_UNREAD_STEPS = 3  # in a row: what fails that often is not a passing fault
+MOST_UNREAD_STEPS = 3  # without a request that ended well: no passing fault
 
 Emitted = list[tuple[Sequence, TokenEvent]]
 
@@ -54,7 +54,7 @@ class Engine:
         tokenizer: Tokenizer,
         max_model_len_tokens: int,
         vocab_size: int,
-        discard_pack: Callable[[], None],
+        discard_pack: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
@@ -65,8 +65,8 @@ class Engine:
         self.counters = Counters({reason.value: 0 for reason in FinishReason})
         self._clock = clock
         self.pack_lost: PackLost | None = None  # then no step can succeed any more
-        self._unread_steps = 0  # that failed to read an expert since the last that did not
-        self._discard_pack = discard_pack  # a damaged one: the next start builds it anew
+        self._unread_steps = 0  # that failed to read an expert since a request ended well
+        self._discard_pack = discard_pack  # a damaged one; what became of it, in words
         self._outputs: dict[int, _Output] = {}
 
     def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
@@ -105,7 +105,6 @@ class Engine:
             log.error("a step failed, its %d requests end: %s", len(batch.parts), error)
             self._judge_pack(error)
             return [self._fail(part.sequence, STEP_FAILED) for part in batch.parts]
-        self._unread_steps = 0
         self._count(batch)
         ready = [part.sequence for part in batch.parts if part.sequence.pending_tokens == 0]
         return [self._commit(seq, row) for seq, row in zip(ready, logits, strict=True)]
@@ -133,16 +132,15 @@ class Engine:
         assert self.runner.held_sequences <= len(self.scheduler.running)
 
     def _judge_pack(self, error: Exception) -> None:
-        """One failed read may pass. Damage does not, nor do reads that fail step after step."""
+        """One failed read may pass. Damage does not, nor do reads that fail again and again."""
         if isinstance(error, PackInvalid):
-            self._discard_pack()
-            self.pack_lost = PackLost(f"{error}; it was removed: start again, it is built anew")
+            self.pack_lost = PackLost(f"{error}; {self._discard_pack()}")
         elif isinstance(error, ReadFailed):
             self._unread_steps += 1
             if self._unread_steps >= MOST_UNREAD_STEPS:
                 self.pack_lost = PackLost(
-                    f"{error}, {self._unread_steps} steps in a row; look at the disk, or remove the"
-                    " file: the next start builds it anew"
+                    f"{error}; {self._unread_steps} steps failed so and no request ended well: look"
+                    " at the disk, and remove the pack if it is damaged; a start builds it anew"
                 )
 
     def _note_admission(self, batch: Batch) -> None:
@@ -200,6 +198,8 @@ class Engine:
         error: str | None = None,
     ) -> tuple[Sequence, TokenEvent]:
         sequence.times.finished_s = self._clock()
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._unread_steps = 0
         self.scheduler.remove(sequence)
         self.runner.forget(sequence)
         del self._outputs[sequence.number]

@@ -38,8 +38,8 @@ INVALID = "invalid_request_error"
 DOWN = "service_unavailable"
 BROKEN = "server_error"
 LOST = (
-    "the file of the experts cannot be read any more and the engine has ended; the log says why,"
-    " and a new start builds it anew"
+    "the file of the experts cannot be read any more and the engine has ended; the log says why"
+    " and what to do"
 )
 GONE = "the engine failed and will not come back; its log says why"
 
