@@ -40,8 +40,6 @@ from .loader import Loaded, load
 log = logging.getLogger("moestro.engine")
 
 IDLE_BEAT_S = 0.5  # an idle engine turns this often, so that its heartbeat stays fresh
-STATS_WAIT_S = 0.5
-STATS_TRIES = 60
 SHUTDOWN = "the server is shutting down"
 
 
@@ -157,20 +155,6 @@ class EngineWorker:
             self._streams[sequence.number] = stream
         self._inbox.put(lambda: self._take(sequence))
         return stream
-
-    def stats(self) -> EngineStats:
-        """One consistent snapshot; waits for the step in progress. Not for the event loop."""
-        loaded = self._ready()
-        if threading.current_thread() is self._thread or not self._thread.is_alive():
-            return loaded.stats()
-        answer = self.ask_stats()
-        for _ in range(STATS_TRIES):
-            try:
-                return answer.result(STATS_WAIT_S)
-            except TimeoutError:
-                if not self._thread.is_alive():
-                    break
-        raise EngineFailed("the engine did not answer in time")
 
     def ask_stats(self) -> "Future[EngineStats]":
         """A snapshot after the step in progress: the same one for all who ask meanwhile."""

@@ -136,10 +136,7 @@ def past_a_door(sources: Sources) -> list[str]:
 
 
 def around_a_door(sources: Sources) -> list[str]:
-    """Inside a wing an import names the file: no folder above, not the own door, no wing's folder.
-
-    The room's own door is the exception: it hands on what its wings hand to it.
-    """
+    """Inside a wing an import names the file: no folder above, no door of its own, no wing."""
     wrong = []
     for path in sources.of_rooms():
         for node in ast.walk(tree(path)):

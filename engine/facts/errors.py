@@ -55,7 +55,11 @@ class BadParameter(RequestError):
 
 
 class PromptTooLong(RequestError):
-    pass
+    @classmethod
+    def for_context(cls, most_tokens: int, request: str, reduce: str = "it") -> "PromptTooLong":
+        """In the words by which clients recognise a full context; `request` says what it has."""
+        limit = f"This model's maximum context length is {most_tokens} tokens."
+        return cls(f"{limit} However, {request}. Please reduce {reduce}.", "prompt")
 
 
 class Unavailable(EngineError):

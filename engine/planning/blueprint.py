@@ -146,10 +146,13 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = F
     demand = _demand(config, blueprint, spec, packing)
     own_bytes = demand.interpreter_bytes + _files_bytes(config, spec, packing=False)
 
-    def plan(step_tokens: int, memory: HostMemory = HostMemory(limit)) -> MemoryPlan:  # noqa: B008
+    def planned(step_tokens: int, memory: HostMemory) -> MemoryPlan:
         workspace = _workspace_bytes(config, blueprint, demand, step_tokens)
         asked = replace(demand, workspace_bytes=workspace, step_tokens=step_tokens)
         return _settled(config, blueprint, spec, asked, memory)
+
+    def plan(step_tokens: int) -> MemoryPlan:
+        return planned(step_tokens, HostMemory(limit))
 
     if config.max_step_tokens is not None:
         chosen = plan_given_steps(plan, config.max_step_tokens)
@@ -157,11 +160,11 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = F
         slots_bytes = None if config.link is None else config.device_memory_bytes
         chosen = plan_best_steps(plan, slots_bytes)
     now = HostMemory(limit, memory_available() + own_bytes)
-    planned = plan(chosen.demand.step_tokens, now)
+    settled = planned(chosen.demand.step_tokens, now)
     reason = chosen.step_reason
-    if planned.experts_bytes < chosen.experts_bytes:
+    if settled.experts_bytes < chosen.experts_bytes:
         reason += " (were all of the limit free; it is the same at every start)"
-    return replace(planned, step_reason=reason)
+    return replace(settled, step_reason=reason)
 
 
 def _files_bytes(config: EngineConfig, spec: PackSpec, *, packing: bool) -> int:

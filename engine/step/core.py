@@ -79,11 +79,11 @@ class Engine:
             )
         total = len(prompt_ids) + params.max_tokens
         if total > self.max_model_len_tokens:
-            raise PromptTooLong(
-                f"This model's maximum context length is {self.max_model_len_tokens} tokens."
-                f" However, you requested {total} tokens ({len(prompt_ids)} in the prompt,"
-                f" {params.max_tokens} for the completion). Please reduce either.",
-                "prompt",
+            raise PromptTooLong.for_context(
+                self.max_model_len_tokens,
+                f"you requested {total} tokens ({len(prompt_ids)} in the prompt,"
+                f" {params.max_tokens} for the completion)",
+                reduce="either",
             )
 
     def add(self, sequence: Sequence) -> None:

@@ -128,11 +128,7 @@ class TextStream:
 
 def _refuse_above(most_tokens: int, tokens: int, in_words: str) -> None:
     if tokens > most_tokens:
-        raise PromptTooLong(
-            f"This model's maximum context length is {most_tokens} tokens."
-            f" However, the prompt has {in_words} tokens. Please reduce it.",
-            "prompt",
-        )
+        raise PromptTooLong.for_context(most_tokens, f"the prompt has {in_words} tokens")
 
 
 def _stop_ids(folder: Path, own: int | list[int] | None) -> list[int]:

@@ -7,7 +7,6 @@ from .schemas import Completion, CompletionRequest, ModelCard, ModelList
 from .stream import KEEP_ALIVE, Answer, ClientGone, EventStream, Sse, whole
 
 __all__ = [
-    "ops_router",
     "Answer",
     "ApiKey",
     "BodyLimit",
@@ -24,5 +23,6 @@ __all__ = [
     "SettingsDep",
     "Sse",
     "WorkerDep",
+    "ops_router",
     "whole",
 ]

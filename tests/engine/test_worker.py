@@ -62,7 +62,7 @@ async def test_streams_at_once_equal_streams_alone(worker: EngineWorker) -> None
     together = await asyncio.gather(*(ids_of(worker, prompt, GREEDY) for prompt in prompts))
     assert alone == together
     assert worker.idle
-    assert worker.stats().requests_finished["length"] == 8
+    assert worker.ask_stats().result(30).requests_finished["length"] == 8
 
 
 async def test_the_last_event_has_reason_and_timings(worker: EngineWorker) -> None:
@@ -81,7 +81,7 @@ async def test_cancel_frees_the_sequence(worker: EngineWorker) -> None:
     stream.cancel()
     stream.cancel()
     assert [event async for event in stream] == []
-    stats = await asyncio.to_thread(worker.stats)
+    stats = await asyncio.wrap_future(worker.ask_stats())
     assert (stats.requests_running, stats.kv_used_bytes) == (0, 0)
     assert stats.requests_finished["abort"] == 1
     assert worker.idle
@@ -150,13 +150,13 @@ async def test_a_dead_engine_fails_streams_and_submits(worker: EngineWorker) -> 
 def test_a_load_that_fails_says_why(tmp_path: Path) -> None:
     worker = EngineWorker(EngineConfig(tmp_path / "nothing", tmp_path), ignore)
     with pytest.raises(NotReady):
-        worker.stats()
+        worker.ask_stats()
     worker.start()
     assert worker.wait_loaded(60)
     assert worker.state is EngineState.FAILED
     assert isinstance(worker.failure, StartError)
     with pytest.raises(EngineFailed):
-        worker.stats()
+        worker.ask_stats()
 
 
 def test_a_stopped_load_leaves_no_pack_and_the_next_start_resumes_it(

@@ -84,11 +84,7 @@ async def _prompt_ids(prompt: str | list[int], worker: Worker) -> list[int]:
     if isinstance(prompt, str):
         return await run_in_threadpool(worker.tokenizer.encode, prompt, most_tokens)
     if len(prompt) > most_tokens:  # before anybody looks at each of them
-        raise PromptTooLong(
-            f"This model's maximum context length is {most_tokens} tokens."
-            f" However, the prompt has {len(prompt)} tokens. Please reduce it.",
-            "prompt",
-        )
+        raise PromptTooLong.for_context(most_tokens, f"the prompt has {len(prompt)} tokens")
     return prompt
 
 

@@ -164,6 +164,21 @@ def test_what_others_hold_changes_budgets_and_never_the_step(
     assert none.step_reason.startswith(f"{plenty.step_reason} (were all of the limit free")
 
 
+def test_a_cache_in_memory_is_counted_with_the_pack_that_is_to_come(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(folder, tmp_path)
+    understood = inspect(config)
+    (tmp_path / "held").write_bytes(bytes(3 << 20))
+    monkeypatch.setattr(blueprint, "is_in_memory", lambda place: place == tmp_path)
+    held = plan_memory(config, understood).demand.files_bytes
+    assert 3 << 20 <= held < 4 << 20
+    packing = plan_memory(config, understood, packing=True).demand.files_bytes
+    assert packing == held + understood.spec.total_bytes
+    monkeypatch.setattr(blueprint, "is_in_memory", lambda _: False)
+    assert plan_memory(config, understood, packing=True).demand.files_bytes == 0
+
+
 def test_a_step_has_a_token_for_each_who_runs(tmp_path: Path) -> None:
     EngineConfig(tmp_path, tmp_path, max_step_tokens=16)
     for tokens in (-1, 0, 15):
