@@ -30,7 +30,8 @@ from moestro.engine.facts import (
 )
 from moestro.engine.formats import FormatMap, mix_by_trace
 from moestro.engine.planning import Bound, Change, Forecast, LinkSpeed, Outlook, changes
-from moestro.engine.step import FinishReason, SamplingParams, Timings, TokenEvent, Tokenizer
+from moestro.engine.step import FinishReason, SamplingParams, Timings, TokenEvent
+from moestro.engine.text import Tokenizer
 from moestro.engine.weights import MANIFEST_NAME, Manifest, read_config
 
 from .planner import plan_model

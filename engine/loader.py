@@ -49,7 +49,8 @@ from moestro.engine.planning import (
     plan_memory,
     release_freed_memory,
 )
-from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits, Tokenizer
+from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits
+from moestro.engine.text import Tokenizer
 
 from .choices import check_choices, check_device
 from .phases import Phases

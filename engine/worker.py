@@ -33,7 +33,8 @@ from moestro.engine.facts import (
     StartError,
     Unavailable,
 )
-from moestro.engine.step import Emitted, SamplingParams, Sequence, TokenEvent, Tokenizer
+from moestro.engine.step import Emitted, SamplingParams, Sequence, TokenEvent
+from moestro.engine.text import Tokenizer
 
 from .loader import Loaded, load
 

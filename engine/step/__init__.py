@@ -4,7 +4,6 @@ from .core import Emitted, Engine
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerLimits
 from .sequence import FinishReason, SamplingParams, Sequence, Timings, TokenEvent
-from .tokenizer import Tokenizer
 
 __all__ = [
     "Emitted",
@@ -17,5 +16,4 @@ __all__ = [
     "Sequence",
     "Timings",
     "TokenEvent",
-    "Tokenizer",
 ]

@@ -9,12 +9,12 @@ import torch
 
 from moestro.cache import CacheError, PackInvalid, ReadFailed
 from moestro.engine.facts import BadParameter, PackLost, PromptTooLong
+from moestro.engine.text import TextStream, Tokenizer
 
 from .runner import Runner
 from .sampler import NonFiniteLogits, Sampler
 from .scheduler import Scheduler
 from .sequence import Batch, FinishReason, SamplingParams, Sequence, TokenEvent
-from .tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger("moestro.engine")
 

@@ -8,7 +8,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 import tiny
 from moestro.engine import PromptTooLong, Tokenizer
-from moestro.engine.step.text_bound import most_chars_per_token
+from moestro.engine.text.text_bound import most_chars_per_token
 
 WORDS = {"a": 0, "b": 1, "ab": 2, "abab": 3, "<unk>": 4}
 MERGES = [("a", "b"), ("ab", "ab")]

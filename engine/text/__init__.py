@@ -1,0 +1,5 @@
+"""Text to token ids and back, whatever the tokenizer is."""
+
+from .tokenizer import TextStream, Tokenizer
+
+__all__ = ["TextStream", "Tokenizer"]
