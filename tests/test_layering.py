@@ -109,7 +109,7 @@ TORCH_FREE = {
         *("facts/config", "facts/errors", "facts/stats", "facts/units"),
         *("model/regret", "weights/manifest"),
         *("planning/advice", "planning/device_memory", "planning/forecast", "planning/step_size"),
-        *("step/scheduler", "step/sequence"),
+        *("step/params", "step/scheduler", "step/sequence"),
     },
     "factorize": {"facts/errors"},
     "server": {"facts/refusal", "facts/settings"},

@@ -1,9 +1,10 @@
 """One step of many sequences: schedule, run, sample, commit."""
 
 from .core import Emitted, Engine
+from .params import SamplingParams
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerLimits
-from .sequence import FinishReason, SamplingParams, Sequence, Timings, TokenEvent
+from .sequence import FinishReason, Sequence, Timings, TokenEvent
 
 __all__ = [
     "Emitted",

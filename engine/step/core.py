@@ -11,10 +11,12 @@ from moestro.cache import CacheError, PackInvalid, ReadFailed
 from moestro.engine.facts import BadParameter, PackLost, PromptTooLong
 from moestro.engine.text import TextStream, Tokenizer
 
+from .adjust import Adjustments
+from .params import SamplingParams
 from .runner import Runner
 from .sampler import NonFiniteLogits, Sampler
 from .scheduler import Scheduler
-from .sequence import Batch, FinishReason, SamplingParams, Sequence, TokenEvent
+from .sequence import Batch, FinishReason, Sequence, TokenEvent
 
 log = logging.getLogger("moestro.engine")
 
@@ -91,7 +93,7 @@ class Engine:
         self.scheduler.add(sequence)
         sequence.times.submitted_s = self._clock()
         text = self.tokenizer.stream(sequence.token_ids, sequence.params.stop)
-        self._outputs[sequence.number] = _Output(Sampler(sequence.params), text)
+        self._outputs[sequence.number] = _Output(self._sampler(sequence), text)
 
     def step(self) -> Emitted:
         """schedule -> run -> sample -> commit."""
@@ -182,6 +184,11 @@ class Engine:
             text += output.text.finish()
             return self._end(sequence, FinishReason.LENGTH, text, (token,))
         return sequence, TokenEvent(text, (token,))
+
+    def _sampler(self, sequence: Sequence) -> Sampler:
+        params = sequence.params
+        stop_ids = () if params.ignore_eos else self.tokenizer.stop_ids
+        return Sampler(params, Adjustments(params, sequence.token_ids, stop_ids))
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
         return token in self.tokenizer.stop_ids and not sequence.params.ignore_eos

@@ -1,50 +1,57 @@
-"""Logits to a token id: greedy, temperature, top-k, top-p; one seeded generator per sequence."""
+"""Logits to a token id; one seeded stream of random numbers per sequence."""
 
 import secrets
 
+import numpy as np
 import torch
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from .sequence import SamplingParams
+from .adjust import Adjustments
+from .params import SamplingParams
+from .truncation import Floats, Truncation, draw, kept
 
 COLDEST = 1e-5  # below, only the largest logit has a chance: greedy
 
 
 class NonFiniteLogits(Exception):
-    """The model gave NaN or infinity; this sequence cannot go on."""
+    """The model gave NaN or infinity, or nothing may be chosen; this sequence cannot go on."""
 
 
 class Sampler:
     """Chooses the tokens of one sequence. The same seed and logits give the same tokens."""
 
-    def __init__(self, params: SamplingParams) -> None:
-        self._greedy = params.temperature < COLDEST
-        self._warpers = LogitsProcessorList()
-        if self._greedy:
-            return
-        self._generator = torch.Generator()
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
-        self._generator.manual_seed(seed % 2**63)
-        if params.temperature != 1.0:
-            self._warpers.append(TemperatureLogitsWarper(params.temperature))
-        if params.top_k:
-            self._warpers.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(params.top_p))
+    def __init__(
+        self, params: SamplingParams, adjustments: Adjustments | None = None, index: int = 0
+    ) -> None:
+        """`index` is the answer's among the n of its request: each has a stream of its own."""
+        self._adjustments = adjustments or Adjustments(params, ())
+        self._temperature = params.temperature
+        self._cut = Truncation(params.top_k, params.top_p, params.min_p)
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        self._chances = np.random.Generator(np.random.PCG64([seed % 2**64, index]))
 
     def choose(self, logits: torch.Tensor) -> int:
-        """`logits` [V], fp32. Raises NonFiniteLogits."""
-        best = int(logits.argmax())
-        if not bool(torch.isfinite(logits[best])):
-            raise NonFiniteLogits("the model's logits are not finite")
-        if self._greedy:
-            return best
+        """`logits` [V], fp32, on the host. Raises NonFiniteLogits."""
+        raw: Floats = logits.numpy()
+        _check(raw)
+        scores = self._adjustments.apply(raw)
+        best = int(np.argmax(scores))
+        _check(scores[best : best + 1])
+        token = best if self._temperature < COLDEST else self._draw(scores, best)
+        self._adjustments.saw(token)
+        return token
+
+    def _draw(self, scores: Floats, best: int) -> int:
         # from the maximum down: dividing by a small temperature cannot overflow
-        scores = self._warpers(torch.empty((1, 0), dtype=torch.long), (logits - logits[best])[None])  # type: ignore[arg-type]
-        probabilities = scores[0].softmax(-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        fallen = torch.from_numpy(scores) - float(scores[best])
+        weights: Floats = fallen.div_(self._temperature).exp_().numpy()
+        chance = self._chances.random()
+        if not self._cut.cuts:
+            return draw(weights, chance)
+        ids = kept(weights, self._cut)
+        return int(ids[draw(weights[ids], chance)])
+
+
+def _check(logits: Floats) -> None:
+    """numpy's maximum is NaN where any number is."""
+    if not np.isfinite(logits.max()):
+        raise NonFiniteLogits("the model's logits are not finite")

@@ -5,12 +5,13 @@
 |-- prompt_tokens ----------|-- generated --|
 """
 
-import math
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum
 
-from moestro.engine.facts import BadParameter, round_up_tokens
+from moestro.engine.facts import round_up_tokens
+
+from .params import SamplingParams
 
 
 class FinishReason(Enum):
@@ -18,35 +19,6 @@ class FinishReason(Enum):
     LENGTH = "length"  # max_tokens
     ABORT = "abort"  # the client went away
     ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to choose tokens. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2"),
-            ("top_k", self.top_k >= 0, "0 (off) or positive"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("stop", all(self.stop), "free of empty strings"),
-        )
-        for name, holds, rule in checks:
-            if not holds:
-                raise BadParameter(f"{name} must be {rule}, not {getattr(self, name)!r}", name)
-        if not math.isfinite(self.temperature):
-            raise BadParameter("temperature must be finite", "temperature")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise BadParameter("seed must fit into 64 bits", "seed")
 
 
 @dataclass(frozen=True, slots=True)

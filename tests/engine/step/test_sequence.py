@@ -9,7 +9,17 @@ from moestro.engine.step.sequence import Sequence
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("min_tokens", 17),
+        ("min_p", 1.1),
+        ("n", 0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", ((1, 101.0),)),
+        ("logprobs", 21),
+        ("prompt_logprobs", -1),
         ("temperature", -0.1),
         ("temperature", 2.1),
         ("temperature", float("nan")),
@@ -19,7 +29,7 @@ from moestro.engine.step.sequence import Sequence
         ("top_p", 1.1),
         ("top_p", float("nan")),
         ("stop", ("a", "")),
-        ("seed", 2**63),
+        ("seed", 2**64),
     ],
 )
 def test_bad_values_name_their_field(field: str, value: object) -> None:
