@@ -7,7 +7,7 @@ import torch
 
 from .adjust import Adjustments
 from .params import SamplingParams
-from .truncation import Floats, Truncation, draw, kept
+from .truncation import Floats, Truncation, draw, truncated
 
 COLDEST = 1e-5  # below, only the largest logit has a chance: greedy
 
@@ -44,11 +44,9 @@ class Sampler:
         # from the maximum down: dividing by a small temperature cannot overflow
         fallen = torch.from_numpy(scores) - float(scores[best])
         weights: Floats = fallen.div_(self._temperature).exp_().numpy()
-        chance = self._chances.random()
-        if not self._cut.cuts:
-            return draw(weights, chance)
-        ids = kept(weights, self._cut)
-        return int(ids[draw(weights[ids], chance)])
+        if self._cut.cuts:
+            weights = truncated(weights, self._cut)
+        return draw(weights, self._chances.random())
 
 
 def _check(logits: Floats) -> None:

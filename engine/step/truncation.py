@@ -35,8 +35,8 @@ class Truncation:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
-def kept(weights: Floats, cut: Truncation) -> Ids:
-    """Ids that stay, in ascending order. `weights` [V]: e^(logit - the largest), so at most 1."""
+def truncated(weights: Floats, cut: Truncation) -> Floats:
+    """`weights` [V], e^(logit - the largest) and so at most 1, with 0 for what is cut off."""
     pool, floors = weights, [np.float32(cut.min_p)]
     if 0 < cut.top_k < len(weights):
         candidates = _candidates(weights, cut.top_k)
@@ -44,7 +44,7 @@ def kept(weights: Floats, cut: Truncation) -> Ids:
         pool = candidates[candidates >= floors[-1]]
     if cut.top_p < 1.0:
         floors.append(nucleus_floor(pool, float(_mass(pool)) * cut.top_p))
-    return np.flatnonzero(weights >= max(floors))
+    return np.where(weights >= max(floors), weights, np.float32(0))
 
 
 def largest(numbers: Floats, count: int) -> Ids:
@@ -61,7 +61,9 @@ def largest(numbers: Floats, count: int) -> Ids:
 
 def nucleus_floor(weights: Floats, mass: float) -> np.float32:
     """The weight of the last token of the smallest set of largest weights that holds `mass`."""
-    active, above = weights[weights >= LIKELY], 0.0
+    likely, active, above = weights >= LIKELY, weights, 0.0
+    if np.count_nonzero(likely) <= SORTED_AT_ONCE:
+        active = weights[likely]
     if len(active) > SORTED_AT_ONCE or _mass(active) < mass:
         active, above = _crossing(weights, mass)
     falling = np.sort(active)[::-1]
