@@ -30,7 +30,7 @@ from moestro.engine.facts import (
 )
 from moestro.engine.formats import FormatMap, mix_by_trace
 from moestro.engine.planning import Bound, Change, Forecast, LinkSpeed, Outlook, changes
-from moestro.engine.step import FinishReason, SamplingParams, Timings, TokenEvent
+from moestro.engine.step import FinishReason, SamplingParams, Timings, TokenEvent, TokenLogprob
 from moestro.engine.text import Tokenizer
 from moestro.engine.weights import MANIFEST_NAME, Manifest, read_config
 
@@ -92,6 +92,7 @@ __all__ = [
     "TierStats",
     "Timings",
     "TokenEvent",
+    "TokenLogprob",
     "TokenStream",
     "Tokenizer",
     "Unavailable",

@@ -138,7 +138,8 @@ def load(
         step.phase = Phase.PREFILL  # what the check runs are prompts
         _check_once(config, blueprint, model, packed)
         phases.leave()
-        runner = Runner(model, packed, step)
+        pages = _limits(config, plan).pages
+        runner = Runner(model, packed, step, pages, head_rows=config.max_running)
         loaded = _assemble(
             config, blueprint, plan, runner, cache, tokenizer, phases.seconds, prefetch
         )
@@ -240,16 +241,9 @@ def _assemble(
             context,
             plan.demand.context_tokens,
         )
-    limits = SchedulerLimits(
-        config.max_running,
-        config.max_waiting,
-        plan.demand.step_tokens,
-        plan.kv_bytes,
-        plan.demand.kv_bytes_per_token,
-    )
     engine = Engine(
         runner,
-        Scheduler(limits),
+        Scheduler(_limits(config, plan)),
         tokenizer,
         context,
         blueprint.vocab_size,
@@ -268,6 +262,16 @@ def _assemble(
         created_s=int(time.time()),
     )
     return Loaded(engine, cache, tokenizer, info, plan, load_s, prefetch)
+
+
+def _limits(config: EngineConfig, plan: MemoryPlan) -> SchedulerLimits:
+    return SchedulerLimits(
+        config.max_running,
+        config.max_waiting,
+        plan.demand.step_tokens,
+        plan.kv_bytes,
+        plan.demand.kv_bytes_per_token,
+    )
 
 
 def _check_once(

@@ -27,8 +27,8 @@ def check_packed(
     ids = torch.randint(vocab_size, (2, LENGTH_TOKENS), generator=generator).tolist()
     first, other = ids[0], ids[1][:3]
     with torch.inference_mode():
-        alone = _run(model, cache, [(SequenceKV(LENGTH_TOKENS), first)])
-        chunked, beside = SequenceKV(LENGTH_TOKENS), SequenceKV(LENGTH_TOKENS)
+        alone = _run(model, cache, [(SequenceKV.alone(LENGTH_TOKENS), first)])
+        chunked, beside = SequenceKV.alone(LENGTH_TOKENS), SequenceKV.alone(LENGTH_TOKENS)
         _run(model, cache, [(beside, other), (chunked, first[:SPLIT_TOKENS])])
         packed = _run(model, cache, [(chunked, first[SPLIT_TOKENS:]), (beside, other[:1])])
     if not bool(torch.isfinite(alone).all()):

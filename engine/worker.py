@@ -33,7 +33,7 @@ from moestro.engine.facts import (
     StartError,
     Unavailable,
 )
-from moestro.engine.step import Emitted, SamplingParams, Sequence, TokenEvent
+from moestro.engine.step import Emitted, FinishReason, SamplingParams, Sequence, TokenEvent
 from moestro.engine.text import Tokenizer
 
 from .loader import Loaded, load
@@ -45,10 +45,15 @@ SHUTDOWN = "the server is shutting down"
 
 
 class TokenStream:
-    """The events of one request, on the event loop that submitted it."""
+    """The events of one request, on the event loop that submitted it.
 
-    def __init__(self, prompt_tokens: int, cancel: Callable[[], None]) -> None:
+    It ends when all its `answers` have, or with the first error.
+    """
+
+    def __init__(self, prompt_tokens: int, answers: int, cancel: Callable[[], None]) -> None:
         self.prompt_tokens = prompt_tokens
+        self._answers_left = answers  # to be read
+        self._answers_to_end = answers  # in the engine
         self._cancel = cancel
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
@@ -65,7 +70,8 @@ class TokenStream:
         if isinstance(event, EngineError):
             self._ended = True
             raise event
-        self._ended = event.finish_reason is not None
+        self._answers_left -= event.finish_reason is not None
+        self._ended = self._answers_left == 0 or event.finish_reason is FinishReason.ERROR
         return event
 
     def cancel(self) -> None:
@@ -73,6 +79,11 @@ class TokenStream:
         if not self._ended:
             self._ended = True
             self._cancel()
+
+    def is_last(self, event: TokenEvent) -> bool:
+        """Called from the engine thread, once for each event."""
+        self._answers_to_end -= event.finish_reason is not None
+        return self._answers_to_end == 0 or event.finish_reason is FinishReason.ERROR
 
     def deliver(self, event: TokenEvent | EngineError) -> None:
         """Called from the engine thread."""
@@ -148,7 +159,7 @@ class EngineWorker:
         sequence = Sequence(next(self._numbers), prompt_ids, params)
         engine.scheduler.refuse_when_full(self._inbox.qsize())
         stream = TokenStream(
-            sequence.prompt_tokens, lambda: self._inbox.put(lambda: self._drop(sequence))
+            sequence.prompt_tokens, params.n, lambda: self._inbox.put(lambda: self._drop(sequence))
         )
         with self._gate:
             if self._closed:
@@ -156,6 +167,10 @@ class EngineWorker:
             self._streams[sequence.number] = stream
         self._inbox.put(lambda: self._take(sequence))
         return stream
+
+    def most_new_tokens(self, prompt_tokens: int, n: int = 1) -> int:
+        """The largest max_tokens with which such a request is accepted."""
+        return self._ready().engine.most_new_tokens(prompt_tokens, n)
 
     def ask_stats(self) -> "Future[EngineStats]":
         """A snapshot after the step in progress: the same one for all who ask meanwhile."""
@@ -250,10 +265,11 @@ class EngineWorker:
 
     def _deliver(self, emitted: Emitted) -> None:
         for sequence, event in emitted:
-            if event.finish_reason is not None:
-                self._end(sequence.number, event)
-            elif stream := self._streams.get(sequence.number):
+            stream = self._streams.get(sequence.number)
+            if stream is not None and not stream.is_last(event):
                 stream.deliver(event)
+            else:
+                self._end(sequence.number, event)
 
     def _end(self, number: int, last: TokenEvent | EngineError) -> None:
         with self._gate:

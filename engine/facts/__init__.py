@@ -28,7 +28,7 @@ from .stats import (
     RecallStats,
     TierStats,
 )
-from .units import GIB, MIB, ROUND_TOKENS, round_up_tokens
+from .units import GIB, MIB, PAGE_TOKENS, round_up_tokens
 
 __all__ = [
     "BadParameter",
@@ -57,7 +57,7 @@ __all__ = [
     "ProgressFn",
     "PromptTooLong",
     "QueueFull",
-    "ROUND_TOKENS",
+    "PAGE_TOKENS",
     "RecallStats",
     "RequestError",
     "Room",

@@ -2,8 +2,9 @@
 
 GIB = 1 << 30
 MIB = 1 << 20
-ROUND_TOKENS = 64  # KV capacities are rounded up so that freed buffers fit the next sequence
+PAGE_TOKENS = 16  # the KV is given out in pages of so many tokens
 
 
 def round_up_tokens(tokens: int) -> int:
-    return -(-tokens // ROUND_TOKENS) * ROUND_TOKENS
+    """To whole pages."""
+    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS

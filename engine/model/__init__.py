@@ -3,14 +3,17 @@
 from .attention import install
 from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
 from .host_share import HostShare
-from .kv import PackedCache, SequenceKV
+from .kv import KVStore, PackedCache, SequenceKV
 from .meta_model import build_meta_model
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
+from .scoring import HeldStates
 from .topology import Topology, run_packed, trace
 
 __all__ = [
+    "HeldStates",
     "HostShare",
+    "KVStore",
     "MathByFlags",
     "OffloadedExperts",
     "PackedCache",

@@ -1,59 +1,128 @@
 """The attention state of running sequences, and the object that stock models call their cache.
 
 Shape letters: H heads, S tokens of one sequence so far, T tokens of the packed row, D head width.
-Knows no scheduling: who owns a `SequenceKV` decides how long it lives.
+Knows no scheduling: whose a page is, and how long, is decided elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moestro.engine.facts import PAGE_TOKENS
 
-class SequenceKV:
-    """Keys and values of one sequence, one buffer [H, capacity, D] per layer, filled in order.
 
-    Buffers appear at the first write of each layer. `length_tokens` counts what is committed:
-    during a pass the rows behind it are being written and already readable by that pass.
+class KVStore:
+    """The rows of all pages: per layer one buffer of keys and one of values, [H, rows, D].
+
+    Page p is rows [p * PAGE_TOKENS, (p + 1) * PAGE_TOKENS) of every buffer. A buffer is asked for
+    at the first write of its layer; on the host it takes memory where it is written, and no more.
     """
 
-    def __init__(self, capacity_tokens: int) -> None:
-        self.capacity_tokens = capacity_tokens
-        self.length_tokens = 0
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put [H, n, D] behind the committed rows of `layer`."""
-        if layer not in self._layers:
-            self._layers[layer] = (self._buffer(keys), self._buffer(values))
-        end = self.length_tokens + keys.shape[1]
-        assert end <= self.capacity_tokens, "admission promised room for every token"
-        held_keys, held_values = self._layers[layer]
-        held_keys[:, self.length_tokens : end].copy_(keys)
-        held_values[:, self.length_tokens : end].copy_(values)
-
-    def read(self, layer: int, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [H, S, D], S = committed + `new_tokens`; valid until the next write."""
-        end = self.length_tokens + new_tokens
-        keys, values = self._layers[layer]
-        return keys[:, :end], values[:, :end]
-
-    def commit(self, new_tokens: int) -> None:
-        self.length_tokens += new_tokens
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._layers)
+    def layer(
+        self, index: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers of a layer that is about to keep `keys` and `values` [H, n, D]."""
+        if index not in self.layers:
+            self.layers[index] = (self._buffer(keys), self._buffer(values))
+        return self.layers[index]
 
     @property
     def numbers_per_token(self) -> int:
         """Numbers kept for one token by all layers that have written so far."""
         return sum(
-            buffer.shape[0] * buffer.shape[2] for pair in self._layers.values() for buffer in pair
+            buffer.shape[0] * buffer.shape[2] for pair in self.layers.values() for buffer in pair
         )
 
     def _buffer(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.new_empty((rows.shape[0], self.capacity_tokens, rows.shape[2]))
+        return rows.new_empty((rows.shape[0], self.pages * PAGE_TOKENS, rows.shape[2]))
+
+
+class SequenceKV:
+    """Keys and values of one sequence: rows of the pages that it was given, filled in order.
+
+    `length_tokens` counts what is committed: during a pass the rows behind it are being written
+    and already readable by that pass.
+    """
+
+    def __init__(self, store: KVStore, pages: Sequence[int]) -> None:
+        self.store = store
+        self.length_tokens = 0
+        self._runs = _runs_of(pages)
+
+    @classmethod
+    def alone(cls, capacity_tokens: int) -> "SequenceKV":
+        """With a store of its own."""
+        pages = -(-capacity_tokens // PAGE_TOKENS)
+        return cls(KVStore(pages), range(pages))
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put [H, n, D] behind the committed rows of `layer`."""
+        held_keys, held_values = self.store.layer(layer, keys, values)
+        done = 0
+        for rows in self._rows(self.length_tokens, self.length_tokens + keys.shape[1]):
+            part = slice(done, done + rows.stop - rows.start)
+            held_keys[:, rows].copy_(keys[:, part])
+            held_values[:, rows].copy_(values[:, part])
+            done = part.stop
+        assert done == keys.shape[1], "admission promised room for every token"
+
+    def read(self, layer: int, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[H, S, D], S = committed + `new_tokens`; valid until the next write.
+
+        A view where the pages follow each other, else a copy.
+        """
+        keys, values = self.store.layers[layer]
+        rows = list(self._rows(0, self.length_tokens + new_tokens))
+        if len(rows) == 1:
+            return keys[:, rows[0]], values[:, rows[0]]
+        return (
+            torch.cat([keys[:, part] for part in rows], 1),
+            torch.cat([values[:, part] for part in rows], 1),
+        )
+
+    def commit(self, new_tokens: int) -> None:
+        self.length_tokens += new_tokens
+
+    def fork(self, pages: Sequence[int]) -> "SequenceKV":
+        """The same tokens so far, on `pages`, which begin with the whole pages of this one.
+
+        The rows of the last page, which is not full and which each will go on in, are copied.
+        """
+        twin = SequenceKV(self.store, pages)
+        twin.length_tokens = self.length_tokens
+        whole = self.length_tokens // PAGE_TOKENS * PAGE_TOKENS
+        if whole < self.length_tokens:
+            (old,) = self._rows(whole, self.length_tokens)
+            (new,) = twin._rows(whole, self.length_tokens)
+            for pair in self.store.layers.values():
+                for buffer in pair:
+                    buffer[:, new].copy_(buffer[:, old])
+        return twin
+
+    def _rows(self, start: int, end: int) -> Iterator[slice]:
+        """Rows of the store that hold this sequence's tokens [start, end), in order."""
+        passed = 0
+        for first, length in self._runs:
+            low, high = max(start, passed), min(end, passed + length)
+            if low < high:
+                yield slice(first + low - passed, first + high - passed)
+            passed += length
+
+
+def _runs_of(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Pages that follow each other as (first row, rows)."""
+    runs: list[tuple[int, int]] = []
+    for page in pages:
+        if runs and sum(runs[-1]) == page * PAGE_TOKENS:
+            runs[-1] = (runs[-1][0], runs[-1][1] + PAGE_TOKENS)
+        else:
+            runs.append((page * PAGE_TOKENS, PAGE_TOKENS))
+    return runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from moestro.engine.formats import is_experts_module
 
 from .attention import UnknownKeyword, install
 from .experts import bind
-from .kv import PackedCache, SequenceKV
+from .kv import KVStore, PackedCache, SequenceKV
 
 TRACE_TOKENS = 3
 
@@ -124,7 +124,7 @@ def trace(model: PreTrainedModel) -> Topology:
             handles.append(module.register_forward_hook(watch.hook(path)))
         if isinstance(module, torch.nn.Linear):
             handles.append(module.register_forward_pre_hook(watch.before_linear))
-    first, second = SequenceKV(TRACE_TOKENS), SequenceKV(TRACE_TOKENS)
+    first, second = SequenceKV.alone(TRACE_TOKENS), SequenceKV.alone(TRACE_TOKENS)
     try:
         cache.begin([(first, TRACE_TOKENS), (second, TRACE_TOKENS)])
         run_packed(model, cache, [[0] * TRACE_TOKENS] * 2, [0, 0])
@@ -144,10 +144,10 @@ def trace(model: PreTrainedModel) -> Topology:
         cache.end(commit=False)
         for handle in handles:
             handle.remove()
-    return _facts(model, watch, cache, first)
+    return _facts(model, watch, cache, first.store)
 
 
-def _facts(model: PreTrainedModel, watch: _Watch, cache: PackedCache, kv: SequenceKV) -> Topology:
+def _facts(model: PreTrainedModel, watch: _Watch, cache: PackedCache, kv: KVStore) -> Topology:
     paths = tuple(path for path, _, _ in watch.runs)
     present = {path for path, module in model.named_modules() if is_experts_module(module)}
     if len(set(paths)) != len(paths) or not paths:
@@ -166,7 +166,7 @@ def _facts(model: PreTrainedModel, watch: _Watch, cache: PackedCache, kv: Sequen
         experts_per_token=tuple(ids.shape[1] for _, _, ids in watch.runs),
         expanded_layers=frozenset(cache.expanded_layers),
         kv_numbers_per_token=kv.numbers_per_token,
-        attention_layers=kv.num_layers,
+        attention_layers=len(kv.layers),
         inputs_unchanged=watch.inputs_unchanged,
     )
 

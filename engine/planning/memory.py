@@ -9,7 +9,7 @@ import gc
 from dataclasses import dataclass
 
 from moestro.cache import human_bytes
-from moestro.engine.facts import GIB, MIB, ROUND_TOKENS, BudgetTooSmall, round_up_tokens
+from moestro.engine.facts import GIB, MIB, PAGE_TOKENS, BudgetTooSmall, round_up_tokens
 
 from .device_memory import HostPlan, files_line
 
@@ -18,6 +18,7 @@ ALLOWANCE_BYTES = 96 * MIB
 # Left alone when a budget is chosen here: the rest of the machine lives from it.
 RESERVE_SHARE = 0.15
 MARGIN_SHARE = 0.10  # the same, of what is free on a device
+LEAST_KV_TOKENS = 64  # a shorter context answers nothing
 DEFAULT_KV_BYTES = GIB
 LEAST_STEP_TOKENS = 512  # of one step, where nothing else is wanted: some rows for each expert
 
@@ -86,7 +87,7 @@ class MemoryPlan:
     def kv_tokens(self) -> int:
         """Tokens that can be reserved: whole rounds only, as admission reserves them."""
         tokens = self.kv_bytes // self.demand.kv_bytes_per_token
-        return tokens // ROUND_TOKENS * ROUND_TOKENS
+        return tokens // PAGE_TOKENS * PAGE_TOKENS
 
     @property
     def longest_tokens(self) -> int:
@@ -187,7 +188,7 @@ def settle(
     taken = demand.fixed_bytes + device_bytes
     now_bytes = limit_bytes if available_bytes is None else min(limit_bytes, available_bytes)
     left = now_bytes - int(limit_bytes * kind.reserve_share) - taken
-    least_kv = ROUND_TOKENS * demand.kv_bytes_per_token
+    least_kv = LEAST_KV_TOKENS * demand.kv_bytes_per_token
     kv = kv_memory_bytes
     if kv is None:
         whole = round_up_tokens(demand.context_tokens) * demand.kv_bytes_per_token
@@ -198,9 +199,9 @@ def settle(
         experts = max(demand.experts_least_bytes, left - kv)
     experts = min(experts, demand.experts_total_bytes)
     plan = MemoryPlan(demand, experts, kv, limit_bytes, limit_name, device_bytes)
-    if plan.kv_tokens < 1:
+    if kv < least_kv:
         raise BudgetTooSmall(
-            f"--kv-memory {human_bytes(kv)} is too small: the least is {ROUND_TOKENS} tokens of"
+            f"--kv-memory {human_bytes(kv)} is too small: the least is {LEAST_KV_TOKENS} tokens of"
             f" {human_bytes(demand.kv_bytes_per_token)}, {human_bytes(least_kv)}"
         )
     if plan.total_bytes > limit_bytes:

@@ -1,10 +1,11 @@
 """One step of many sequences: schedule, run, sample, commit."""
 
 from .core import Emitted, Engine
+from .events import FinishReason, Timings, TokenEvent, TokenLogprob
 from .params import SamplingParams
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerLimits
-from .sequence import FinishReason, Sequence, Timings, TokenEvent
+from .sequence import Sequence
 
 __all__ = [
     "Emitted",
@@ -17,4 +18,5 @@ __all__ = [
     "Sequence",
     "Timings",
     "TokenEvent",
+    "TokenLogprob",
 ]

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,11 +12,13 @@ from moestro.engine.facts import BadParameter, PackLost, PromptTooLong
 from moestro.engine.text import TextStream, Tokenizer
 
 from .adjust import Adjustments
+from .events import FinishReason, TokenEvent, TokenLogprob
+from .logprobs import of_token
 from .params import SamplingParams
-from .runner import Runner
+from .runner import Ran, Runner
 from .sampler import NonFiniteLogits, Sampler
 from .scheduler import Scheduler
-from .sequence import Batch, FinishReason, Sequence, TokenEvent
+from .sequence import Batch, Sequence
 
 log = logging.getLogger("moestro.engine")
 
@@ -44,6 +46,7 @@ class _Output:
 
     sampler: Sampler
     text: TextStream
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # so far, not told yet
 
 
 class Engine:
@@ -69,7 +72,7 @@ class Engine:
         self.pack_lost: PackLost | None = None  # then no step can succeed any more
         self._unread_steps = 0  # that failed to read an expert since a request ended well
         self._discard_pack = discard_pack  # a damaged one; what became of it, in words
-        self._outputs: dict[int, _Output] = {}
+        self._outputs: dict[tuple[int, int], _Output] = {}  # by Sequence.key
 
     def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
         """Raises BadParameter or PromptTooLong; touches nothing, so any thread may call it."""
@@ -79,6 +82,7 @@ class Engine:
             raise BadParameter(
                 f"the prompt has token ids outside 0..{self.vocab_size - 1}", "prompt"
             )
+        self._validate_ids(params)
         total = len(prompt_ids) + params.max_tokens
         if total > self.max_model_len_tokens:
             raise PromptTooLong.for_context(
@@ -87,13 +91,18 @@ class Engine:
                 f" {params.max_tokens} for the completion)",
                 reduce="either",
             )
+        self.scheduler.refuse_what_never_fits(Sequence(0, prompt_ids, params))
+
+    def most_new_tokens(self, prompt_tokens: int, n: int) -> int:
+        """The largest max_tokens that `validate` accepts with such a prompt and `n` answers."""
+        left = self.max_model_len_tokens - prompt_tokens
+        return max(0, min(left, self.scheduler.most_new_tokens(prompt_tokens, n)))
 
     def add(self, sequence: Sequence) -> None:
         """Raises QueueFull, and then changes nothing."""
         self.scheduler.add(sequence)
         sequence.times.submitted_s = self._clock()
-        text = self.tokenizer.stream(sequence.token_ids, sequence.params.stop)
-        self._outputs[sequence.number] = _Output(self._sampler(sequence), text)
+        self._outputs[sequence.key] = self._output(sequence)
 
     def step(self) -> Emitted:
         """schedule -> run -> sample -> commit."""
@@ -102,25 +111,31 @@ class Engine:
             return []
         self._note_admission(batch)
         try:
-            logits = self.runner.run(batch)
+            ran = self.runner.run(batch)
         except (CacheError, RuntimeError, MemoryError) as error:
-            log.error("a step failed, its %d requests end: %s", len(batch.parts), error)
+            log.error("a step failed, its %d sequences end: %s", len(batch.parts), error)
             self._judge_pack(error)
-            return [self._fail(part.sequence, STEP_FAILED) for part in batch.parts]
+            return self._fail_all([part.sequence for part in batch.parts], STEP_FAILED)
         self._count(batch)
+        self._keep_scores(ran)
         ready = [part.sequence for part in batch.parts if part.sequence.pending_tokens == 0]
-        return [self._commit(seq, row) for seq, row in zip(ready, logits, strict=True)]
+        return [
+            event
+            for sequence, row in zip(ready, ran.logits, strict=True)
+            for event in self._answer(sequence, row)
+        ]
 
     def cancel(self, sequence: Sequence) -> TokenEvent | None:
-        """The client went away; None if the sequence had already ended."""
-        if sequence.number not in self._outputs:
-            return None
-        return self._end(sequence, FinishReason.ABORT, "", ())[1]
+        """The client went away, so all answers end; None if they had already ended."""
+        events = [
+            self._end(one, FinishReason.ABORT, "", ())[1] for one in self._answers_of(sequence)
+        ]
+        return events[0] if events else None
 
     def abort_all(self, message: str) -> Emitted:
         """End everything that runs or waits with an error."""
         everyone = [*self.scheduler.running, *self.scheduler.waiting]
-        return [self._fail(sequence, message) for sequence in everyone]
+        return self._fail_all(everyone, message)
 
     @property
     def idle(self) -> bool:
@@ -129,9 +144,22 @@ class Engine:
     def check(self) -> None:
         """Views of the truth agree; called when idle and by tests."""
         self.scheduler.check()
-        known = {s.number for s in [*self.scheduler.running, *self.scheduler.waiting]}
+        known = {s.key for s in [*self.scheduler.running, *self.scheduler.waiting]}
         assert known == set(self._outputs), f"{known} scheduled, {set(self._outputs)} have outputs"
         assert self.runner.held_sequences <= len(self.scheduler.running)
+
+    def _validate_ids(self, params: SamplingParams) -> None:
+        """What only the model and the limits can tell about the parameters."""
+        ids = {"logit_bias": [token for token, _ in params.logit_bias]}
+        for name, tokens in ids.items():
+            if not all(0 <= token < self.vocab_size for token in tokens):
+                raise BadParameter(f"{name} has token ids outside 0..{self.vocab_size - 1}", name)
+        most = self.scheduler.limits.max_running
+        if params.n > most:
+            raise BadParameter(
+                f"n must be at most {most}, as many sequences as run at once here, not {params.n}",
+                "n",
+            )
 
     def _judge_pack(self, error: Exception) -> None:
         """One failed read may pass. Damage does not, nor do reads that fail again and again."""
@@ -151,6 +179,10 @@ class Engine:
             if part.sequence.computed_tokens == 0:
                 part.sequence.times.admitted_s = part.sequence.times.admitted_s or now
 
+    def _keep_scores(self, ran: Ran) -> None:
+        for key, scores in ran.prompt_logprobs.items():
+            self._outputs[key].prompt_logprobs.extend(scores)
+
     def _count(self, batch: Batch) -> None:
         for part in batch.parts:
             start = part.sequence.computed_tokens - part.tokens
@@ -162,11 +194,26 @@ class Engine:
         else:
             self.counters.decode_steps += 1
 
+    def _answer(self, sequence: Sequence, logits: torch.Tensor) -> Emitted:
+        """The next token of `sequence`, or the first ones of all answers to its prompt."""
+        if sequence.params.max_tokens == 0:
+            return [self._end(sequence, FinishReason.LENGTH, "", ())]
+        everyone = [sequence]
+        if sequence.pages_of_forks:
+            everyone += self.scheduler.fork(sequence)
+            self.runner.fork(sequence, everyone[1:])
+            self._outputs |= {one.key: self._output(one) for one in everyone[1:]}
+        events: Emitted = []
+        for one in everyone:
+            if one.key in self._outputs:  # else another answer failed and took all with it
+                events.append(self._commit(one, logits))
+        return events
+
     def _commit(self, sequence: Sequence, logits: torch.Tensor) -> tuple[Sequence, TokenEvent]:
-        output = self._outputs[sequence.number]
+        output = self._outputs[sequence.key]
         try:
             token = output.sampler.choose(logits)
-            text = "" if self._stops(sequence, token) else output.text.push(token)
+            text = "" if self._is_silent(sequence, token) else output.text.push(token)
         except NonFiniteLogits as error:
             self.counters.corrupted += 1
             return self._fail(sequence, str(error))
@@ -176,25 +223,73 @@ class Engine:
         sequence.token_ids.append(token)
         sequence.times.first_token_s = sequence.times.first_token_s or self._clock()
         self.counters.generation_tokens += 1
-        if self._stops(sequence, token):
-            return self._end(sequence, FinishReason.STOP, output.text.finish(), (token,))
-        if output.text.stopped:
-            return self._end(sequence, FinishReason.STOP, text, (token,))
+        count = sequence.params.logprobs
+        scores = () if count is None else (of_token(logits.numpy(), token, count),)
+        reason = self._reason(sequence, output, token)
+        if reason is not None:
+            return self._end(sequence, reason, text + output.text.finish(), (token,), scores=scores)
+        return sequence, self._event(sequence, text, (token,), scores=scores)
+
+    def _reason(self, sequence: Sequence, output: _Output, token: int) -> FinishReason | None:
+        if output.text.stopped or self._stops(sequence, token):
+            return FinishReason.STOP
         if sequence.generated_tokens >= sequence.params.max_tokens:
-            text += output.text.finish()
-            return self._end(sequence, FinishReason.LENGTH, text, (token,))
-        return sequence, TokenEvent(text, (token,))
+            return FinishReason.LENGTH
+        return None
+
+    def _event(
+        self,
+        sequence: Sequence,
+        text: str,
+        token_ids: tuple[int, ...],
+        scores: tuple[TokenLogprob, ...] = (),
+    ) -> TokenEvent:
+        told = self._outputs[sequence.key].prompt_logprobs
+        event = TokenEvent(
+            text,
+            token_ids,
+            index=sequence.index,
+            logprobs=scores,
+            prompt_logprobs=tuple(told),
+        )
+        told.clear()
+        return event
+
+    def _output(self, sequence: Sequence) -> _Output:
+        text = self.tokenizer.stream(sequence.token_ids, sequence.params.stop)
+        return _Output(self._sampler(sequence), text)
 
     def _sampler(self, sequence: Sequence) -> Sampler:
         params = sequence.params
         stop_ids = () if params.ignore_eos else self.tokenizer.stop_ids
-        return Sampler(params, Adjustments(params, sequence.token_ids, stop_ids))
+        return Sampler(
+            params, Adjustments(params, sequence.token_ids, stop_ids), index=sequence.index
+        )
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
-        return token in self.tokenizer.stop_ids and not sequence.params.ignore_eos
+        params = sequence.params
+        ends = token in self.tokenizer.stop_ids and not params.ignore_eos
+        return ends or token in params.stop_token_ids
+
+    def _is_silent(self, sequence: Sequence, token: int) -> bool:
+        return self._stops(sequence, token) and not sequence.params.include_stop
+
+    def _answers_of(self, sequence: Sequence) -> list[Sequence]:
+        """All of its request that run or wait, itself too."""
+        known = [*self.scheduler.running, *self.scheduler.waiting]
+        return [one for one in known if one.number == sequence.number]
 
     def _fail(self, sequence: Sequence, message: str) -> tuple[Sequence, TokenEvent]:
+        """Ends all answers of its request: they are of no use without each other."""
+        for one in self._answers_of(sequence):
+            if one is not sequence:
+                self._end(one, FinishReason.ABORT, "", ())
         return self._end(sequence, FinishReason.ERROR, "", (), message)
+
+    def _fail_all(self, sequences: list[Sequence], message: str) -> Emitted:
+        return [
+            self._fail(sequence, message) for sequence in sequences if sequence.key in self._outputs
+        ]
 
     def _end(
         self,
@@ -203,13 +298,15 @@ class Engine:
         text: str,
         token_ids: tuple[int, ...],
         error: str | None = None,
+        scores: tuple[TokenLogprob, ...] = (),
     ) -> tuple[Sequence, TokenEvent]:
         sequence.times.finished_s = self._clock()
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._unread_steps = 0
+        event = self._event(sequence, text, token_ids, scores)
         self.scheduler.remove(sequence)
         self.runner.forget(sequence)
-        del self._outputs[sequence.number]
+        del self._outputs[sequence.key]
         self.counters.finished[reason.value] += 1
         timings = sequence.times.timings()
-        return sequence, TokenEvent(text, token_ids, reason, timings, error)
+        return sequence, replace(event, finish_reason=reason, timings=timings, error=error)

@@ -1,20 +1,10 @@
 """Log probabilities that a client may see: the model's own, before temperature and all else."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
+from .events import TokenLogprob
 from .truncation import Floats, largest
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One token's, and those of the most likely ones instead of it (largest first)."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 def of_token(logits: Floats, token_id: int, count: int) -> TokenLogprob:

@@ -1,27 +1,57 @@
 """The only file that turns a batch into tensors and runs the model."""
 
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
 import torch
 from transformers import PreTrainedModel
 
 from moestro.cache import Phase
-from moestro.engine.model import PackedCache, SequenceKV, StepPhase, run_packed
+from moestro.engine.model import (
+    HeldStates,
+    KVStore,
+    PackedCache,
+    SequenceKV,
+    StepPhase,
+    run_packed,
+)
 
-from .sequence import Batch, Sequence
+from .events import TokenLogprob
+from .logprobs import of_rows
+from .sequence import Batch, Part, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What one pass gave."""
+
+    logits: torch.Tensor  # [n, V] fp32, of the parts that end their pending tokens, in batch order
+    # by Sequence.key: of the prompt tokens that this pass could tell, where they are asked for
+    prompt_logprobs: dict[tuple[int, int], list[TokenLogprob]] = field(default_factory=dict)
 
 
 class Runner:
     """Owns the KV of running sequences. `run` commits; `forget` frees."""
 
-    def __init__(self, model: PreTrainedModel, cache: PackedCache, step: StepPhase) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PackedCache,
+        step: StepPhase,
+        kv_pages: int,
+        head_rows: int,
+    ) -> None:
+        """`head_rows`: rows of logits that the memory plan has room for."""
         self._model = model
         self._cache = cache
         self._step = step
-        self._kv: dict[int, SequenceKV] = {}
+        self._head_rows = head_rows
+        self._store = KVStore(kv_pages)
+        self._kv: dict[tuple[int, int], SequenceKV] = {}
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Logits [n, V] in fp32 of the parts that end their pending tokens, in batch order.
-
-        On the host: a device is waited for here, once, and before anything counts as computed.
+    def run(self, batch: Batch) -> Ran:
+        """On the host: a device is waited for here, before anything counts as computed.
 
         Either every sequence of the batch is advanced, or (on an exception) none.
         """
@@ -36,28 +66,57 @@ class Runner:
                 keep.append(end - 1)
         parts = [(self._kv_of(part.sequence), part.tokens) for part in batch.parts]
         self._step.phase = Phase.PREFILL if batch.is_prefill else Phase.DECODE
+        scoring = any(part.scored_tokens for part in batch.parts)
         self._cache.begin(parts)
         done = False
         try:
-            with torch.inference_mode():
-                logits = run_packed(
-                    self._model, self._cache, lists, starts, keep or [end - 1]
-                ).cpu()
+            with torch.inference_mode(), HeldStates(self._model) if scoring else nullcontext() as h:
+                logits = run_packed(self._model, self._cache, lists, starts, keep or [end - 1])
+                logits = logits.cpu()
+                scores = {} if h is None else self._score(batch, h)
             done = True
         finally:
             self._cache.end(commit=done)
         for part in batch.parts:
             part.sequence.computed_tokens += part.tokens
-        return logits if keep else logits[:0]
+        return Ran(logits if keep else logits[:0], scores)
+
+    def fork(self, sequence: Sequence, twins: Iterable[Sequence]) -> None:
+        """Each of `twins` goes on from where `sequence` is, on pages of its own."""
+        kv = self._kv_of(sequence)
+        with torch.inference_mode():
+            for twin in twins:
+                self._kv[twin.key] = kv.fork(twin.pages)
 
     def forget(self, sequence: Sequence) -> None:
-        self._kv.pop(sequence.number, None)
+        self._kv.pop(sequence.key, None)
 
     @property
     def held_sequences(self) -> int:
         return len(self._kv)
 
     def _kv_of(self, sequence: Sequence) -> SequenceKV:
-        if sequence.number not in self._kv:
-            self._kv[sequence.number] = SequenceKV(sequence.capacity_tokens)
-        return self._kv[sequence.number]
+        if sequence.key not in self._kv:
+            self._kv[sequence.key] = SequenceKV(self._store, sequence.pages)
+        return self._kv[sequence.key]
+
+    def _score(self, batch: Batch, held: HeldStates) -> dict[tuple[int, int], list[TokenLogprob]]:
+        found: dict[tuple[int, int], list[TokenLogprob]] = {}
+        start = 0
+        for part in batch.parts:
+            if part.scored_tokens:
+                found[part.sequence.key] = self._score_part(part, start, held)
+            start += part.tokens
+        return found
+
+    def _score_part(self, part: Part, start: int, held: HeldStates) -> list[TokenLogprob]:
+        """Row i of the part tells the token behind it. A block of rows at a time."""
+        first = part.sequence.computed_tokens + 1
+        said = part.sequence.token_ids[first : first + part.scored_tokens]
+        count = part.sequence.params.prompt_logprobs or 0
+        scores: list[TokenLogprob] = []
+        for at in range(0, len(said), self._head_rows):
+            ids = said[at : at + self._head_rows]
+            logits = held.logits([start + at + i for i in range(len(ids))])
+            scores += of_rows(logits, ids, count)
+        return scores

@@ -1,24 +1,34 @@
-"""Who runs in the next step. Plain Python over lengths and bytes; no tensors, no threads.
+"""Who runs in the next step. Plain Python over lengths and pages; no tensors, no threads.
 
-A sequence is admitted whole or not at all: its longest possible KV is reserved first, so that
-nothing that runs can ever run out of room. First come, first served.
+A request is admitted whole or not at all: the pages of its longest possible KV are taken first,
+those of all its answers, so that nothing that runs can ever run out of room. First come, first
+served.
 """
 
 from collections import deque
 from dataclasses import dataclass
 
-from moestro.engine.facts import PromptTooLong, QueueFull
+from moestro.engine.facts import PAGE_TOKENS, PromptTooLong, QueueFull
 
+from .pages import PagePool, pages_of
 from .sequence import Batch, Part, Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     max_running: int  # sequences in one step
-    max_waiting: int  # sequences behind them
+    max_waiting: int  # requests behind them
     max_step_tokens: int  # tokens in one step
     kv_capacity_bytes: int
     kv_bytes_per_token: int
+
+    @property
+    def page_bytes(self) -> int:
+        return PAGE_TOKENS * self.kv_bytes_per_token
+
+    @property
+    def pages(self) -> int:
+        return self.kv_capacity_bytes // self.page_bytes
 
 
 class Scheduler:
@@ -28,7 +38,11 @@ class Scheduler:
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.kv_reserved_bytes = 0
+        self.pool = PagePool(limits.pages)
+
+    @property
+    def kv_reserved_bytes(self) -> int:
+        return self.pool.used_pages * self.limits.page_bytes
 
     def refuse_when_full(self, more: int = 0) -> None:
         """Raises QueueFull where `more` requests on their way would not find room."""
@@ -36,13 +50,25 @@ class Scheduler:
         if waiting >= self.limits.max_waiting:
             raise QueueFull(f"{waiting} requests wait already; try again later")
 
+    def refuse_what_never_fits(self, sequence: Sequence) -> None:
+        """Raises PromptTooLong; touches nothing that changes, so any thread may call it."""
+        need = _need_pages(sequence)
+        if need > self.pool.pages:
+            answers = f" for {sequence.params.n} answers" if sequence.params.n > 1 else ""
+            raise PromptTooLong(
+                f"the request needs {need * self.limits.page_bytes} bytes of KV{answers}, there are"
+                f" {self.limits.kv_capacity_bytes}"
+            )
+
+    def most_new_tokens(self, prompt_tokens: int, n: int) -> int:
+        """The largest max_tokens with which `n` answers to such a prompt can be admitted."""
+        shared = prompt_tokens // PAGE_TOKENS
+        each = (self.pool.pages + (n - 1) * shared) // n
+        return max(0, each * PAGE_TOKENS - prompt_tokens + 1)
+
     def add(self, sequence: Sequence) -> None:
         """Raises QueueFull or, for what could never be admitted, PromptTooLong; changes nothing."""
-        need = self.reserve_bytes(sequence)
-        if need > self.limits.kv_capacity_bytes:
-            raise PromptTooLong(
-                f"the request needs {need} bytes of KV, there are {self.limits.kv_capacity_bytes}"
-            )
+        self.refuse_what_never_fits(sequence)
         self.refuse_when_full()
         self.waiting.append(sequence)
 
@@ -50,38 +76,68 @@ class Scheduler:
         """Decoding sequences first, one token each; the rest of the step goes to prompts."""
         self._admit()
         room = self.limits.max_step_tokens
-        parts: dict[int, Part] = {}
+        parts: dict[tuple[int, int], Part] = {}
         decoding = [s for s in self.running if s.pending_tokens == 1]
         prompts = [s for s in self.running if s.pending_tokens > 1]
         for sequence in decoding + prompts:
             tokens = min(sequence.pending_tokens, room)
             if tokens > 0:
-                parts[sequence.number] = Part(sequence, tokens)
+                parts[sequence.key] = Part(sequence, tokens)
                 room -= tokens
-        return Batch(tuple(parts[s.number] for s in self.running if s.number in parts))
+        return Batch(tuple(parts[s.key] for s in self.running if s.key in parts))
+
+    def fork(self, sequence: Sequence) -> list[Sequence]:
+        """The other answers to a prompt that is computed; they run from now on.
+
+        The whole pages of the prompt are shared, the others are those that admission took.
+        """
+        shared = sequence.pages[: sequence.computed_tokens // PAGE_TOKENS]
+        twins = []
+        for index, own in enumerate(sequence.pages_of_forks, 1):
+            twin = sequence.fork(index)
+            twin.pages = self.pool.share(shared) + own
+            twins.append(twin)
+        sequence.pages_of_forks = []
+        self.running += twins
+        return twins
 
     def remove(self, sequence: Sequence) -> None:
         """Let `sequence` go and give its room back."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self.kv_reserved_bytes -= self.reserve_bytes(sequence)
+            for pages in (sequence.pages, *sequence.pages_of_forks):
+                self.pool.release(pages)
+            sequence.pages, sequence.pages_of_forks = [], []
         else:
             self.waiting.remove(sequence)
 
-    def reserve_bytes(self, sequence: Sequence) -> int:
-        return sequence.capacity_tokens * self.limits.kv_bytes_per_token
-
     def check(self) -> None:
-        """The sum of what the running ones reserve is what is reserved, and fits."""
-        total = sum(self.reserve_bytes(sequence) for sequence in self.running)
-        assert total == self.kv_reserved_bytes, f"reserved {self.kv_reserved_bytes}, sum {total}"
-        assert total <= self.limits.kv_capacity_bytes
-        assert len(self.running) <= self.limits.max_running
+        """The pages of those that run are the ones in use, and enough for them."""
+        self.pool.check([p for s in self.running for p in (s.pages, *s.pages_of_forks)])
+        assert all(len(s.pages) == pages_of(s.capacity_tokens) for s in self.running)
+        assert self._places_taken() <= self.limits.max_running
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.limits.max_running:
-            need = self.reserve_bytes(self.waiting[0])
-            if self.kv_reserved_bytes + need > self.limits.kv_capacity_bytes:
+        while self.waiting:
+            first = self.waiting[0]
+            if self._places_taken() + first.params.n > self.limits.max_running:
                 return
-            self.kv_reserved_bytes += need
+            if _need_pages(first) > self.pool.free_pages:
+                return
             self.running.append(self.waiting.popleft())
+            first.pages = self.pool.take(pages_of(first.capacity_tokens))
+            own = len(first.pages) - _shared_pages(first)
+            first.pages_of_forks = [self.pool.take(own) for _ in range(first.params.n - 1)]
+
+    def _places_taken(self) -> int:
+        return sum(1 + len(sequence.pages_of_forks) for sequence in self.running)
+
+
+def _shared_pages(sequence: Sequence) -> int:
+    """Pages that the prompt fills: all answers read them, none writes into them."""
+    return sequence.prompt_tokens // PAGE_TOKENS
+
+
+def _need_pages(sequence: Sequence) -> int:
+    each = pages_of(sequence.capacity_tokens)
+    return each + (sequence.params.n - 1) * (each - _shared_pages(sequence))

@@ -1,4 +1,4 @@
-"""One request inside the engine: its parameters, its three lengths, its events. No tensors.
+"""One request inside the engine: its parameters, its three lengths, its pages. No tensors.
 
 0            computed_tokens          len(token_ids)
 |-- in the KV ------|-- still to run ------|
@@ -6,51 +6,32 @@
 """
 
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
 
-from moestro.engine.facts import round_up_tokens
-
+from .events import Timings
 from .params import SamplingParams
 
 
-class FinishReason(Enum):
-    STOP = "stop"  # end-of-sequence token or a stop string
-    LENGTH = "length"  # max_tokens
-    ABORT = "abort"  # the client went away
-    ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds of one finished request; `prefill_s` ends with the first token."""
-
-    queue_s: float
-    prefill_s: float
-    decode_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """What one step gave one sequence. `text` never splits a character or leaks a stop string."""
-
-    text: str
-    token_ids: tuple[int, ...]  # generated in this step (stop tokens included)
-    finish_reason: FinishReason | None = None
-    timings: Timings | None = None  # with the last event
-    error: str | None = None  # with FinishReason.ERROR
-
-
 class Sequence:
-    """What the scheduler moves around. Three lengths are stored, the rest are properties."""
+    """What the scheduler moves around. Three lengths are stored, the rest are properties.
+
+    A request for n answers is one sequence until its prompt is computed, then n: `fork`.
+    """
 
     def __init__(self, number: int, prompt_ids: Ids[int], params: SamplingParams) -> None:
-        self.number = number
+        self.number = number  # of the request
+        self.index = 0  # of the answer
         self.params = params
         self.token_ids = list(prompt_ids)
         self.prompt_tokens = len(self.token_ids)
         self.computed_tokens = 0
         self.times = Times()
+        self.pages: list[int] = []  # of the KV, while it runs
+        self.pages_of_forks: list[list[int]] = []  # taken for answers that are still to come
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.number, self.index
 
     @property
     def pending_tokens(self) -> int:
@@ -63,8 +44,17 @@ class Sequence:
 
     @property
     def capacity_tokens(self) -> int:
-        """Room that its KV needs at the longest, rounded up; the last token is never run."""
-        return round_up_tokens(self.prompt_tokens + self.params.max_tokens - 1)
+        """Room that its KV needs at the longest; the last token is never run."""
+        return self.prompt_tokens + max(self.params.max_tokens - 1, 0)
+
+    def fork(self, index: int) -> "Sequence":
+        """Answer `index` to the same prompt, as far as this one is. It has no pages yet."""
+        twin = Sequence(self.number, self.token_ids, self.params)
+        twin.index = index
+        twin.prompt_tokens = self.prompt_tokens
+        twin.computed_tokens = self.computed_tokens
+        twin.times = replace(self.times)
+        return twin
 
 
 @dataclass(slots=True)
@@ -89,6 +79,14 @@ class Part:
 
     sequence: Sequence
     tokens: int
+
+    @property
+    def scored_tokens(self) -> int:
+        """Prompt tokens whose log probabilities its rows tell, where they are asked for."""
+        sequence = self.sequence
+        if not sequence.params.scores_prompt:
+            return 0
+        return max(0, min(self.tokens, sequence.prompt_tokens - 1 - sequence.computed_tokens))
 
     @property
     def ends_pending(self) -> bool:

@@ -76,7 +76,7 @@ def windows(loaded: Loaded, text: str) -> list[list[int]]:
 def log_probabilities(loaded: Loaded, ids: list[int]) -> torch.Tensor:
     """[n, V] of one window, alone."""
     runner = loaded.engine.runner
-    runner._cache.begin([(SequenceKV(len(ids)), len(ids))])
+    runner._cache.begin([(SequenceKV.alone(len(ids)), len(ids))])
     with torch.inference_mode():
         logits = run_packed(runner._model, runner._cache, [ids], [0], list(range(len(ids))))
     runner._cache.end(commit=False)

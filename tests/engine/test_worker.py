@@ -74,6 +74,16 @@ async def test_the_last_event_has_reason_and_timings(worker: EngineWorker) -> No
     assert min(timings.queue_s, timings.prefill_s, timings.decode_s) >= 0
 
 
+async def test_a_stream_of_several_answers_ends_with_the_last(worker: EngineWorker) -> None:
+    params = SamplingParams(max_tokens=5, n=3, ignore_eos=True)
+    stream = worker.submit([1, 2], params)
+    events = [event async for event in stream]
+    assert sorted(e.index for e in events if e.finish_reason is FinishReason.LENGTH) == [0, 1, 2]
+    assert sum(len(event.token_ids) for event in events) == 15
+    assert worker.idle
+    assert worker.most_new_tokens(2, 1) == 510
+
+
 async def test_cancel_frees_the_sequence(worker: EngineWorker) -> None:
     long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
     stream = worker.submit([1, 2], long)

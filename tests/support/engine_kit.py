@@ -79,8 +79,11 @@ def run_logits(loaded: Loaded, steps: Sequence[Sequence[tuple[int, list[int]]]])
                 known[number] = Running(number, [], SamplingParams(max_tokens=64))
             known[number].token_ids += ids
             parts.append(Part(known[number], len(ids)))
-        rows.append(loaded.engine.runner.run(Batch(tuple(parts))))
+        for sequence in known.values():
+            sequence.pages = sequence.pages or loaded.engine.scheduler.pool.take(8)
+        rows.append(loaded.engine.runner.run(Batch(tuple(parts))).logits)
         loaded.cache.check()
     for sequence in known.values():
         loaded.engine.runner.forget(sequence)
+        loaded.engine.scheduler.pool.release(sequence.pages)
     return torch.cat(rows)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import tiny
 from engine_kit import generate, opened
@@ -13,6 +12,7 @@ from moestro.cache import PackInvalid, ReadFailed
 from moestro.engine import BadParameter, PromptTooLong, QueueFull, SamplingParams
 from moestro.engine.loader import Loaded, _discard
 from moestro.engine.step.core import MOST_UNREAD_STEPS, STEP_FAILED, Engine
+from moestro.engine.step.runner import Ran
 from moestro.engine.step.sequence import Sequence
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -114,11 +114,11 @@ def test_logits_that_are_not_finite_end_one_request_alone(loaded: Loaded) -> Non
         forget = staticmethod(engine.runner.forget)
 
         @staticmethod
-        def run(batch: object) -> torch.Tensor:
-            logits = run(batch).clone()  # type: ignore[arg-type]
+        def run(batch: object) -> Ran:
+            logits = run(batch).logits.clone()  # type: ignore[arg-type]
             if len(logits) == 2:
                 logits[1] = float("nan")
-            return logits
+            return Ran(logits)
 
     healthy = generate(engine, [[1, 2, 3]], GREEDY)[0]
     engine.runner = Poisoned()  # type: ignore[assignment]
@@ -186,7 +186,7 @@ class FailingOnce:
         self.held_sequences = 0
         self.forget = engine.runner.forget
 
-    def run(self, _: object) -> torch.Tensor:
+    def run(self, _: object) -> Ran:
         self._engine.runner = self._real
         raise self._error
 
@@ -205,7 +205,7 @@ def test_an_error_in_one_requests_choice_ends_that_request_alone(loaded: Loaded)
         def push(_: int) -> str:
             raise ZeroDivisionError
 
-    engine._outputs[2] = replace(engine._outputs[2], text=Broken())  # type: ignore[arg-type]
+    engine._outputs[2, 0] = replace(engine._outputs[2, 0], text=Broken())  # type: ignore[arg-type]
     ends = {}
     ids: list[int] = []
     while not engine.idle:
@@ -233,7 +233,7 @@ def test_whatever_is_accepted_is_served(kv_tokens: int, folder: Path) -> None:
     cache_dir = folder.parent / "cache"
     with opened(folder, cache_dir, kv_memory_bytes=kv_tokens * 1024) as loaded:
         engine = loaded.engine
-        assert engine.max_model_len_tokens == kv_tokens // 64 * 64
+        assert engine.max_model_len_tokens == kv_tokens // 16 * 16
         for total in {2, 63, 64, engine.max_model_len_tokens}:
             params = SamplingParams(max_tokens=1, temperature=0.0)
             prompt = [1] * (total - 1)

@@ -46,3 +46,4 @@ def test_three_lengths() -> None:
     sequence.token_ids.append(9)
     assert (sequence.pending_tokens, sequence.generated_tokens) == (1, 1)
     assert sequence.capacity_tokens == 64  # 3 + 62 - 1
+    assert Sequence(1, [1, 2, 3], SamplingParams(max_tokens=0)).capacity_tokens == 3

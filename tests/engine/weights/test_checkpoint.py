@@ -362,7 +362,7 @@ def test_context_and_choices_are_checked(tmp_path: Path) -> None:
     folder = tiny.build("mixtral", tmp_path / "model")
     for settings, words in (
         ({"max_model_len_tokens": 513}, "the model's own limit is 512"),
-        ({"max_model_len_tokens": 512, "kv_memory_bytes": 99_000}, "lower --max-model-len to 64"),
+        ({"max_model_len_tokens": 512, "kv_memory_bytes": 99_000}, "lower --max-model-len to 96"),
         ({"device": "tpu"}, "--device tpu"),
         ({"expert_format": "int3"}, "--expert-format int3"),
         ({"experts_per_token": 9}, "--experts-per-token 9"),
