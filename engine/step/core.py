@@ -164,7 +164,7 @@ class Engine:
         output = self._outputs[sequence.number]
         try:
             token = output.sampler.choose(logits)
-            text = "" if self._stops(sequence, token) else output.text.push(token)
+            text = "" if self._stops(sequence, token) else output.text.push(token).text
         except NonFiniteLogits as error:
             self.counters.corrupted += 1
             return self._fail(sequence, str(error))

@@ -1,5 +1,6 @@
 """Text to token ids and back, whatever the tokenizer is."""
 
-from .tokenizer import TextStream, Tokenizer
+from .text_stream import Piece, TextStream
+from .tokenizer import Tokenizer, TokenizerInfo
 
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["Piece", "TextStream", "Tokenizer", "TokenizerInfo"]

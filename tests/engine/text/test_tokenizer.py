@@ -25,7 +25,7 @@ def spoken(tokenizer: Tokenizer, text: str, stop: tuple[str, ...] = ()) -> tuple
     stream = tokenizer.stream(tokenizer.encode("Before. "), stop)
     out = ""
     for token in tokenizer.encode(text):
-        piece = stream.push(token)
+        piece = stream.push(token).text
         assert "\ufffd" not in piece, "half a character was let out"
         out += piece
         if stream.stopped:
@@ -100,7 +100,7 @@ def test_no_sequence_of_bytes_can_raise(
 def test_bytes_of_a_character_come_out_together(tmp_path: Path) -> None:
     tokenizer = byte_fallback(tmp_path)
     stream = tokenizer.stream([258, 0x0A], ())
-    pieces = [stream.push(token) for token in [0x0A, *"é😀".encode(), 257]]
+    pieces = [stream.push(token).text for token in [0x0A, *"é😀".encode(), 257]]
     assert pieces == ["\n", "", "é", "", "", "", "😀", " world"]
     assert stream.finish() == ""
 
@@ -110,7 +110,7 @@ def test_the_prompt_is_never_echoed(tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode(prompt)
         for cut in (ids, ids[:-1], ids[:3]):
             stream = tokenizer.stream(cut, ())
-            out = "".join(stream.push(token) for token in tokenizer.encode("xyz"))
+            out = "".join(stream.push(token).text for token in tokenizer.encode("xyz"))
             assert out + stream.finish() == "xyz"
 
 
