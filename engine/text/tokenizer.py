@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from moestro.engine.facts import BadParameter, ModelRefused, PromptTooLong
 from moestro.engine.weights import json_object
 
+from .chat_template import ChatTemplate
 from .prompt_slices import doubled_tokens, token_slices
 from .reader import reader
 from .text_bound import most_chars_per_token
@@ -51,6 +53,7 @@ class Tokenizer:
         self.info = TokenizerInfo(
             slow.bos_token, slow.eos_token, slow.pad_token, slow.chat_template
         )
+        self.chat = ChatTemplate(slow)
         self.stop_ids = frozenset(_stop_ids(folder, slow.eos_token_id))
         if not self.stop_ids:
             log.warning("%s names no end-of-sequence token: only limits end an answer", folder)
@@ -121,6 +124,24 @@ class Tokenizer:
         """The text that follows the prompt, and completes a character that the prompt begins."""
         reading = reader(self._vocabulary, prompt_ids, skip_special_tokens)
         return TextStream(reading, stop, include_stop)
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: dict[str, Any],
+    ) -> str:
+        """The text of a prompt, BOS included where the template writes it. As `chat.render`."""
+        return self.chat.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=kwargs,
+        )
 
     def _check_text(self, text: str, most_tokens: int | None) -> None:
         try:
