@@ -19,7 +19,7 @@ def token_slices(text: str, encoding: Encoding) -> list[str]:
     is in no offset: a slice ends where its token ends, but before the next one begins.
     """
     ends = _ends(len(text), encoding)
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     return [text[start:end] for start, end in zip(starts, ends, strict=True)]
 
 

@@ -13,7 +13,29 @@ from .vocabulary import Vocabulary
 BROKEN = "\ufffd"  # what decoders write for bytes that are no character (yet)
 CONTEXT_TOKENS = 8  # that tell a decoder how the next one joins on
 MOST_CHARACTER_BYTES = 4
-_Utf8 = codecs.getincrementaldecoder("utf-8")
+
+
+class Characters:
+    """Bytes in, characters out; keeps the start of one for as long as it can become one."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def begun(self) -> bytes:
+        return self._decoder.getstate()[0]
+
+    def push(self, data: bytes) -> str:
+        text = self._decoder.decode(data)
+        begun = self.begun
+        # the codec waits for the rest of a surrogate, which is no character either
+        if len(begun) == 2 and begun[0] == 0xED and begun[1] >= 0xA0:
+            text += self.cut()
+        return text
+
+    def cut(self) -> str:
+        """No more bytes come for what is begun."""
+        return self._decoder.decode(b"", True)
 
 
 class Part(NamedTuple):
@@ -46,9 +68,9 @@ class ByteReader:
         self._started = any(
             token not in self._hidden and vocabulary.bytes_of(token) for token in prompt_ids
         )
-        self._decoder = _Utf8("replace")
-        self._decoder.decode(self._last_bytes(prompt_ids))
-        self._of_prompt = self._decoder.getstate()[0]  # the start of a character
+        self._characters = Characters()
+        self._characters.push(self._last_bytes(prompt_ids))
+        self._of_prompt = self._characters.begun
 
     def push(self, token_id: int) -> list[Part]:
         if token_id in self._vocabulary.special_ids:
@@ -58,15 +80,15 @@ class ByteReader:
             data, self._started = self._vocabulary.first_bytes_of(token_id), True
         if data and self._of_prompt:
             self._join_prompt(data)
-        return [Part(self._decoder.decode(data), True)]
+        return [Part(self._characters.push(data), True)]
 
     def close(self) -> str:
         return ""
 
     def _push_special(self, token_id: int) -> list[Part]:
-        broken = "" if self._of_prompt else self._decoder.decode(b"", True)
-        self._decoder.reset()
-        self._of_prompt = b""
+        broken = self._characters.cut()
+        if self._of_prompt:
+            broken, self._of_prompt = "", b""
         shown = token_id not in self._hidden
         self._started = self._started or shown
         return [Part(broken, True), Part(self._vocabulary.text_of(token_id), shown)]
@@ -74,9 +96,8 @@ class ByteReader:
     def _join_prompt(self, data: bytes) -> None:
         """Bytes of the prompt that do not become a character now are the prompt's fault."""
         first = data[:1]
-        joined, alone = (_Utf8("replace").decode(one) for one in (self._of_prompt + first, first))
-        if joined == BROKEN + alone:
-            self._decoder.reset()
+        if Characters().push(self._of_prompt + first) == BROKEN + Characters().push(first):
+            self._characters.cut()
         self._of_prompt = b""
 
     def _last_bytes(self, ids: Sequence[int]) -> bytes:

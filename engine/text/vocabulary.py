@@ -91,10 +91,12 @@ class Vocabulary:
         return self._fast.id_to_token(token_id) if 0 <= token_id < MOST_IDS else None
 
     def _spelled(self, token_id: int, piece: str) -> bytes:
+        # added as text: what a text must have for it, not spelled as other pieces are
+        added_as_text = self._joining is not None and self._joining.byte_level
+        if token_id in self.special_ids or (added_as_text and token_id in self._added):
+            return self._added[token_id].encode("utf-8")
         if self._joining is None:
             return self._between(piece).encode("utf-8")
-        if self._joining.byte_level and token_id in self._added:
-            return self._added[token_id].encode("utf-8")  # added as text, not spelled in bytes
         return self._joining.bytes_of(piece)
 
     def _between(self, piece: str) -> str:
