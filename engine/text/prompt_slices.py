@@ -8,7 +8,8 @@ def doubled_tokens(encoding: Encoding) -> int:
     mask = encoding.special_tokens_mask  # 1 for what was added, not for what the text has
     added = next((place for place, one in enumerate(mask) if not one), len(mask))
     again = slice(added, 2 * added)
-    same = encoding.ids[:added] == encoding.ids[again]
+    ids = encoding.ids
+    same = ids[:added] == ids[again]
     return added if same and not any(mask[again]) else 0
 
 
@@ -25,10 +26,11 @@ def token_slices(text: str, encoding: Encoding) -> list[str]:
 
 def _ends(text_chars: int, encoding: Encoding) -> list[int]:
     own = [not added for added in encoding.special_tokens_mask]
+    offsets = encoding.offsets  # made anew each time it is asked for
     last = max((place for place, one in enumerate(own) if one), default=0)
     ends, next_start = [0] * len(own), text_chars
     for place in reversed(range(len(own))):
-        start, end = encoding.offsets[place]
+        start, end = offsets[place]
         if own[place]:
             ends[place] = min(end, next_start)
             next_start = min(start, next_start)

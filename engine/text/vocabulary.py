@@ -85,7 +85,8 @@ class Vocabulary:
 
     def window(self, ids: Sequence[int]) -> str:
         """The library's own decoding of a few tokens, special ones like all others."""
-        return str(self._fast.decode(list(ids), skip_special_tokens=False))
+        known = [token_id for token_id in ids if 0 <= token_id < MOST_IDS]
+        return str(self._fast.decode(known, skip_special_tokens=False))
 
     def _piece(self, token_id: int) -> str | None:
         return self._fast.id_to_token(token_id) if 0 <= token_id < MOST_IDS else None

@@ -1,7 +1,7 @@
 """What streams is what the whole answer says, whatever the tokenizer, the bytes and the stops."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny_tokenizers
@@ -106,6 +106,8 @@ def reader_of(tokenizer: Tokenizer, hidden: frozenset[int]) -> ByteReader | Wind
 
 
 @given(data=st.binary(max_size=40), kind=st.sampled_from(["byte_level", "spaces_kept"]))
+@example(data=b"\xed\xa0", kind="byte_level")  # a surrogate's start
+@example(data=b"\xf4\x90\xe0\x80\xf0\x9f\x98a\xc0", kind="spaces_kept")
 @settings(max_examples=200)
 def test_any_bytes_come_out_as_soon_as_they_are_known(data: bytes, kind: str) -> None:
     tokenizer = opened(kind)

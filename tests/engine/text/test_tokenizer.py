@@ -218,8 +218,7 @@ def test_an_id_without_a_token_is_nothing(kind: str) -> None:
     tokenizer = opened(kind)
     for hole in (5000, 2**32, 2**70, -1):
         assert tokenizer.token_bytes(hole) == b"" and tokenizer.token_text(hole) == ""
-        if 0 <= hole < 2**32:
-            assert tokenizer.texts([hole, 1, hole]) == ["", tokenizer.texts([1])[0], ""]
+        assert tokenizer.texts([hole, 1, hole]) == ["", tokenizer.texts([1])[0], ""]
 
 
 @given(text=TEXTS)
