@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
 
 import tiny
 from moestro.engine import PromptTooLong, Tokenizer
