@@ -9,7 +9,7 @@ FEW = st.text("ab", max_size=30)
 
 
 @given(text=FEW, stop=st.lists(st.text("ab", min_size=1, max_size=6), max_size=3).map(tuple))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_the_first_to_be_complete_is_found(text: str, stop: tuple[str, ...]) -> None:
     stops = StopStrings(stop)
     for end in range(1, len(text) + 1):

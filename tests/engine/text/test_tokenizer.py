@@ -120,7 +120,7 @@ def test_the_prompt_is_never_echoed(tokenizer: Tokenizer) -> None:
 
 
 @given(text=TEXTS, kind=st.sampled_from(sorted(ALL)).map(opened), special=st.booleans())
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_every_token_of_a_prompt_has_its_slice(text: str, kind: Tokenizer, special: bool) -> None:
     ids, texts = kind.encode_with_texts(text, add_special_tokens=special)
     assert ids == kind.encode(text, add_special_tokens=special)
@@ -128,6 +128,7 @@ def test_every_token_of_a_prompt_has_its_slice(text: str, kind: Tokenizer, speci
 
 
 @given(text=TEXTS, kind=st.sampled_from(["byte_level", "spaces_kept"]).map(opened))
+@settings(deadline=None)
 def test_a_prompts_slices_are_a_streams_texts(text: str, kind: Tokenizer) -> None:
     ids, texts = kind.encode_with_texts(text)
     assert texts[1:] == kind.texts(ids, skip_special_tokens=False)[1:]
@@ -222,6 +223,7 @@ def test_an_id_without_a_token_is_nothing(kind: str) -> None:
 
 
 @given(text=TEXTS)
+@settings(deadline=None)
 def test_byte_pieces_are_the_prompts_bytes(text: str) -> None:
     tokenizer = opened("byte_level")
     ids = tokenizer.encode(text, add_special_tokens=False)
