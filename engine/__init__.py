@@ -25,13 +25,22 @@ from moestro.engine.facts import (
     RecallStats,
     RequestError,
     StartError,
+    TemplateRefused,
     TierStats,
     Unavailable,
 )
 from moestro.engine.formats import FormatMap, mix_by_trace
 from moestro.engine.planning import Bound, Change, Forecast, LinkSpeed, Outlook, changes
-from moestro.engine.step import FinishReason, SamplingParams, Timings, TokenEvent, TokenLogprob
-from moestro.engine.text import Tokenizer
+from moestro.engine.step import (
+    MOST_BIAS,
+    MOST_LOGPROBS,
+    FinishReason,
+    SamplingParams,
+    Timings,
+    TokenEvent,
+    TokenLogprob,
+)
+from moestro.engine.text import TemplateFacts, Tokenizer, TokenizerInfo
 from moestro.engine.weights import MANIFEST_NAME, Manifest, read_config
 
 from .planner import plan_model
@@ -51,6 +60,8 @@ __all__ = [
     "CEILING",
     "CURVE_SHARES",
     "MANIFEST_NAME",
+    "MOST_BIAS",
+    "MOST_LOGPROBS",
     "BadParameter",
     "Bound",
     "BudgetTooSmall",
@@ -89,12 +100,15 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "StartError",
+    "TemplateFacts",
+    "TemplateRefused",
     "TierStats",
     "Timings",
     "TokenEvent",
     "TokenLogprob",
     "TokenStream",
     "Tokenizer",
+    "TokenizerInfo",
     "Unavailable",
     "changes",
     "mix_by_trace",

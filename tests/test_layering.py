@@ -30,6 +30,7 @@ THIRD_PARTIES = {
     "engine": {
         "bitsandbytes",
         "huggingface_hub",
+        "jinja2",
         "numpy",
         "psutil",
         "safetensors",

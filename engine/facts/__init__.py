@@ -17,6 +17,7 @@ from .errors import (
     QueueFull,
     RequestError,
     StartError,
+    TemplateRefused,
     Unavailable,
 )
 from .stats import (
@@ -62,6 +63,7 @@ __all__ = [
     "RequestError",
     "Room",
     "StartError",
+    "TemplateRefused",
     "TierStats",
     "Unavailable",
     "choose",

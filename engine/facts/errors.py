@@ -8,7 +8,8 @@ EngineError
 │   └── LoadCancelled     the user stopped the start
 ├── RequestError          one request's fault; the server answers 400
 │   ├── BadParameter      a sampling parameter out of range (`param` names it)
-│   └── PromptTooLong     prompt + max_tokens exceed the context or the KV budget
+│   ├── PromptTooLong     prompt + max_tokens exceed the context or the KV budget
+│   └── TemplateRefused   the model's chat template does not take the messages, or there is none
 └── Unavailable           nobody's fault; the server answers 503
     ├── NotReady          still loading
     ├── QueueFull         too many requests wait
@@ -60,6 +61,10 @@ class PromptTooLong(RequestError):
         """In the words by which clients recognise a full context; `request` says what it has."""
         limit = f"This model's maximum context length is {most_tokens} tokens."
         return cls(f"{limit} However, {request}. Please reduce {reduce}.", "prompt")
+
+
+class TemplateRefused(RequestError):
+    """Has the template's own words, where it has raised."""
 
 
 class Unavailable(EngineError):

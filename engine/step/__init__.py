@@ -2,12 +2,14 @@
 
 from .core import Emitted, Engine
 from .events import FinishReason, Timings, TokenEvent, TokenLogprob
-from .params import SamplingParams
+from .params import MOST_BIAS, MOST_LOGPROBS, SamplingParams
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerLimits
 from .sequence import Sequence
 
 __all__ = [
+    "MOST_BIAS",
+    "MOST_LOGPROBS",
     "Emitted",
     "Engine",
     "FinishReason",

@@ -9,7 +9,7 @@ import torch
 
 from moestro.cache import CacheError, PackInvalid, ReadFailed
 from moestro.engine.facts import BadParameter, PackLost, PromptTooLong
-from moestro.engine.text import TextStream, Tokenizer
+from moestro.engine.text import Piece, TextStream, Tokenizer
 
 from .adjust import Adjustments
 from .events import FinishReason, TokenEvent, TokenLogprob
@@ -24,6 +24,8 @@ log = logging.getLogger("moestro.engine")
 
 STEP_FAILED = "this step of the engine failed; the server's log says why"
 MOST_UNREAD_STEPS = 3  # without a request that ended well: no passing fault
+
+SILENT = Piece("", "")
 
 Emitted = list[tuple[Sequence, TokenEvent]]
 
@@ -127,9 +129,7 @@ class Engine:
 
     def cancel(self, sequence: Sequence) -> TokenEvent | None:
         """The client went away, so all answers end; None if they had already ended."""
-        events = [
-            self._end(one, FinishReason.ABORT, "", ())[1] for one in self._answers_of(sequence)
-        ]
+        events = [self._end(one, FinishReason.ABORT)[1] for one in self._answers_of(sequence)]
         return events[0] if events else None
 
     def abort_all(self, message: str) -> Emitted:
@@ -197,7 +197,7 @@ class Engine:
     def _answer(self, sequence: Sequence, logits: torch.Tensor) -> Emitted:
         """The next token of `sequence`, or the first ones of all answers to its prompt."""
         if sequence.params.max_tokens == 0:
-            return [self._end(sequence, FinishReason.LENGTH, "", ())]
+            return [self._end(sequence, FinishReason.LENGTH)]
         everyone = [sequence]
         if sequence.pages_of_forks:
             everyone += self.scheduler.fork(sequence)
@@ -213,7 +213,7 @@ class Engine:
         output = self._outputs[sequence.key]
         try:
             token = output.sampler.choose(logits)
-            text = "" if self._is_silent(sequence, token) else output.text.push(token)
+            piece = SILENT if self._is_silent(sequence, token) else output.text.push(token)
         except NonFiniteLogits as error:
             self.counters.corrupted += 1
             return self._fail(sequence, str(error))
@@ -223,12 +223,17 @@ class Engine:
         sequence.token_ids.append(token)
         sequence.times.first_token_s = sequence.times.first_token_s or self._clock()
         self.counters.generation_tokens += 1
-        count = sequence.params.logprobs
-        scores = () if count is None else (of_token(logits.numpy(), token, count),)
+        step = TokenEvent(
+            piece.text, (token,), index=sequence.index, token_texts=(piece.token_text,)
+        )
+        if (count := sequence.params.logprobs) is not None:
+            step = replace(step, logprobs=(of_token(logits.numpy(), token, count),))
         reason = self._reason(sequence, output, token)
         if reason is not None:
-            return self._end(sequence, reason, text + output.text.finish(), (token,), scores=scores)
-        return sequence, self._event(sequence, text, (token,), scores=scores)
+            return self._end(
+                sequence, reason, replace(step, text=piece.text + output.text.finish())
+            )
+        return sequence, self._told(sequence, step)
 
     def _reason(self, sequence: Sequence, output: _Output, token: int) -> FinishReason | None:
         if output.text.stopped or self._stops(sequence, token):
@@ -237,26 +242,21 @@ class Engine:
             return FinishReason.LENGTH
         return None
 
-    def _event(
-        self,
-        sequence: Sequence,
-        text: str,
-        token_ids: tuple[int, ...],
-        scores: tuple[TokenLogprob, ...] = (),
-    ) -> TokenEvent:
-        told = self._outputs[sequence.key].prompt_logprobs
-        event = TokenEvent(
-            text,
-            token_ids,
-            index=sequence.index,
-            logprobs=scores,
-            prompt_logprobs=tuple(told),
-        )
-        told.clear()
+    def _told(self, sequence: Sequence, event: TokenEvent) -> TokenEvent:
+        """With what is known of the prompt by now and was not told yet."""
+        scores = self._outputs[sequence.key].prompt_logprobs
+        event = replace(event, prompt_logprobs=tuple(scores)) if scores else event
+        scores.clear()
         return event
 
     def _output(self, sequence: Sequence) -> _Output:
-        text = self.tokenizer.stream(sequence.token_ids, sequence.params.stop)
+        params = sequence.params
+        text = self.tokenizer.stream(
+            sequence.token_ids,
+            params.stop,
+            include_stop=params.include_stop,
+            skip_special_tokens=params.skip_special_tokens,
+        )
         return _Output(self._sampler(sequence), text)
 
     def _sampler(self, sequence: Sequence) -> Sampler:
@@ -283,8 +283,9 @@ class Engine:
         """Ends all answers of its request: they are of no use without each other."""
         for one in self._answers_of(sequence):
             if one is not sequence:
-                self._end(one, FinishReason.ABORT, "", ())
-        return self._end(sequence, FinishReason.ERROR, "", (), message)
+                self._end(one, FinishReason.ABORT)
+        last = TokenEvent("", (), index=sequence.index, error=message)
+        return self._end(sequence, FinishReason.ERROR, last)
 
     def _fail_all(self, sequences: list[Sequence], message: str) -> Emitted:
         return [
@@ -292,21 +293,15 @@ class Engine:
         ]
 
     def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        text: str,
-        token_ids: tuple[int, ...],
-        error: str | None = None,
-        scores: tuple[TokenLogprob, ...] = (),
+        self, sequence: Sequence, reason: FinishReason, last: TokenEvent | None = None
     ) -> tuple[Sequence, TokenEvent]:
+        """`last`: what its last step gave, if it had one."""
         sequence.times.finished_s = self._clock()
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._unread_steps = 0
-        event = self._event(sequence, text, token_ids, scores)
+        event = self._told(sequence, last or TokenEvent("", (), index=sequence.index))
         self.scheduler.remove(sequence)
         self.runner.forget(sequence)
         del self._outputs[sequence.key]
         self.counters.finished[reason.value] += 1
-        timings = sequence.times.timings()
-        return sequence, replace(event, finish_reason=reason, timings=timings, error=error)
+        return sequence, replace(event, finish_reason=reason, timings=sequence.times.timings())

@@ -39,5 +39,6 @@ class TokenEvent:
     timings: Timings | None = None  # with the last event
     error: str | None = None  # with FinishReason.ERROR, which ends all answers of the request
     index: int = 0  # of the answer
+    token_texts: tuple[str, ...] = ()  # of each token: nothing held back, no stop string cut off
     logprobs: tuple[TokenLogprob, ...] = ()  # one for each of `token_ids`, if asked for
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens from the second on, once

@@ -23,6 +23,8 @@ def most_chars_per_token(fast: FastTokenizer) -> int | None:
         return None  # any number of unknown characters may be one token
     if any(part["type"] not in _SPLITTING or _removes(part) for part in _parts(fast.pre_tokenizer)):
         return None
+    if any(token.lstrip or token.rstrip for token in fast.get_added_tokens_decoder().values()):
+        return None  # any number of spaces may be part of one
     normalizers = _parts(fast.normalizer)
     if any(not _keeps_length(part) for part in normalizers):
         return None

@@ -1,8 +1,10 @@
-"""Text to ids and back, one token at a time, never half a character or part of a stop string."""
+"""Text to ids and back, with what a client may ask about either."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
@@ -10,13 +12,24 @@ from transformers import AutoTokenizer
 from moestro.engine.facts import BadParameter, ModelRefused, PromptTooLong
 from moestro.engine.weights import json_object
 
+from .chat_template import ChatTemplate
+from .prompt_slices import doubled_tokens, token_slices
+from .reader import reader
 from .text_bound import most_chars_per_token
+from .text_stream import TextStream
+from .vocabulary import Vocabulary
 
 log = logging.getLogger("moestro.engine")
 
-CONTEXT_TOKENS = 8  # tokens of the prompt that tell the decoder how the first new one joins on
-BROKEN = "\ufffd"  # what decoders write for bytes that are no character (yet)
-MOST_HELD_TOKENS = 16  # no character is longer; what is still broken then stays broken
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """What a client needs to know of a tokenizer; None for what it does not have."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | dict[str, str] | None  # by name, where there are several
 
 
 class Tokenizer:
@@ -36,16 +49,101 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self._chars_per_token = most_chars_per_token(self._fast)
+        self._vocabulary = Vocabulary(self._fast)
+        self.info = TokenizerInfo(
+            slow.bos_token, slow.eos_token, slow.pad_token, slow.chat_template
+        )
+        self.chat = ChatTemplate(slow)
         self.stop_ids = frozenset(_stop_ids(folder, slow.eos_token_id))
         if not self.stop_ids:
             log.warning("%s names no end-of-sequence token: only limits end an answer", folder)
 
-    def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
-        """Other threads go on meanwhile, which they do not with the library's `encode`.
+    def encode(
+        self, text: str, most_tokens: int | None = None, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Text that begins with what the tokenizer would put before it (BOS) gets no second one.
+
+        Other threads go on meanwhile, which they do not with the library's `encode`.
 
         Raises BadParameter for text that is not valid Unicode (lone surrogates), PromptTooLong
         for more than `most_tokens`: without encoding it where its length alone says so.
         """
+        self._check_text(text, most_tokens)
+        (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids = list(encoding.ids)[doubled_tokens(encoding) :]
+        if most_tokens is not None:
+            _refuse_above(most_tokens, len(ids), str(len(ids)))
+        return ids
+
+    def encode_with_texts(
+        self, text: str, most_tokens: int | None = None, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[str]]:
+        """As `encode`, and the slice of `text` that each token stands for: joined they are `text`
+        (unless it has no token at all). "" for added tokens, and for all but the last token of a
+        character.
+        """
+        self._check_text(text, most_tokens)
+        (encoding,) = self._fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        doubled = doubled_tokens(encoding)
+        ids = list(encoding.ids)[doubled:]
+        if most_tokens is not None:
+            _refuse_above(most_tokens, len(ids), str(len(ids)))
+        return ids, token_slices(text, encoding)[doubled:]
+
+    def texts(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> list[str]:
+        """What each token adds to `decode` of them all; a character is its last token's."""
+        reading = reader(self._vocabulary, (), skip_special_tokens)
+        texts = ["".join(part.text for part in reading.push(token) if part.shown) for token in ids]
+        rest = reading.close()
+        return [*texts[:-1], texts[-1] + rest] if rest else texts
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Bytes that are no character are U+FFFD; a half character at the end is nothing yet."""
+        return "".join(self.texts(ids, skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token stands for inside a text; b"" for an id without a token."""
+        return self._vocabulary.bytes_of(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """As `token_bytes`; those that are no text are written `bytes:\\xe2\\x80`."""
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        stop: tuple[str, ...],
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> TextStream:
+        """The text that follows the prompt, and completes a character that the prompt begins."""
+        reading = reader(self._vocabulary, prompt_ids, skip_special_tokens)
+        return TextStream(reading, stop, include_stop)
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: dict[str, Any],
+    ) -> str:
+        """The text of a prompt, BOS included where the template writes it. As `chat.render`."""
+        return self.chat.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=kwargs,
+        )
+
+    def _check_text(self, text: str, most_tokens: int | None) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -53,77 +151,6 @@ class Tokenizer:
         if most_tokens is not None and self._chars_per_token is not None:
             least_tokens = -(-len(text) // self._chars_per_token)
             _refuse_above(most_tokens, least_tokens, f"at least {least_tokens}")
-        (encoding,) = self._fast.encode_batch_fast([text])
-        if most_tokens is not None:
-            _refuse_above(most_tokens, len(encoding), str(len(encoding)))
-        return list(encoding.ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._fast.decode(list(ids), skip_special_tokens=True))
-
-    def stream(self, prompt_ids: Sequence[int], stop: tuple[str, ...]) -> "TextStream":
-        return TextStream(self, prompt_ids, stop)
-
-
-class TextStream:
-    """The text of one sequence as it grows.
-
-    `push` returns what may be sent. Text that could still become a stop string is held back;
-    after a stop string has come, `stopped` is True and nothing follows.
-
-    A token's text depends on its neighbours, so a window is decoded: [seen tokens | new tokens].
-    The new text is what the whole window has beyond the seen part. While it ends in a broken
-    character the new tokens wait for more.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: tuple[str, ...]
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._seen = list(prompt_ids)[-CONTEXT_TOKENS:]
-        self._new: list[int] = []
-        self._stop = stop
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token_id: int) -> str:
-        self._new.append(token_id)
-        text = self._window()
-        if text.endswith(BROKEN) and len(self._new) < MOST_HELD_TOKENS:
-            return ""
-        self._seen, self._new = self._new, []
-        self._held += text
-        found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self._release(min(found))
-        return self._release(len(self._held) - self._risky_tail())
-
-    def finish(self) -> str:
-        """What was held back and can no longer become a stop string or a whole character."""
-        if self.stopped:
-            return ""
-        if self._new:
-            self._held += self._window().rstrip(BROKEN)
-        return self._release(len(self._held))
-
-    def _window(self) -> str:
-        before = self._tokenizer.decode(self._seen)
-        return self._tokenizer.decode(self._seen + self._new)[len(before) :]
-
-    def _release(self, length: int) -> str:
-        text, self._held = self._held[:length], self._held[length:]
-        return text
-
-    def _risky_tail(self) -> int:
-        """Length of the longest end of the held text that begins some stop string."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
 
 
 def _refuse_above(most_tokens: int, tokens: int, in_words: str) -> None:

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, normalizers, pre_tokenizers
 
 import tiny
 from moestro.engine import PromptTooLong, Tokenizer
@@ -47,7 +47,10 @@ def test_a_tokenizer_that_may_drop_text_has_no_bound() -> None:
     stripped.normalizer = normalizers.Strip()
     collapsed.normalizer = normalizers.Replace("  ", " ")
     removed.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
-    for fast in (stripped, collapsed, removed):
+    before, after = bpe(), bpe()
+    before.add_special_tokens([AddedToken("<end>", lstrip=True)])
+    after.add_tokens([AddedToken("<end>", rstrip=True)])
+    for fast in (stripped, collapsed, removed, before, after):
         assert most_chars_per_token(fast) is None
 
 
