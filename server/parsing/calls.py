@@ -5,15 +5,117 @@ taken back: where it breaks later, its arguments end there, and the rest of its 
 """
 
 import json
+from collections.abc import Callable
 from enum import Enum, auto
+from typing import Protocol
 
-from .arguments import PlainArguments, Value, arguments_reader
-from .json_value import SPACES, JsonValue, Outcome, handed_on
+from .json_value import SPACES, JsonValue, Outcome, Unescaper, handed_on
 from .message import Message
 
 _ARGUMENT_KEYS = ("arguments", "parameters")
 # What a model may write beside them where nothing but these keys says that it is a call.
 _KNOWN_KEYS = frozenset({"name", "type", "id", *_ARGUMENT_KEYS})
+
+
+class _Value(Protocol):
+    """Whatever reads one JSON value."""
+
+    @property
+    def in_string(self) -> bool: ...
+
+    def step(self, char: str) -> Outcome: ...
+
+
+class _PlainArguments:
+    """An object, written as it is; a leading space is not handed on."""
+
+    def __init__(self, hand_on: Callable[[str], None]) -> None:
+        self._hand_on = hand_on
+        self._object = JsonValue()
+        self._begun = False
+
+    @property
+    def in_string(self) -> bool:
+        return self._object.in_string
+
+    def step(self, char: str) -> Outcome:
+        if not self._begun:
+            if char in SPACES:
+                return Outcome.MORE
+            if char != "{":
+                return Outcome.BROKEN
+            self._begun = True
+        text = handed_on(char) if self.in_string else char
+        outcome = self._object.step(char)
+        if outcome is not Outcome.BROKEN:
+            self._hand_on(text)
+        return outcome
+
+
+class _WrappedArguments:
+    """An object inside a JSON string, as some models write it: the object is handed on."""
+
+    def __init__(self, hand_on: Callable[[str], None]) -> None:
+        self._hand_on = hand_on
+        self._string = JsonValue()
+        self._unescaper = Unescaper()
+        self._object = _PlainArguments(hand_on)
+        self._inside = Outcome.MORE
+        self._empty = True
+
+    @property
+    def in_string(self) -> bool:
+        return self._string.in_string
+
+    def step(self, char: str) -> Outcome:
+        was_inside = self.in_string
+        outcome = self._string.step(char)
+        if outcome is Outcome.DONE:
+            return self._end()
+        if was_inside and outcome is Outcome.MORE:
+            return self._step_inside(self._unescaper.step(char))
+        return outcome
+
+    def _step_inside(self, char: str) -> Outcome:
+        """`char` is one character of the object, or nothing where an escape is not over."""
+        if not char or (char in SPACES and self._inside is Outcome.DONE):
+            return Outcome.MORE
+        if self._inside is Outcome.DONE:
+            return Outcome.BROKEN
+        self._empty = self._empty and char in SPACES
+        self._inside = self._object.step(char)
+        return Outcome.BROKEN if self._inside is Outcome.BROKEN else Outcome.MORE
+
+    def _end(self) -> Outcome:
+        if self._empty:
+            self._hand_on("{}")
+        return Outcome.DONE if self._empty or self._inside is Outcome.DONE else Outcome.BROKEN
+
+
+class _NoArguments:
+    """`null`, which some models write for no arguments."""
+
+    def __init__(self, hand_on: Callable[[str], None]) -> None:
+        self._hand_on = hand_on
+        self._word = ""
+
+    in_string = False
+
+    def step(self, char: str) -> Outcome:
+        self._word += char
+        if not "null".startswith(self._word):
+            return Outcome.BROKEN
+        if self._word != "null":
+            return Outcome.MORE
+        self._hand_on("{}")
+        return Outcome.DONE
+
+
+def _arguments_reader(first: str, hand_on: Callable[[str], None]) -> _Value:
+    """What reads arguments that begin with the character `first`, which it has yet to be given."""
+    kinds: dict[str, Callable[[Callable[[str], None]], _Value]]
+    kinds = {'"': _WrappedArguments, "n": _NoArguments}
+    return kinds.get(first, _PlainArguments)(hand_on)
 
 
 class _Call:
@@ -48,7 +150,7 @@ class _Call:
 class CallReader:
     """Feeds a call's text, character by character, to what reads its kind."""
 
-    def __init__(self, call: _Call, value: Value, before: str) -> None:
+    def __init__(self, call: _Call, value: _Value, before: str) -> None:
         self._call = call
         self._value = value
         self._kept = [before]
@@ -78,7 +180,7 @@ def named_call(message: Message, name: str, before: str = "") -> CallReader:
     `before`: the call's text so far, for the case that it is none.
     """
     call = _Call(message, name)
-    return CallReader(call, PlainArguments(call.arguments), before)
+    return CallReader(call, _PlainArguments(call.arguments), before)
 
 
 def object_call(message: Message) -> CallReader:
@@ -115,7 +217,7 @@ class _CallObject:
         self._call = call
         self._unmarked = unmarked
         self._expect = _Expect.OPEN
-        self._value: Value | None = None  # the key or value that is being read
+        self._value: _Value | None = None  # the key or value that is being read
         self._text: list[str] = []  # of that key, or of the name
         self._key: str | None = None  # whose value is being read; None: the key itself is
 
@@ -156,14 +258,14 @@ class _CallObject:
                 return Outcome.BROKEN
         return Outcome.MORE
 
-    def _read(self, key: str | None, value: Value, char: str) -> Outcome:
+    def _read(self, key: str | None, value: _Value, char: str) -> Outcome:
         self._key, self._value = key, value
         self._text.clear()
         return self.step(char)
 
-    def _reader(self, first: str) -> Value:
+    def _reader(self, first: str) -> _Value:
         if self._key in _ARGUMENT_KEYS and not self._call.has_arguments:
-            return arguments_reader(first, self._call.arguments)
+            return _arguments_reader(first, self._call.arguments)
         return JsonValue()
 
     def _take_key(self) -> bool:
