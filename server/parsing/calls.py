@@ -223,13 +223,14 @@ class _CallObject:
 
     @property
     def in_string(self) -> bool:
-        return self._value is not None and self._value.in_string
+        # A name or a key has no business with markers: one there says that the call is none.
+        return self._value is not None and self._key in _ARGUMENT_KEYS and self._value.in_string
 
     def step(self, char: str) -> Outcome:
         if self._value is None:
             return self._between(char)
         if self._key in (None, "name"):
-            self._text.append(handed_on(char) if self.in_string else char)
+            self._text.append(handed_on(char) if self._value.in_string else char)
         outcome = self._value.step(char)
         if outcome in (Outcome.DONE, Outcome.PAST):
             well = self._take_key() if self._key is None else self._take_value(self._key)

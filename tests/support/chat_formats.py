@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moestro.server.parsing import Delta, ReasoningFormat, ToolFormat
@@ -64,16 +64,16 @@ def template_text(name: str) -> str:
 
 
 def render(name: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    return _environment().from_string(template_text(name)).render(messages=messages, **variables)
+    return _template(name).render(messages=messages, **variables)
 
 
 def written(name: str, message: Mapping[str, Any]) -> str:
-    """What a model of this format writes for an assistant's message."""
+    """What a model of this format writes for an assistant's message, its last token included."""
     before = [{"role": "user", "content": "Question"}]
     prompt = render(name, before, add_generation_prompt=True)
     whole = render(name, [*before, message])
     assert whole.startswith(prompt)
-    return whole.removeprefix(prompt)
+    return whole.removeprefix(prompt).removesuffix("\n")
 
 
 def message_of(answer: Answer) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def answer_of(deltas: Iterable[Delta]) -> Answer:
 
 
 @cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def _template(name: str) -> Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     globals_: dict[str, Callable[..., Any]]
     globals_ = {
@@ -121,7 +121,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     }
     environment.globals.update(globals_)
     environment.filters["tojson"] = _tojson
-    return environment
+    return environment.from_string(template_text(name))
 
 
 def _raise(message: str) -> None:
