@@ -36,6 +36,7 @@ class Mistral:
         self._state = _State.CONTENT
         self._after_call = _State.CONTENT
         self._name = self._identity = ""
+        self._bracket = ""  # of a list, until something in it is a call
 
     @property
     def busy(self) -> bool:
@@ -67,6 +68,7 @@ class Mistral:
         else:
             self.finish()
             self._state = _State.OPENED if marker == OPENING else _State.CONTENT
+            self._bracket = ""
 
     def finish(self) -> None:
         self._calls.abandon()
@@ -86,8 +88,9 @@ class Mistral:
             return text.lstrip(SPACES)
         match self._state, text[0]:
             case _State.OPENED, "[":
-                self._state = _State.LIST
+                self._state, self._bracket = _State.LIST, "["
             case ((_State.OPENED | _State.LIST), "{"):
+                self._bracket = ""
                 self._after_call = _State.LISTED if self._state is _State.LIST else _State.CONTENT
                 self._calls.begin(object_call(self._message))
                 return text
@@ -100,7 +103,7 @@ class Mistral:
                 self._state = _State.CONTENT
             case _:
                 self._state = _State.CONTENT
-                return text
+                return self._bracket + text
         return text[1:]
 
     def _head(self, text: str) -> str:

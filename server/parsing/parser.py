@@ -1,6 +1,7 @@
 """Takes a chat model's text apart as it comes: special tokens, reasoning, calls, content."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 from .deltas import Delta
@@ -13,6 +14,8 @@ from .markers import MarkerCutter, Part
 from .message import Message
 from .mistral import Mistral
 from .qwen_xml import QwenXml
+
+_PORTION_CHARS = 1024
 
 
 class ChatParser(Protocol):
@@ -37,15 +40,17 @@ def make_parser(
     tools_allowed: bool,
     special_texts: frozenset[str],
     new_id: Callable[[], str],
+    text_parameters: Mapping[str, frozenset[str]] = MappingProxyType({}),
 ) -> ChatParser:
     """The parser of one answer.
 
     `tools_allowed`: without it the markers of calls are content, and no call is ever given.
     `special_texts`: texts of the tokenizer's special tokens, which are dropped where they are not
-    markers. `new_id`: called once for each call.
+    markers. `new_id`: called once for each call. `text_parameters`: by function, the parameters
+    that are strings by its schema; the format without types (QWEN_XML) goes by it.
     """
     message = Message(new_id)
-    machine, markers = _machine(format, message, tools_allowed)
+    machine, markers = _machine(format, message, tools_allowed, text_parameters)
     return _Parser(
         message,
         machine,
@@ -57,20 +62,28 @@ def make_parser(
 
 
 def _machine(
-    form: ToolFormat | None, message: Message, tools_allowed: bool
+    form: ToolFormat | None,
+    message: Message,
+    tools_allowed: bool,
+    text_parameters: Mapping[str, frozenset[str]],
 ) -> tuple[Machine, frozenset[str]]:
-    if form is ToolFormat.HARMONY:
-        return Harmony(message, tools_allowed=tools_allowed), Harmony.markers
-    kinds: dict[ToolFormat, type[Hermes | Mistral | Llama3 | QwenXml]] = {
-        ToolFormat.HERMES: Hermes,
-        ToolFormat.MISTRAL: Mistral,
-        ToolFormat.LLAMA3_JSON: Llama3,
-        ToolFormat.QWEN_XML: QwenXml,
-    }
-    if form is None:
-        return Plain(message), frozenset()
-    kind = kinds[form]
-    return (kind(message) if tools_allowed else Plain(message)), kind.markers
+    """What reads the answer, and the markers, which are text where no tools are allowed."""
+    machine: Machine
+    markers = frozenset[str]()
+    match form:
+        case None:
+            machine = Plain(message)
+        case ToolFormat.HARMONY:
+            return Harmony(message, tools_allowed=tools_allowed), Harmony.markers
+        case ToolFormat.HERMES:
+            machine, markers = Hermes(message), Hermes.markers
+        case ToolFormat.MISTRAL:
+            machine, markers = Mistral(message), Mistral.markers
+        case ToolFormat.LLAMA3_JSON:
+            machine, markers = Llama3(message), Llama3.markers
+        case ToolFormat.QWEN_XML:
+            machine, markers = QwenXml(message, text_parameters), QwenXml.markers
+    return (machine if tools_allowed else Plain(message)), markers
 
 
 class _Parser:
@@ -101,8 +114,10 @@ class _Parser:
         self._cutter = MarkerCutter(markers | thoughts | special_texts)
 
     def push(self, text: str) -> Delta:
-        for part in self._cutter.push(text):
-            self._take(part)
+        # In portions, so that what is copied with each call in a long text stays small.
+        for start in range(0, len(text), _PORTION_CHARS):
+            for part in self._cutter.push(text[start : start + _PORTION_CHARS]):
+                self._take(part)
         return self._message.take()
 
     def finish(self) -> Delta:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from enum import Enum, auto
 
 from .json_value import JsonValue, Outcome, handed_on
@@ -22,7 +23,9 @@ class _State(Enum):
 
 
 class QwenXml:
-    """Values have no types here: what is JSON and no string is handed on as it is, the rest quoted.
+    """Values come without types: what is JSON and no string is handed on as it is, the rest quoted.
+
+    `text_parameters`: by function, the parameters whose values are text whatever they look like.
 
     A value is given when it is over. Only its own closing marker ends it: the others may be a part
     of it, where the model writes about them.
@@ -30,8 +33,10 @@ class QwenXml:
 
     markers = frozenset({OPENING, CLOSING, FUNCTION, END_FUNCTION, PARAMETER, END_PARAMETER})
 
-    def __init__(self, message: Message) -> None:
+    def __init__(self, message: Message, text_parameters: Mapping[str, frozenset[str]]) -> None:
         self._message = message
+        self._text_parameters = text_parameters
+        self._are_text = frozenset[str]()  # parameters of the function that is being called
         self._state = _State.OUTSIDE
         self._name = ""  # of the function or the parameter
         self._value: list[str] = []
@@ -85,6 +90,7 @@ class QwenXml:
         elif end and self._state is _State.NAME:
             self._message.begin_call(self._name)
             self._message.arguments("{")
+            self._are_text = self._text_parameters.get(self._name, frozenset())
             self._state, self._separator, self._name = _State.BODY, "", ""
         elif end:
             self._state = _State.VALUE
@@ -101,7 +107,8 @@ class QwenXml:
         if marker != END_PARAMETER:
             self._value.append(marker)
             return
-        self._give_value(_json_of("".join(self._value).removeprefix("\n").removesuffix("\n")))
+        text = "".join(self._value).removeprefix("\n").removesuffix("\n")
+        self._give_value(_json_string(text) if self._name in self._are_text else _json_of(text))
         self._state = _State.BODY
 
     def _give_value(self, value: str) -> None:

@@ -219,6 +219,7 @@ def test_a_name_no_text_can_be() -> None:
         ("mistral", "[TOOL_CALLS]f[CALL_ID]12", Answer("f12")),
         ("mistral", f"[TOOL_CALLS][{F}, oops]", Answer("oops]", "", ONE)),
         ("mistral", "[TOOL_CALLS][]", Answer()),
+        ("mistral", "[TOOL_CALLS] [1, 2]", Answer("[1, 2]")),
         ("mistral", "[ARGS] x", Answer(" x")),
         ("llama3", '{"name": "f", "param', Answer('{"name": "f", "param')),
         ("llama3", f"{LF} and {LG}", Answer(f"and {LG}", "", ONE)),
@@ -271,6 +272,21 @@ def test_a_prompt_that_opened_the_thought() -> None:
     assert every_split(BY_NAME["hermes"], "<think>\nHm", **options) == Answer("", "Hm")
 
 
+def test_a_text_that_looks_like_a_number() -> None:
+    text = "<function=f><parameter=zip>01</parameter><parameter=n>\n8000\n</parameter></function>"
+    options = {"text_parameters": {"f": frozenset({"n"}), "g": frozenset({"zip"})}}
+    assert every_split(BY_NAME["qwen_xml"], text, **options).calls == calls(
+        ("f", '{"zip": "01", "n": "8000"}')
+    )
+    assert every_split(BY_NAME["qwen_xml"], text).calls == calls(("f", '{"zip": "01", "n": 8000}'))
+
+
+def test_a_long_text_in_one_piece() -> None:
+    count = 500
+    answer = parsed(BY_NAME["llama3"], ["; ".join([LF] * count)])
+    assert answer == Answer(calls=ONE * count)
+
+
 def test_special_tokens_are_dropped_where_they_mean_nothing() -> None:
     text = "<think>H<|im_end|>m</think>A<|endoftext|>B"
     assert every_split(BY_NAME["hermes"], text) == Answer("AB", "Hm")
@@ -301,8 +317,8 @@ def test_what_is_held_back_is_bounded(form: ChatFormat) -> None:
     """The most of a text that could always become something; a marker is at most 20 long."""
     parser = parser_of(form)
     head = "x" if form.tools is not ToolFormat.HARMONY else "<|channel|>final<|message|>"
-    answer = answer_of([parser.push(head), *(parser.push("<[<|<") for _ in range(2000))])
-    assert len(answer.content) > 2000 * 5 - 25
+    answer = answer_of([parser.push(head), *(parser.push("<[<|<") for _ in range(500))])
+    assert len(answer.content) > 500 * 5 - 25
 
 
 JSON = st.recursive(
@@ -324,7 +340,7 @@ XML_OBJECTS = st.dictionaries(
 
 
 @by_name
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_what_the_template_writes_comes_back(form: ChatFormat, data: st.DataObject) -> None:
     objects = (
@@ -396,7 +412,7 @@ MARKERS = {
 
 
 @by_name
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_no_text_is_too_odd(form: ChatFormat, data: st.DataObject) -> None:
     bits = st.sampled_from(BITS) | st.sampled_from(MARKERS[form.template])
