@@ -92,6 +92,11 @@ WELL_FORMED = [
     ("llama3", '{"parameters": {"a": 1}, "name": "f"}', Answer(calls=ONE)),
     ("llama3", f"Write {LF}.", Answer(f"Write {LF}.")),
     ("llama3", '{"name": "Bob", "age": 3}', Answer('{"name": "Bob", "age": 3}')),
+    (
+        "llama3",
+        '{"name": "f", "x": 1, "parameters": {}}',
+        Answer('{"name": "f", "x": 1, "parameters": {}}'),
+    ),
     ("llama3", '{"name": "f"}', Answer('{"name": "f"}')),
     ("llama3", "<|python_tag|>print({})", Answer("print({})")),
     ("llama3", "; no", Answer("; no")),
@@ -214,6 +219,11 @@ def test_a_name_no_text_can_be() -> None:
             Answer(calls=calls(("f", '{"a": "x'))),
         ),
         ("hermes", '<tool_call>{"name": "f", "argum', Answer('{"name": "f", "argum')),
+        (
+            "hermes",
+            hermes(r'{"name": "f", "arguments": "{\"a\": !}"}'),
+            Answer('!}"}', "", calls(("f", '{"a": '))),
+        ),
         ("mistral", "[TOOL_CALLS]two words[ARGS]{}", Answer("two words{}")),
         ("mistral", "[TOOL_CALLS]f[ARGS]oops", Answer("foops")),
         ("mistral", "[TOOL_CALLS]f[CALL_ID]12", Answer("f12")),
@@ -290,6 +300,7 @@ def test_a_long_text_in_one_piece() -> None:
 def test_special_tokens_are_dropped_where_they_mean_nothing() -> None:
     text = "<think>H<|im_end|>m</think>A<|endoftext|>B"
     assert every_split(BY_NAME["hermes"], text) == Answer("AB", "Hm")
+    assert every_split(None, "abc", special_texts=frozenset({"ab", "bc"})) == Answer("c")
     longer = frozenset({"<|a|>", "<|a|>b", "<|a|>bcd"})
     assert every_split(
         None, "1<|a|>2<|a|>b3<|a|>bc4<|a|>bcd<|a|>bc", special_texts=longer
