@@ -98,6 +98,7 @@ WELL_FORMED = [
         Answer('{"name": "f", "x": 1, "parameters": {}}'),
     ),
     ("llama3", '{"name": "f"}', Answer('{"name": "f"}')),
+    ("llama3", "{1" + LF, Answer("{1" + LF)),
     ("llama3", "<|python_tag|>print({})", Answer("print({})")),
     ("llama3", "; no", Answer("; no")),
     ("harmony", "<|channel|>final<|message|>Hi!<|return|>", Answer("Hi!")),
