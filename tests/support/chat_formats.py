@@ -4,6 +4,7 @@ What a template adds for an assistant's message is what a model of that format w
 template is also its format's writer.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moestro.server.parsing import Delta, ReasoningFormat, ToolFormat
+from moestro.server.parsing import ChatParser, Delta, ReasoningFormat, ToolFormat, make_parser
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 CHATML = frozenset({"<|im_start|>", "<|im_end|>", "<|endoftext|>"})
@@ -109,6 +110,23 @@ def answer_of(deltas: Iterable[Delta]) -> Answer:
                     Call(last.name, last.arguments + piece.arguments),
                 )
     return answer
+
+
+def parser_of(form: ChatFormat | None, **changes: Any) -> ChatParser:
+    numbers = itertools.count()
+    options: dict[str, Any] = {
+        "reasoning": form and form.reasoning,
+        "starts_in_reasoning": False,
+        "tools_allowed": True,
+        "special_texts": form.special_texts if form else frozenset({"<|im_end|>"}),
+        "new_id": lambda: f"call_{next(numbers)}",
+    }
+    return make_parser(form.tools if form else None, **options | changes)
+
+
+def parsed(form: ChatFormat | None, pieces: list[str], **changes: Any) -> Answer:
+    parser = parser_of(form, **changes)
+    return answer_of([*(parser.push(piece) for piece in pieces), parser.finish()])
 
 
 @cache
