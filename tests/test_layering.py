@@ -113,7 +113,7 @@ TORCH_FREE = {
         *("step/params", "step/scheduler", "step/sequence"),
     },
     "factorize": {"facts/errors"},
-    "server": {"facts/refusal", "facts/settings"},
+    "server": {"facts/refusal", "facts/settings", "parsing/parser"},
 }
 TENSOR_LIBRARIES = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf"}
 
