@@ -5,6 +5,7 @@ states, refusals, cancellation and shutdown behave as the engine's do.
 """
 
 import asyncio
+import codecs
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from moestro.engine import (
     SamplingParams,
     Timings,
     TokenEvent,
+    TokenizerInfo,
 )
 
 Script = Callable[[Sequence[int], SamplingParams], AsyncGenerator[TokenEvent, None]]
@@ -127,15 +129,36 @@ def script_of(*events: TokenEvent | EngineError) -> Script:
 
 
 class FakeTokenizer:
-    """One token per UTF-8 byte."""
+    """One token per UTF-8 byte; `info` is what a test says."""
 
-    def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
+    def __init__(self) -> None:
+        self.info = TokenizerInfo("<s>", "</s>", None, None)
+
+    def encode(
+        self, text: str, most_tokens: int | None = None, *, add_special_tokens: bool = True
+    ) -> list[int]:
         if most_tokens is not None and len(text) > most_tokens:
             raise PromptTooLong("the text is too long", "prompt")
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def encode_with_texts(
+        self, text: str, most_tokens: int | None = None, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[str]]:
+        ids = self.encode(text, most_tokens)
+        return ids, self.texts(ids)
+
+    def texts(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> list[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return [decoder.decode(bytes([token])) for token in ids]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id) if token_id < 128 else f"bytes:\\x{token_id:02x}"
 
 
 class FakeStream:
@@ -244,6 +267,9 @@ class FakeWorker:
         self.open.add(stream)
         self.submitted.append(Submitted(tuple(prompt_ids), params, stream))
         return stream
+
+    def most_new_tokens(self, prompt_tokens: int, n: int = 1) -> int:
+        return max(0, MODEL.max_model_len_tokens - prompt_tokens)
 
     @property
     def last_stats(self) -> EngineStats:
