@@ -1,28 +1,49 @@
-"""What routes are made of: schemas, streams, middleware, and the routes about the server itself."""
+"""What routes are made of: fields, streams, middleware, and the routes about the server itself."""
 
 from .deps import Parts, PartsDep, SettingsDep, WorkerDep
+from .fields import ALIASES, NEUTRAL, NEUTRAL_ON_CHAT, NEUTRAL_ON_COMPLETIONS, understood
+from .joined import Joined, submit_all
 from .middleware import ApiKey, BodyLimit, RequestIds
 from .ops import router as ops_router
-from .schemas import Completion, CompletionRequest, ModelCard, ModelList
-from .stream import KEEP_ALIVE, Answer, ClientGone, EventStream, Sse, whole
+from .respond import Head, check_model, respond
+from .sampling import SamplingFields, tokens_to_make
+from .schemas import ModelCard, ModelList, Usage
+from .stream import KEEP_ALIVE
+from .token_log import Entry, TokenLog, by_id, legacy, openai_chat, prompt_entries
+from .values import Whole, refuse_surrogates, whole_number
 
 __all__ = [
-    "Answer",
+    "ALIASES",
     "ApiKey",
     "BodyLimit",
-    "ClientGone",
-    "Completion",
-    "CompletionRequest",
-    "EventStream",
+    "Entry",
+    "Head",
+    "Joined",
     "KEEP_ALIVE",
     "ModelCard",
     "ModelList",
+    "NEUTRAL",
+    "NEUTRAL_ON_CHAT",
+    "NEUTRAL_ON_COMPLETIONS",
     "Parts",
     "PartsDep",
     "RequestIds",
+    "SamplingFields",
     "SettingsDep",
-    "Sse",
+    "TokenLog",
+    "Usage",
+    "Whole",
     "WorkerDep",
+    "by_id",
+    "check_model",
+    "legacy",
+    "openai_chat",
     "ops_router",
-    "whole",
+    "prompt_entries",
+    "refuse_surrogates",
+    "respond",
+    "submit_all",
+    "tokens_to_make",
+    "understood",
+    "whole_number",
 ]

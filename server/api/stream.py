@@ -1,6 +1,6 @@
 """Token events to HTTP: watched for the client's leaving, sent as server-sent events or whole.
 
-Whatever happens, the engine's stream is cancelled in `finally`; for a finished one that is
+Whatever happens, the engine's streams are cancelled in `finally`; for finished ones that is
 nothing.
 """
 
@@ -11,22 +11,24 @@ import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moestro.engine import Draining, EngineError, EngineState, FinishReason, TokenEvent
-from moestro.server.contract import GenerationFailed, Stream, Worker, problem_of
+from moestro.server.contract import GenerationFailed, Worker, problem_of
 from moestro.server.metrics import Track
 
-from .schemas import Completion, CompletionChoice, Usage
+from .joined import Joined, drop
 
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n"  # no blank line: that would end an event, an empty one
 DONE = b"data: [DONE]\n\n"
 GENERIC = "the request failed in the engine"
 
 _A_PATH = re.compile(r"(?<![\w/])~?/\w")
+# Line ends to some readers of event streams, and to none of JSON.
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
 
 log = logging.getLogger("moestro.server")
 
@@ -35,17 +37,30 @@ class ClientGone(Exception):
     """The client hung up; nobody reads an answer."""
 
 
+class Reply(Protocol):
+    """One API's way to say what the events say."""
+
+    def take(self, prompt: int, event: TokenEvent) -> list[dict[str, Any]]:
+        """The choices of chunks; nothing where there is nothing to say yet."""
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """A chunk of a stream, without usage."""
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer, without usage."""
+
+
 async def watched(
-    stream: Stream, receive: Receive, quiet_s: float | None = None
-) -> AsyncGenerator[TokenEvent | None]:
+    stream: Joined, receive: Receive, quiet_s: float | None = None
+) -> AsyncGenerator[tuple[int, TokenEvent] | None]:
     """The stream's events up to the last; None after each `quiet_s` without one.
 
     ClientGone at once when the client leaves, EngineFailed when the engine does.
     """
     gone = asyncio.ensure_future(_disconnected(receive))
-    coming: asyncio.Future[TokenEvent] | None = None
+    coming: asyncio.Future[tuple[int, TokenEvent]] | None = None
     try:
-        while True:
+        while not stream.over:
             coming = coming or asyncio.ensure_future(stream.__anext__())
             both: set[asyncio.Future[Any]] = {gone, coming}
             await asyncio.wait(both, timeout=quiet_s, return_when=asyncio.FIRST_COMPLETED)
@@ -56,24 +71,16 @@ async def watched(
                 continue
             event, coming = coming.result(), None
             yield event
-            if event.finish_reason is not None:
-                return
     finally:
-        stream.cancel()
-        _drop(gone)
         if coming is not None:
-            _drop(coming)
+            drop(coming)
+        stream.cancel()
+        drop(gone)
 
 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _drop(task: "asyncio.Future[Any]") -> None:
-    task.cancel()
-    # Asked for its error, so that asyncio does not complain that nobody did.
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def failure_of(event: TokenEvent, worker: Worker) -> Exception:
@@ -87,88 +94,81 @@ def failure_of(event: TokenEvent, worker: Worker) -> Exception:
     return Draining(message)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What is the same in every piece of one answer."""
-
-    id: str
-    created: int
-    model: str
-
-    def piece(self, text: str, reason: FinishReason | None) -> Completion:
-        known = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
-        choice = CompletionChoice.model_validate(
-            {"text": text, "finish_reason": known[reason] if reason else None}
-        )
-        return Completion(id=self.id, created=self.created, model=self.model, choices=[choice])
+def usage_of(track: Track) -> dict[str, int]:
+    return {
+        "prompt_tokens": track.prompt_tokens,
+        "completion_tokens": track.generated_tokens,
+        "total_tokens": track.prompt_tokens + track.generated_tokens,
+    }
 
 
 async def whole(
-    answer: Answer, stream: Stream, receive: Receive, track: Track, worker: Worker
-) -> Completion:
+    reply: Reply, stream: Joined, receive: Receive, track: Track, worker: Worker
+) -> dict[str, Any]:
     """Waits for the last event. ClientGone, GenerationFailed or Unavailable."""
-    texts: list[str] = []
     try:
         async with aclosing(watched(stream, receive)) as events:
-            async for event in events:
-                if event is None:
+            async for told in events:
+                if told is None:
                     continue
-                track.saw(event)
-                texts.append(event.text)
+                prompt, event = told
+                track.saw(event, prompt)
                 if event.finish_reason is FinishReason.ERROR:
                     raise failure_of(event, worker)
                 if event.finish_reason is FinishReason.ABORT:
                     raise ClientGone
-                reason = event.finish_reason
+                reply.take(prompt, event)
     except EngineError:
         track.failed()
         raise
     finally:
         stream.cancel()
         track.close()
-    completion = answer.piece("".join(texts), reason)
-    completion.usage = Usage.of(track.prompt_tokens, track.generated_tokens)
-    return completion
+    return {**reply.whole(), "usage": usage_of(track)}
 
 
 @dataclass(slots=True)
 class Sse:
-    """Events of one answer as chunks; `usage` is asked for or not at all."""
+    """Events of one answer as chunks; usage is asked for or not at all."""
 
-    answer: Answer
+    reply: Reply
     track: Track
     worker: Worker
-    include_usage: bool
+    include_usage: bool = False  # in a chunk of its own behind the last
+    usage_in_every_chunk: bool = False
 
-    def chunks(self, event: TokenEvent | None) -> list[bytes]:
-        if event is None:
+    def chunks(self, told: tuple[int, TokenEvent] | None) -> list[bytes]:
+        if told is None:
             return [KEEP_ALIVE]
-        self.track.saw(event)
+        prompt, event = told
+        self.track.saw(event, prompt)
         if event.finish_reason is FinishReason.ERROR:
             return [self.failed(failure_of(event, self.worker))]
         if event.finish_reason is FinishReason.ABORT:
             return []
-        chunks = []
-        if event.text or event.finish_reason is not None:
-            chunks.append(self._data(self.answer.piece(event.text, event.finish_reason)))
-        if event.finish_reason is not None:
-            chunks += [*self._usage(), DONE]
-        return chunks
+        return [self._chunk([choice]) for choice in self.reply.take(prompt, event)]
+
+    def last(self) -> list[bytes]:
+        """Behind the last event of an answer that came to its end."""
+        usage = [self._chunk([])] if self.include_usage else []
+        return [*usage, DONE]
 
     def failed(self, error: Exception) -> bytes:
-        return f"data: {json.dumps(problem_of(error).body())}\n\n".encode()
+        return data(problem_of(error).body())
 
-    def _usage(self) -> list[bytes]:
-        if not self.include_usage:
-            return []
-        answer = self.answer
-        last = Completion(id=answer.id, created=answer.created, model=answer.model, choices=[])
-        last.usage = Usage.of(self.track.prompt_tokens, self.track.generated_tokens)
-        return [self._data(last)]
+    def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
+        chunk = self.reply.chunk(choices)
+        if self.usage_in_every_chunk or not choices:
+            chunk["usage"] = usage_of(self.track)
+        elif self.include_usage:
+            chunk["usage"] = None
+        return data(chunk)
 
-    def _data(self, chunk: Completion) -> bytes:
-        exclude = None if self.include_usage else {"usage"}
-        return f"data: {chunk.model_dump_json(exclude=exclude)}\n\n".encode()
+
+def data(content: dict[str, Any]) -> bytes:
+    """One event, in one line for every reader."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
 
 
 class EventStream(Response):
@@ -176,7 +176,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, sse: Sse, stream: Stream, keep_alive_s: float) -> None:
+    def __init__(self, sse: Sse, stream: Joined, keep_alive_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._sse = sse
@@ -202,14 +202,22 @@ class EventStream(Response):
             self._sse.track.close()
 
     async def _send_events(self, receive: Receive, send: Send) -> None:
+        failed = False
         try:
             async with aclosing(watched(self._stream, receive, self._keep_alive_s)) as events:
-                async for event in events:
-                    for chunk in self._sse.chunks(event):
+                async for told in events:
+                    for chunk in self._sse.chunks(told):
                         await _send_chunk(send, chunk)
+                    failed = told is not None and told[1].finish_reason in _FAILURES
+            if not failed:
+                for chunk in self._sse.last():
+                    await _send_chunk(send, chunk)
         except EngineError as error:
             self._sse.track.failed()
             await _send_chunk(send, self._sse.failed(error))
+
+
+_FAILURES = (FinishReason.ERROR, FinishReason.ABORT)
 
 
 async def _send_chunk(send: Send, chunk: bytes) -> None:

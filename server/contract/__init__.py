@@ -16,7 +16,7 @@ from .errors import (
     problem_of,
     state_problem,
 )
-from .protocols import Stream, Worker
+from .protocols import Stream, Tokens, Worker
 
 __all__ = [
     "BodyTooLarge",
@@ -29,6 +29,7 @@ __all__ = [
     "REJECTIONS",
     "Row",
     "Stream",
+    "Tokens",
     "UNSUPPORTED",
     "UnknownModel",
     "Worker",

@@ -25,21 +25,23 @@ class Track:
         self._metrics = metrics
         self._endpoint = endpoint
         self._began_s = began_s  # time.perf_counter() at arrival
-        self._last_token_s: float | None = None
+        self._last_token_s: dict[tuple[int, int], float] = {}  # by (prompt, answer)
         self._first_token_s: float | None = None
         self._reason = FinishReason.ABORT  # until an event says otherwise
         self._timings: Timings | None = None
         self._closed = False
 
-    def saw(self, event: TokenEvent) -> None:
+    def saw(self, event: TokenEvent, prompt: int = 0) -> None:
+        """`prompt`: the number of the one that it answers."""
         now_s = time.perf_counter()
+        answer = prompt, event.index
         if event.token_ids:
-            if self._last_token_s is None:
+            if self._first_token_s is None:
                 self._first_token_s = now_s - self._began_s
                 self._metrics.first_token(self._first_token_s)
-            else:
-                self._metrics.next_token(now_s - self._last_token_s)
-            self._last_token_s = now_s
+            elif answer in self._last_token_s:
+                self._metrics.next_token(now_s - self._last_token_s[answer])
+            self._last_token_s[answer] = now_s
         self.generated_tokens += len(event.token_ids)
         if event.finish_reason is not None:
             self._reason = event.finish_reason

@@ -1,0 +1,62 @@
+"""From an accepted request to its response: whole, or as it comes."""
+
+import time
+import uuid
+from dataclasses import dataclass
+
+from fastapi import Request, Response
+from starlette.responses import JSONResponse
+
+from moestro.server.contract import UnknownModel
+from moestro.server.facts import Settings
+from moestro.server.metrics import Track
+
+from .deps import Parts
+from .joined import Joined
+from .sampling import SamplingFields
+from .stream import ClientGone, EventStream, Reply, Sse, whole
+
+CLIENT_GONE_STATUS = 499  # seen by nobody but a log in between
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What is the same in every piece of one answer."""
+
+    id: str
+    created_s: int
+    model: str
+
+    @classmethod
+    def new(cls, kind: str, model: str) -> "Head":
+        return cls(f"{kind}-{uuid.uuid4().hex}", int(time.time()), model)
+
+    def fields(self) -> dict[str, str | int]:
+        return {"id": self.id, "created": self.created_s, "model": self.model}
+
+
+def check_model(name: str | None, settings: Settings) -> None:
+    """Raises UnknownModel."""
+    if name is not None and name != settings.served_name:
+        raise UnknownModel(
+            f"the model {name[:100]!r} does not exist; served here: {settings.served_name!r}"
+        )
+
+
+async def respond(
+    reply: Reply,
+    stream: Joined,
+    track: Track,
+    body: SamplingFields,
+    request: Request,
+    parts: Parts,
+) -> Response:
+    """Takes over the stream: it is let go whatever happens."""
+    if body.stream:
+        sse = Sse(reply, track, parts.worker, body.include_usage, body.usage_in_every_chunk)
+        return EventStream(sse, stream, parts.settings.keep_alive)
+    try:
+        answer = await whole(reply, stream, request.receive, track, parts.worker)
+    except ClientGone:
+        return Response(status_code=CLIENT_GONE_STATUS)
+    return JSONResponse(answer)

@@ -1,0 +1,109 @@
+"""The fields that say how tokens are chosen: the same in all APIs."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from moestro.engine import PromptTooLong, SamplingParams
+from moestro.server.contract import Worker
+
+from .values import Biases, Number, Penalty, Seed, Share, StopIds, Stops, Temperature, Whole
+
+MAX_ANSWERS = 128  # more is a mistake; the engine's own limit is lower
+REST = -1  # of max_tokens: what is left
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = Field(None, description="a last chunk with the usage")
+    continuous_usage_stats: bool | None = Field(None, description="the usage in every chunk")
+
+
+class SamplingFields(BaseModel):
+    """Unknown fields are ignored; every optional field may be null."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    model: str | None = None
+    max_tokens: Whole | None = Field(
+        None, ge=-1, description="-1: what is left; more than is left is cut to it"
+    )
+    min_tokens: Whole | None = Field(None, ge=0)
+    temperature: Temperature | None = Field(None, description="null or absent: 1; 0 is greedy")
+    top_p: Share | None = Field(None, description="0 is greedy")
+    top_k: Whole | None = Field(None, ge=-1, description="-1, 0 and null are off")
+    min_p: Share | None = None
+    repetition_penalty: Number | None = Field(None, gt=0, le=100)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Biases = ()
+    seed: Seed | None = Field(None, description="-1 and null: another one each time")
+    n: Whole | None = Field(None, ge=1, le=MAX_ANSWERS)
+    stop: Stops = ()
+    stop_token_ids: StopIds = ()
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @property
+    def answers(self) -> int:
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def usage_in_every_chunk(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    def check_stream_options(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "needs_stream",
+                "{param}: only allowed with stream: true",
+                {"param": "stream_options"},
+            )
+
+    def sampling(self, max_tokens: int, **more: Any) -> SamplingParams:
+        """BadParameter where the engine is stricter than the schema."""
+        greedy = self.top_p == 0
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            temperature=0.0 if greedy else _or(self.temperature, 1.0),
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if greedy else _or(self.top_p, 1.0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias,
+            seed=None if self.seed == -1 else self.seed,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            include_stop=bool(self.include_stop_str_in_output),
+            ignore_eos=bool(self.ignore_eos),
+            **{"skip_special_tokens": self.skip_special_tokens is not False, "n": 1, **more},
+        )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def tokens_to_make(asked: int, prompt_tokens: int, answers: int, worker: Worker) -> int:
+    """`asked`, or what is left of the context where that is less. Raises PromptTooLong."""
+    if asked == 0:
+        return 0
+    left = worker.most_new_tokens(prompt_tokens, answers)
+    if left < 1:
+        what = f"the prompt has {prompt_tokens} tokens"
+        what += f" and {answers} answers were asked for" if answers > 1 else ""
+        raise PromptTooLong.for_context(worker.model.max_model_len_tokens, what)
+    return left if asked == REST else min(asked, left)
