@@ -1,7 +1,14 @@
 """What routes are made of: fields, streams, middleware, and the routes about the server itself."""
 
 from .deps import Parts, PartsDep, SettingsDep, WorkerDep
-from .fields import ALIASES, NEUTRAL, NEUTRAL_ON_CHAT, NEUTRAL_ON_COMPLETIONS, understood
+from .fields import (
+    ALIASES,
+    NEUTRAL,
+    NEUTRAL_ON_CHAT,
+    NEUTRAL_ON_COMPLETIONS,
+    documented,
+    understood,
+)
 from .joined import Joined, submit_all
 from .middleware import ApiKey, BodyLimit, RequestIds
 from .ops import router as ops_router
@@ -36,6 +43,7 @@ __all__ = [
     "WorkerDep",
     "by_id",
     "check_model",
+    "documented",
     "legacy",
     "openai_chat",
     "ops_router",

@@ -5,7 +5,7 @@ where it would change the answer. What is in no table and in no schema is ignore
 clients need it; null always is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic_core import PydanticCustomError
@@ -172,3 +172,20 @@ def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
     return value is None or any(
         value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral
     )
+
+
+def documented(neutral: Mapping[str, tuple[object, ...]]) -> Callable[[dict[str, Any]], None]:
+    """For the OpenAPI document of a request: what is understood, and what is refused."""
+
+    def add(schema: dict[str, Any]) -> None:
+        properties = schema["properties"]
+        for name, values in {**NEUTRAL, **neutral}.items():
+            properties[name] = {
+                "enum": [None, *values],
+                "description": "Not supported: only a value that changes nothing is accepted.",
+            }
+        for alias, name in ALIASES.items():
+            if name in properties and alias not in properties:
+                properties[alias] = {**properties[name], "description": f"The same as {name}."}
+
+    return add

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import tiny
 from fake_engine import FakeWorker
+from moestro.engine import EngineConfig, EngineState, EngineWorker
 from moestro.server.facts.settings import Settings
 from moestro.server.serving.app import create_app
 from moestro.server.serving.lifecycle import WebServer
@@ -63,3 +66,38 @@ def serving() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
             await task
 
     return serve
+
+
+@contextlib.asynccontextmanager
+async def served(worker: EngineWorker, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application around a real engine, in this process."""
+    app = create_app(worker, Settings(model="demo", **settings))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://moestro.test", timeout=60
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build("qwen3_moe", tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_worker(tiny_folder: Path) -> Iterator[EngineWorker]:
+    """A real engine on a random model of 260 tokens, 256 of them bytes."""
+    config = EngineConfig(
+        tiny_folder, tiny_folder.parent / "cache", kv_memory_bytes=1 << 20, threads=1
+    )
+    running = EngineWorker(config, lambda _: None)
+    running.start()
+    assert running.wait_loaded(60) and running.state is EngineState.READY, running.failure
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+async def tiny_client(tiny_worker: EngineWorker) -> AsyncIterator[httpx.AsyncClient]:
+    async with served(tiny_worker) as client:
+        yield client

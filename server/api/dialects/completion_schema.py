@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from moestro.engine import MOST_LOGPROBS
@@ -11,6 +11,7 @@ from moestro.server.api import (
     SamplingFields,
     Usage,
     Whole,
+    documented,
     refuse_surrogates,
     understood,
     whole_number,
@@ -93,6 +94,8 @@ LogCount = Annotated[
 
 class CompletionRequest(SamplingFields):
     """Unknown fields are ignored; every optional field may be null."""
+
+    model_config = ConfigDict(json_schema_extra=documented(NEUTRAL_ON_COMPLETIONS))
 
     prompt: Prompts
     max_tokens: Whole | None = Field(

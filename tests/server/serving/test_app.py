@@ -28,7 +28,7 @@ def test_nothing_answers_422(document):
 
 def test_refused_parameters_are_documented(document):
     fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
-    assert fields["n"]["enum"] == [None, 1]
+    assert fields["suffix"]["enum"] == [None, ""]
     assert fields["prompt"]["anyOf"][0] == {"type": "string", "minLength": 1}
     assert "max_tokens" in fields
 
