@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 from moestro.engine.facts import BadParameter, ModelRefused, PromptTooLong
 from moestro.engine.weights import json_object
 
-from .chat_template import ChatTemplate
+from .chat_template import ChatTemplate, TemplateFacts
 from .prompt_slices import doubled_tokens, token_slices
 from .reader import reader
 from .text_bound import most_chars_per_token
@@ -124,6 +125,20 @@ class Tokenizer:
         """The text that follows the prompt, and completes a character that the prompt begins."""
         reading = reader(self._vocabulary, prompt_ids, skip_special_tokens)
         return TextStream(reading, stop, include_stop)
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """What the special tokens say where they are not skipped."""
+        return frozenset(self.token_text(one) for one in self._vocabulary.special_ids)
+
+    @property
+    def template_text(self) -> str:
+        return self.chat.template_text
+
+    @property
+    def template_facts(self) -> TemplateFacts:
+        """Raises TemplateRefused where the model has no template."""
+        return self.chat.facts
 
     def render_chat(
         self,

@@ -129,6 +129,7 @@ NEUTRAL_ON_COMPLETIONS: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "chat_template_kwargs": ({},),
     "continue_final_message": _OFF,
+    "response_format": ({"type": "text"},),
 }
 NEUTRAL_ON_CHAT: dict[str, tuple[object, ...]] = {
     "prompt": ("", []),
@@ -137,6 +138,13 @@ NEUTRAL_ON_CHAT: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "documents": ([],),
+    "prompt_logprobs": _OFF,
+    "verbosity": ("medium",),
+    "thinking_budget": (-1,),
+    "reasoning_budget": (-1,),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "response_format": ({"type": "text"},),
 }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 from moestro.engine import (
     EngineError,
@@ -11,6 +11,7 @@ from moestro.engine import (
     ModelInfo,
     Progress,
     SamplingParams,
+    TemplateFacts,
     TokenEvent,
     TokenizerInfo,
 )
@@ -21,6 +22,21 @@ class Tokens(Protocol):
 
     @property
     def info(self) -> TokenizerInfo: ...
+    @property
+    def special_texts(self) -> frozenset[str]: ...
+    @property
+    def template_text(self) -> str: ...
+    @property
+    def template_facts(self) -> TemplateFacts: ...
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: dict[str, Any],
+    ) -> str: ...
     def encode(
         self, text: str, most_tokens: int | None = None, *, add_special_tokens: bool = True
     ) -> list[int]: ...

@@ -20,7 +20,7 @@ from moestro.engine import FinishReason, Timings
 from moestro.server.contract import REJECTIONS, Row
 
 PREFIX = "moestro"
-ENDPOINTS = {"/v1/completions": "completions"}
+ENDPOINTS = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 REASONS = (*(reason.value for reason in FinishReason), "rejected")
 
 TTFT_BUCKETS_S = (

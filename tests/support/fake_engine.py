@@ -9,7 +9,9 @@ import codecs
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
+from chat_formats import ChatFormat, render, template_text
 from moestro.cache import CacheStats, LayerStats
 from moestro.engine import (
     BadParameter,
@@ -26,6 +28,8 @@ from moestro.engine import (
     PromptTooLong,
     RecallStats,
     SamplingParams,
+    TemplateFacts,
+    TemplateRefused,
     Timings,
     TokenEvent,
     TokenizerInfo,
@@ -133,6 +137,42 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.info = TokenizerInfo("<s>", "</s>", None, None)
+        self.chat: ChatFormat | None = None
+        self.rendered: list[dict[str, Any]] = []  # what templates were given
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        return self.chat.special_texts if self.chat else frozenset()
+
+    @property
+    def template_text(self) -> str:
+        return template_text(self.chat.template) if self.chat else ""
+
+    @property
+    def template_facts(self) -> TemplateFacts:
+        if self.chat is None:
+            raise TemplateRefused("the model has no chat template", "messages")
+        return TemplateFacts(takes_strings=True, takes_parts=False, renders_tools=True)
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: dict[str, Any],
+    ) -> str:
+        if self.chat is None:
+            raise TemplateRefused("the model has no chat template", "messages")
+        self.rendered.append({"messages": messages, "tools": tools, **kwargs})
+        return render(
+            self.chat.template,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **kwargs,
+        )
 
     def encode(
         self, text: str, most_tokens: int | None = None, *, add_special_tokens: bool = True
@@ -226,6 +266,7 @@ class FakeWorker:
         self.submitted: list[Submitted] = []
         self.open: set[FakeStream] = set()
         self.tokens = FakeTokenizer()
+        self.info = MODEL
         self.stats_now = STATS
         self.snapshot = STATS
         self.in_a_step = False  # a long one: who asks for statistics is not answered
@@ -235,7 +276,7 @@ class FakeWorker:
     @property
     def model(self) -> ModelInfo:
         self._check_loaded()
-        return MODEL
+        return self.info
 
     @property
     def tokenizer(self) -> FakeTokenizer:
@@ -261,7 +302,7 @@ class FakeWorker:
             raise self.refusal
         if max(prompt_ids) >= MODEL.vocab_size:
             raise BadParameter("the prompt has token ids outside 0..255", "prompt")
-        if len(prompt_ids) + params.max_tokens > MODEL.max_model_len_tokens:
+        if len(prompt_ids) + params.max_tokens > self.info.max_model_len_tokens:
             raise PromptTooLong("the KV budget is smaller")
         stream = FakeStream(len(prompt_ids), self.script(prompt_ids, params), self)
         self.open.add(stream)
@@ -269,7 +310,7 @@ class FakeWorker:
         return stream
 
     def most_new_tokens(self, prompt_tokens: int, n: int = 1) -> int:
-        return max(0, MODEL.max_model_len_tokens - prompt_tokens)
+        return max(0, self.info.max_model_len_tokens - prompt_tokens)
 
     @property
     def last_stats(self) -> EngineStats:

@@ -1,0 +1,121 @@
+"""A conversation as the model's own template writes it, and what will read the answer."""
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from moestro.engine import BadParameter
+from moestro.server.contract import Tokens
+from moestro.server.parsing import (
+    ChatParser,
+    ReasoningFormat,
+    ToolFormat,
+    make_parser,
+    reasoning_format_of,
+    starts_in_reasoning,
+    tool_format_of,
+)
+
+from .chat_schema import ChatRequest, Json
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One request's prompt, and how its answers are read."""
+
+    ids: list[int]
+    tools: ToolFormat | None
+    reasoning: ReasoningFormat | None
+    in_reasoning: bool  # the prompt ends inside of it
+    tools_allowed: bool
+    special_texts: frozenset[str]
+    text_parameters: dict[str, frozenset[str]]
+
+    @property
+    def reads_markers(self) -> bool:
+        """The engine must leave special tokens in the text: some say what it is."""
+        return self.tools is not None or self.reasoning is not None
+
+    def parser(self) -> ChatParser:
+        """For one answer."""
+        return make_parser(
+            self.tools,
+            reasoning=self.reasoning,
+            starts_in_reasoning=self.in_reasoning,
+            tools_allowed=self.tools_allowed,
+            special_texts=self.special_texts,
+            new_id=lambda: f"call_{uuid.uuid4().hex[:24]}",
+            text_parameters=self.text_parameters,
+        )
+
+
+def converse(body: ChatRequest, tokens: Tokens, most_tokens: int) -> Conversation:
+    """Takes as long as the template; call it in a thread.
+
+    Raises TemplateRefused, BadParameter, PromptTooLong.
+    """
+    template, tools = tokens.template_text, body.tools_for_model
+    form = tool_format_of(template)
+    if tools and not tokens.template_facts.renders_tools:
+        raise BadParameter("the model's chat template knows no tools: leave them out", "tools")
+    if tools and form is None:
+        raise BadParameter(
+            "this model writes tool calls in a way that is not known here: leave tools out", "tools"
+        )
+    text = tokens.render_chat(
+        _messages(body, tokens),
+        tools=tools or None,
+        add_generation_prompt=_adds_prompt(body),
+        continue_final_message=bool(body.continue_final_message),
+        kwargs=_variables(body),
+    )
+    ids = tokens.encode(text, most_tokens, add_special_tokens=False)
+    reasoning = reasoning_format_of(template)
+    return Conversation(
+        ids,
+        form if tools or form is ToolFormat.HARMONY else None,
+        reasoning,
+        in_reasoning=starts_in_reasoning(text, reasoning),
+        tools_allowed=bool(tools),
+        special_texts=frozenset() if body.skip_special_tokens is False else tokens.special_texts,
+        text_parameters={tool["function"]["name"]: _text_parameters(tool) for tool in tools},
+    )
+
+
+def _messages(body: ChatRequest, tokens: Tokens) -> list[Json]:
+    facts = tokens.template_facts
+    knows_developer = "developer" in tokens.template_text
+    messages = []
+    for given in body.messages:
+        message = dict(given)
+        if message["role"] == "developer" and not knows_developer:
+            message["role"] = "system"  # what OpenAI called it before
+        content = message["content"]
+        if isinstance(content, list) and not facts.takes_parts:
+            message["content"] = "\n".join(part["text"] for part in content)
+        elif isinstance(content, str) and not facts.takes_strings:
+            message["content"] = [{"type": "text", "text": content}]
+        messages.append(message)
+    return messages
+
+
+def _adds_prompt(body: ChatRequest) -> bool:
+    if body.add_generation_prompt is not None:
+        return body.add_generation_prompt
+    return not body.continue_final_message
+
+
+def _variables(body: ChatRequest) -> dict[str, Any]:
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    return {**effort, **body.chat_template_kwargs}
+
+
+def _text_parameters(tool: Json) -> frozenset[str]:
+    properties = (tool["function"].get("parameters") or {}).get("properties")
+    if not isinstance(properties, dict):
+        return frozenset()
+    return frozenset(
+        name
+        for name, schema in properties.items()
+        if isinstance(schema, dict) and schema.get("type") == "string"
+    )
