@@ -117,7 +117,7 @@ def test_messages_are_bounded():
     [
         "/v1/v1/completions",
         "/v1/completions/",
-        "/v1/chat/completions",
+        "/v1/embeddings",
         "/",
         "/x" * 600,
     ],
