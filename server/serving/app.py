@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from moestro.engine import EngineError
 from moestro.server.api import ApiKey, BodyLimit, Parts, RequestIds, ops_router
-from moestro.server.api.dialects import completions_router
+from moestro.server.api.dialects import completions_router, tokenizer_router
 from moestro.server.contract import GenerationFailed, UnknownModel, Worker, answer
 from moestro.server.facts import Settings
 from moestro.server.metrics import EngineCollector, ServerMetrics
@@ -41,6 +41,7 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
     )
     app.state.parts = Parts(worker, settings, metrics)
     app.include_router(completions_router)
+    app.include_router(tokenizer_router)
     app.include_router(ops_router)
     for kind in (
         RequestValidationError,
