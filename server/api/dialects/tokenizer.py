@@ -201,11 +201,14 @@ def _check_model(name: str | None, settings: Settings) -> None:
         )
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
-    """As `run_in_threadpool`, with a limit of its own in this event loop."""
+def limiter() -> CapacityLimiter:
+    """This event loop's."""
     try:
-        limiter = _limiter.get()
+        return _limiter.get()
     except LookupError:
-        limiter = CapacityLimiter(MOST_AT_ONCE)
-        _limiter.set(limiter)
-    return await to_thread.run_sync(work, limiter=limiter)
+        _limiter.set(CapacityLimiter(MOST_AT_ONCE))
+        return _limiter.get()
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await to_thread.run_sync(work, limiter=limiter())
