@@ -1,14 +1,16 @@
-"""/health, /ready and /metrics: for machines that watch this one. Need no key."""
+"""/health, /ready and /metrics, for machines that watch this one and need no key; /version."""
 
 import asyncio
 import contextlib
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 from moestro.engine import EngineFailed, EngineState, Unavailable
 from moestro.server.contract import ErrorResponse, Problem, Worker, problem_of, state_problem
@@ -55,6 +57,16 @@ async def metrics(metrics: MetricsDep, worker: WorkerDep) -> Response:
     await _fresh_stats(worker)
     text = await run_in_threadpool(metrics.text)  # thousands of lines: not on the event loop
     return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+class Version(BaseModel):
+    version: str
+
+
+@router.get("/version")
+async def show_version() -> Version:
+    """Of moestro."""
+    return Version(version=version("moestro"))
 
 
 async def _fresh_stats(worker: Worker) -> None:

@@ -175,16 +175,18 @@ def _of_validation(errors: Sequence[Any]) -> Problem:
         return Problem(Row(400, INVALID, "invalid_json"), "the body is not valid JSON")
     param = first.get("ctx", {}).get("param")
     if param is not None:
-        code = UNSUPPORTED if first["type"] == UNSUPPORTED else "invalid_value"
-        return Problem(Row(400, INVALID, code), first["msg"], param)
+        return Problem(Row(400, INVALID, _code_of(first["type"])), first["msg"], param)
     path = [str(step) for step in first["loc"][1:]]
     if not path:
         message = "the body must be a JSON object sent as Content-Type: application/json"
         return Problem(HTTP_ROWS[400], message)
-    code = {"missing": "missing_required_parameter", UNSUPPORTED: UNSUPPORTED}.get(
-        first["type"], "invalid_value"
-    )
-    return Problem(Row(400, INVALID, code), f"{'.'.join(path)}: {first['msg']}", path[0])
+    row = Row(400, INVALID, _code_of(first["type"]))
+    return Problem(row, f"{'.'.join(path)}: {first['msg']}", path[0])
+
+
+def _code_of(kind: str) -> str:
+    codes = {"missing": "missing_required_parameter", UNSUPPORTED: UNSUPPORTED}
+    return codes.get(kind, "invalid_value")
 
 
 def state_problem(state: EngineState, failure: Exception | None = None) -> Problem:

@@ -31,13 +31,12 @@ class _State(Enum):
 class Harmony:
     """Analysis is reasoning; commentary to a recipient is a call; the rest is content.
 
-    The markers are tokens that no text can contain, so they count inside a call's strings too.
-    Without tools a call's body is content.
+    Inside a string of a call a marker is only text, as in the other formats: arguments may be code
+    that speaks of harmony. Without tools a call's body is content.
     """
 
     markers = frozenset({START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN})
     busy = True
-    in_string = False
 
     def __init__(self, message: Message, *, tools_allowed: bool) -> None:
         self._message = message
@@ -48,6 +47,10 @@ class Harmony:
         self._state = _State.HEADER
         self._header: dict[str, str] = {"": ""}  # the text behind each marker
         self._part = ""
+
+    @property
+    def in_string(self) -> bool:
+        return self._calls.in_string
 
     def text(self, text: str) -> None:
         match self._state:
@@ -62,7 +65,9 @@ class Harmony:
                 self._message.content(self._calls.take(text))
 
     def marker(self, marker: str) -> None:
-        if self._state is _State.HEADER and marker == MESSAGE:
+        if self.in_string:
+            self.text(marker)
+        elif self._state is _State.HEADER and marker == MESSAGE:
             self._begin_body()
         elif self._state is _State.HEADER and marker in (CHANNEL, CONSTRAIN):
             self._header[marker], self._part = "", marker

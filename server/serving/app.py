@@ -9,7 +9,12 @@ from starlette.exceptions import HTTPException
 
 from moestro.engine import EngineError
 from moestro.server.api import ApiKey, BodyLimit, Parts, RequestIds, ops_router
-from moestro.server.api.dialects import chat_router, completions_router, models_router
+from moestro.server.api.dialects import (
+    chat_router,
+    completions_router,
+    models_router,
+    tokenizer_router,
+)
 from moestro.server.contract import GenerationFailed, UnknownModel, Worker, answer
 from moestro.server.facts import Settings
 from moestro.server.metrics import EngineCollector, ServerMetrics
@@ -43,6 +48,7 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
     app.include_router(completions_router)
     app.include_router(chat_router)
     app.include_router(models_router)
+    app.include_router(tokenizer_router)
     app.include_router(ops_router)
     for kind in (
         RequestValidationError,

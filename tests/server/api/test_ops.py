@@ -1,6 +1,7 @@
 """Health, readiness and the page of metrics."""
 
 import asyncio
+from importlib.metadata import version
 
 import httpx
 import pytest
@@ -107,3 +108,10 @@ async def test_failure_keeps_its_details(client, worker):
 
 async def test_metrics_are_text(client):
     assert (await client.get("/metrics")).headers["content-type"].startswith("text/plain")
+
+
+async def test_the_version_is_said_to_whoever_has_the_key(client_for):
+    client = client_for(api_key="right")
+    assert (await client.get("/version")).status_code == 401
+    response = await client.get("/version", headers={"authorization": "Bearer right"})
+    assert response.json() == {"version": version("moestro")}

@@ -77,7 +77,9 @@ async def test_long_names_are_cut(client):
 
 async def test_a_bug_is_a_500_and_tells_nothing(client, worker):
     class Broken(FakeTokenizer):
-        def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
+        def encode(
+            self, text: str, most_tokens: int | None = None, *, add_special_tokens: bool = True
+        ) -> list[int]:
             raise ValueError("secret detail")
 
     worker.tokens = Broken()

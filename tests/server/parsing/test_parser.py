@@ -156,6 +156,13 @@ def test_what_is_forgiven(call: str, arguments: str) -> None:
     json.loads(answer.calls[0].arguments)
 
 
+def test_markers_in_a_string_of_a_harmony_call_are_text() -> None:
+    markers = "<|return|><|end|><|start|>assistant<|channel|>final<|message|><|endoftext|><|call|>"
+    one = calls(("f", f'{{"{markers}": "{markers}"}}'))
+    text = f"{TO_F}{one[0].arguments}<|call|><|start|>assistant<|channel|>final<|message|>Hi"
+    assert every_split(BY_NAME["harmony"], text) == Answer("Hi", "", one)
+
+
 NO_CALLS = [
     "oops",
     '["f"]',
@@ -217,7 +224,8 @@ def test_a_name_no_text_can_be() -> None:
         ("llama3", '{"name": "f", "param', Answer('{"name": "f", "param')),
         ("llama3", f"{LF} and {LG}", Answer(f"and {LG}", "", ONE)),
         ("harmony", f"{TO_F}oops<|call|>", Answer("oops")),
-        ("harmony", f"{TO_F}" + '{"a": "<|end|>', Answer(calls=calls(("f", '{"a": "')))),
+        ("harmony", f"{TO_F}" + '{"a": <|end|>', Answer(calls=calls(("f", '{"a": ')))),
+        ("harmony", f"{TO_F}" + '{"a": "<|end|>', Answer(calls=calls(("f", '{"a": "<|end|>')))),
         ("qwen_xml", "<function=f><parameter=a>\nx", Answer(calls=calls(("f", '{"a": "x')))),
         ("qwen_xml", "<function=a b>x", Answer("a b>x")),
         (

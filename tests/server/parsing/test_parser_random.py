@@ -13,14 +13,28 @@ from chat_formats import FORMATS, Answer, Call, ChatFormat, message_of, parsed, 
 BY_NAME = {form.template: form for form in FORMATS}
 by_name = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.template)
 
+ODD = st.sampled_from(
+    [
+        "{",
+        '"}',
+        "\\",
+        "</tool_call>",
+        "[TOOL_CALLS]",
+        "é😀\n\x00",
+        "<|im_end|>",
+        "<|return|>",
+        "<|end|>",
+    ]
+)
+KEYS = st.text() | ODD
 JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text()
-    | st.sampled_from(["{", '"}', "\\", "</tool_call>", "[TOOL_CALLS]", "é😀\n\x00", "<|im_end|>"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    | ODD,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=6,
 )
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,15}", fullmatch=True)
@@ -36,7 +50,7 @@ XML_OBJECTS = st.dictionaries(
 @given(data=st.data())
 def test_what_the_template_writes_comes_back(form: ChatFormat, data: st.DataObject) -> None:
     objects = (
-        XML_OBJECTS if form.template == "qwen_xml" else st.dictionaries(st.text(), JSON, max_size=3)
+        XML_OBJECTS if form.template == "qwen_xml" else st.dictionaries(KEYS, JSON, max_size=3)
     )
     pairs = data.draw(st.lists(st.tuples(NAMES, objects), max_size=3))
     as_calls = tuple(Call(name, json.dumps(value, ensure_ascii=False)) for name, value in pairs)
