@@ -12,7 +12,7 @@ REPORT ?= gpu-report.json
 export MOESTRO_TORCH
 export PYTHON
 
-.PHONY: help run setup dev test check test-fast test-slow gpu-check bench bench-full clean
+.PHONY: help run setup dev test check test-fast test-slow clients gpu-check bench bench-full clean
 
 help: ## this text
 	@echo "moestro: a server for Mixture-of-Experts models larger than the memory they run in."
@@ -37,10 +37,13 @@ check: dev ## format, lint and types alone
 	@scripts/check.sh
 
 test-fast: dev
-	@.venv/bin/pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	@.venv/bin/pytest -m "not slow and not gpu and not clients" $(PYTEST_ARGS)
 
 test-slow: dev ## the tests that take more than a few seconds
 	@.venv/bin/pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+clients: dev ## openai, litellm, langchain, lm-eval and schemathesis against the demo model
+	@.venv/bin/pytest -m clients tests/clients $(PYTEST_ARGS)
 
 gpu-check: dev ## tests and benchmarks on an NVIDIA GPU, into one JSON (REPORT=file)
 	@scripts/gpu_check.sh $(REPORT)

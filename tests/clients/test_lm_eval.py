@@ -1,0 +1,97 @@
+"""lm-evaluation-harness over HTTP gives what its own Hugging Face backend gives."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client_environments import HERE, environment, run_command
+from server_process import ServerProcess
+
+TASKS = HERE / "lm_eval_tasks"
+PER_TOKEN = 1e-4
+COMPLETIONS = "local_choices,local_rolling,local_generate"
+
+Evaluate = Callable[..., tuple[dict[str, Any], dict[str, list[Any]]]]
+
+
+@pytest.fixture(scope="module")
+def evaluate(
+    scripts_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Evaluate:
+    """Results by task, and what each request of each task was answered."""
+
+    def run(model: str, arguments: str, tasks: str, *flags: str) -> Any:
+        out = tmp_path_factory.mktemp("lm_eval")
+        command = [str(environment("lm-eval").parent / "lm_eval"), "run", "--model", model]
+        command += ["--model_args", arguments, "--tasks", tasks, "--include_path", "."]
+        command += ["--output_path", str(out), "--log_samples", *flags]
+        offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "hub")}
+        run_command(command, cwd=TASKS, **offline)
+        (results,) = out.rglob("results_*.json")
+        answers = {
+            task: [
+                json.loads(line)["resps"]
+                for line in next(out.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()
+            ]
+            for task in tasks.split(",")
+        }
+        return json.loads(results.read_text())["results"], answers
+
+    return run
+
+
+def test_scores_are_those_of_plain_transformers(
+    server: ServerProcess, demo: Path, evaluate: Evaluate
+) -> None:
+    over_http = (
+        f"base_url={server.url}/v1/completions,model=demo,num_concurrent=4,"
+        "tokenizer_backend=remote,max_length=2048"
+    )
+    ours, our_answers = evaluate("local-completions", over_http, COMPLETIONS, "--batch_size", "4")
+    stock, stock_answers = evaluate(
+        "hf", f"pretrained={demo},dtype=float32", COMPLETIONS, "--device", "cpu"
+    )
+    assert ours["local_choices"]["acc,none"] == stock["local_choices"]["acc,none"]
+    assert ours["local_choices"]["acc_norm,none"] == stock["local_choices"]["acc_norm,none"]
+    assert 0 < ours["local_choices"]["acc,none"] < 1, "neither all nor nothing"
+    assert our_answers["local_generate"] == stock_answers["local_generate"]
+    for ours_one, stock_one in zip(
+        our_answers["local_choices"], stock_answers["local_choices"], strict=True
+    ):
+        for ((score, greedy),), ((wanted, wanted_greedy),) in zip(ours_one, stock_one, strict=True):
+            assert greedy == wanted_greedy
+            assert float(score) == pytest.approx(float(wanted), abs=PER_TOKEN)
+    texts = [json.loads(line)["text"] for line in (TASKS / "texts.jsonl").read_text().splitlines()]
+    for ours_one, stock_one, text in zip(
+        our_answers["local_rolling"], stock_answers["local_rolling"], texts, strict=True
+    ):
+        tokens = max(1, len(text) // 4)
+        assert _number(ours_one) == pytest.approx(_number(stock_one), abs=PER_TOKEN * tokens)
+
+
+def test_chat_is_that_of_plain_transformers(
+    server: ServerProcess, demo: Path, evaluate: Evaluate
+) -> None:
+    over_http = f"base_url={server.url}/v1/chat/completions,model=demo,num_concurrent=4"
+    _, ours = evaluate(
+        "local-chat-completions", over_http, "local_generate", "--apply_chat_template"
+    )
+    _, stock = evaluate(
+        "hf",
+        f"pretrained={demo},dtype=float32",
+        "local_generate",
+        "--device",
+        "cpu",
+        "--apply_chat_template",
+    )
+    assert ours == stock
+    assert any(text for one in ours["local_generate"] for (text,) in one)
+
+
+def _number(answer: Any) -> float:
+    while isinstance(answer, list):
+        answer = answer[0]
+    return float(answer)
