@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TookTooLong
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -22,11 +23,15 @@ from moestro.engine.facts import GrammarRefused, GrammarSpec, QueueFull
 from .grammar_tokens import GrammarTokens
 from .vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions  # a name of its stubs alone
+
 Logits = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 # pretty or compact, but not for ever: a model may like white space so much that it never ends
 WHITESPACE = r" ?(\n[ \t]{0,64})?"
 MOST_WORDS = 300
+TRIED_TOKENS = 24  # of a new grammar
 LIMITS = LLParserLimits(max_lexer_states=30_000, verbose_errors=False)  # of 1 to 2 kB each
 
 
@@ -152,9 +157,7 @@ class GrammarConstraint:
 
         V may be more or less than the tokenizer has tokens; what it does not have is forbidden.
         """
-        allowed = self._allowed()[: len(logits)]
-        if not allowed.any():
-            raise GrammarFault("the grammar allows no token of this model here")
+        allowed = self._allowed(len(logits))
         np.copyto(logits[: len(allowed)], -np.inf, where=~allowed)
         logits[len(allowed) :] = -np.inf
 
@@ -167,18 +170,23 @@ class GrammarConstraint:
         """No text can follow: the answer has ended, with or without a stop token."""
         return self._matcher.is_stopped()
 
-    def allows(self, token_id: int) -> bool:
-        return bool(self._allowed()[token_id])
+    def allowed_ids(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        """At least one, in ascending order."""
+        return np.flatnonzero(self._allowed(self._tokens))
 
-    def _allowed(self) -> "np.ndarray[tuple[int], np.dtype[np.bool]]":
+    def _allowed(self, most: int) -> "np.ndarray[tuple[int], np.dtype[np.bool]]":
+        """Of the first `most` tokens at most."""
         fill_next_token_bitmask(self._matcher, self._mask)
         self._check()
         bits = np.unpackbits(self._mask[0].view(np.uint8), count=self._tokens, bitorder="little")
-        return bits.view(np.bool)
+        allowed = bits[:most].view(np.bool)
+        if not allowed.any():
+            raise GrammarFault("the grammar allows no token of this model here")
+        return allowed
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarFault(f"the answer's grammar cannot go on: {_words(self._matcher)}")
+            raise GrammarFault(f"the grammar cannot go on: {_words(self._matcher)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +195,12 @@ class _Opened:
 
     library: LLTokenizer
     tokens: int  # ids from here on are not the tokenizer's
-    openers: tuple[int, ...]  # `{` and `[`, behind which most of a schema lies
+    openers: tuple[int, ...]  # `{`, `[` and `"`, behind which most of a schema lies
 
 
 def _opened(tokens: GrammarTokens) -> _Opened:
-    return _Opened(tokens.opened(), tokens.count, (tokens.id_of(b"{"), tokens.id_of(b"[")))
+    openers = tuple(map(tokens.id_of, (b"{", b"[", b'"')))
+    return _Opened(tokens.opened(), tokens.count, openers)
 
 
 def _compiled(vocabulary: _Opened, spec: GrammarSpec) -> CompiledGrammar:
@@ -204,20 +213,20 @@ def _compiled(vocabulary: _Opened, spec: GrammarSpec) -> CompiledGrammar:
         raise _refused(spec, _words(matcher))
     compiled = CompiledGrammar(matcher, vocabulary)
     try:
-        _try_start(compiled.constraint(), vocabulary)
+        _try(compiled.constraint(), vocabulary)
     except GrammarFault as fault:
-        raise _refused(spec, f"no answer can begin so: {fault}") from fault
+        raise _refused(spec, str(fault)) from fault
     return compiled
 
 
-def _try_start(constraint: GrammarConstraint, vocabulary: _Opened) -> None:
-    """Some limits are met, and some contradictions show, only when the text begins."""
-    constraint.forbid(np.zeros(vocabulary.tokens, np.float32))
-    opener = next((token for token in vocabulary.openers if constraint.allows(token)), None)
-    if opener is not None:
-        constraint.advance(opener)
-        if not constraint.finished:
-            constraint.forbid(np.zeros(vocabulary.tokens, np.float32))
+def _try(constraint: GrammarConstraint, vocabulary: _Opened) -> None:
+    """Some limits are met, and some contradictions show, only when there is some text."""
+    for _ in range(TRIED_TOKENS):
+        allowed = constraint.allowed_ids()
+        openers = (token for token in vocabulary.openers if token in allowed)
+        constraint.advance(next(openers, int(allowed[len(allowed) // 2])))
+        if constraint.finished:
+            break
 
 
 def _refused(spec: GrammarSpec, words: str) -> GrammarRefused:
@@ -227,14 +236,22 @@ def _refused(spec: GrammarSpec, words: str) -> GrammarRefused:
 
 def _words(matcher: LLMatcher) -> str:
     words = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
+    words = words.replace("NoExtensionBias", "nothing that this model can say fits it")
     return words if len(words) <= MOST_WORDS else f"{words[:MOST_WORDS]} …"
 
 
 def _of_schema(text: str) -> str:
-    return LLMatcher.grammar_from_json_schema(
-        text,
-        overrides={"whitespace_pattern": WHITESPACE, "lenient": False},
-    )
+    if text == "true":
+        text = "{}"
+    if not text.startswith("{"):
+        raise ValueError("a schema that some text fits is an object, or true")
+    overrides: JsonCompileOptions = {  # a schema can ask for others itself
+        "item_separator": ",",
+        "key_separator": ":",
+        "whitespace_pattern": WHITESPACE,
+        "lenient": False,
+    }
+    return LLMatcher.grammar_from_json_schema(text, overrides=overrides)
 
 
 def _of_choices(text: str) -> str:
