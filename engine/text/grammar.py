@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Logits = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 # pretty or compact, but not for ever: a model may like white space so much that it never ends
-WHITESPACE = r" ?(\n[ \t]{0,64})?"
+WHITESPACE = r" ?(\n( {0,64}|\t{0,16}))?"
 MOST_WORDS = 300
 TRIED_TOKENS = 24  # of a new grammar
 LIMITS = LLParserLimits(max_lexer_states=30_000, verbose_errors=False)  # of 1 to 2 kB each

@@ -28,8 +28,7 @@ def byte_level() -> Tokenizer:
 
 def fresh(**limits: Any) -> Grammars:
     fast = tiny_tokenizers.byte_level()
-    stops = frozenset({fast.token_to_id(tiny_tokenizers.EOS)})
-    return Grammars(fast, Vocabulary(fast), stops, GrammarLimits(**limits))
+    return Grammars(fast, Vocabulary(fast), byte_level().stop_ids, GrammarLimits(**limits))
 
 
 def allowed(constraint: GrammarConstraint, size: int) -> set[int]:
@@ -105,7 +104,8 @@ def test_markers_are_never_text_and_the_end_comes_where_it_may() -> None:
 def test_all_stop_tokens_end_it_and_none_is_needed() -> None:
     fast = tiny_tokenizers.byte_level()
     size = fast.get_vocab_size()
-    x, word, y = (fast.token_to_id(piece) for piece in ("x", "ab", "y"))
+    ids = fast.get_vocab()
+    x, word, y = (ids[piece] for piece in ("x", "ab", "y"))
     for stops in ({size - 1, size - 2, word}, set[int](), {size + 100}):
         grammars = Grammars(fast, Vocabulary(fast), frozenset(stops))
         start = grammars.compile(GrammarSpec("regex", "ab!")).constraint()
@@ -113,7 +113,7 @@ def test_all_stop_tokens_end_it_and_none_is_needed() -> None:
         constraint = grammars.compile(GrammarSpec("regex", "x(ab)?y?")).constraint()
         constraint.advance(x)
         found = allowed(constraint, size + PADDING)
-        assert found - stops == {fast.token_to_id("a"), y} | ({word} - stops)
+        assert found - stops == {ids["a"], y} | ({word} - stops)
         assert found & stops == {stop for stop in stops if stop < size}
         constraint.advance(word)
         assert constraint.finished == (word in stops)
