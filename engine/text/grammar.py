@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from moestro.engine.facts import GrammarRefused, GrammarSpec, QueueFull
 
+from .endless import is_endless
 from .grammar_tokens import GrammarTokens
 from .vocabulary import Vocabulary
 
@@ -32,7 +33,11 @@ Logits = np.ndarray[tuple[int], np.dtype[np.float32]]
 WHITESPACE = r" ?(\n( {0,64}|\t{0,16}))?"
 MOST_WORDS = 300
 TRIED_TOKENS = 24  # of a new grammar
-LIMITS = LLParserLimits(max_lexer_states=30_000, verbose_errors=False)  # of 1 to 2 kB each
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=150_000,  # 5000 values of an enum; a quarter second in a step
+    max_lexer_states=30_000,  # of 1 to 2 kB each
+    verbose_errors=False,  # nothing of the answer
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +250,8 @@ def _of_schema(text: str) -> str:
         text = "{}"
     if not text.startswith("{"):
         raise ValueError("a schema that some text fits is an object, or true")
+    if is_endless(json.loads(text)):
+        raise ValueError("it requires itself, so no answer to it could end")
     overrides: JsonCompileOptions = {  # a schema can ask for others itself
         "item_separator": ",",
         "key_separator": ":",

@@ -155,7 +155,18 @@ IMPOSSIBLE: dict[str, tuple[Any, str]] = {
         "'a' is unsatisfiable",
     ),
     "two_types": ({"allOf": [{"type": "integer"}, {"type": "string"}]}, "nsatisfiable"),
-    "itself_alone": ({"$ref": "#"}, "nothing that this model can say"),
+    "requires_itself": (closed({"a": {"$ref": "#"}}), "requires itself"),
+    "requires_each_other": (
+        {
+            "$defs": {
+                "a": listed({"$ref": "#/$defs/b"}, minItems=1),
+                "b": closed({"a/~": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]}}),
+            },
+            "allOf": [{"$ref": "#/$defs/a"}],
+        },
+        "requires itself",
+    ),
+    "itself_alone": ({"$ref": "#"}, "requires itself"),
 }
 # Not kept to, so not taken: what is said of it.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
