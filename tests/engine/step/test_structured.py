@@ -125,6 +125,12 @@ def test_the_end_may_be_chosen_where_more_could_follow(loaded: Loaded) -> None:
     assert (found.text, found.finish) == ("aaaaa", "stop")
 
 
+def test_nothing_is_an_answer_too(loaded: Loaded) -> None:
+    """Not even `min_tokens` can be had where the end is all that may come."""
+    found = one(loaded, replace(drawn(GrammarSpec("regex", "")), min_tokens=3))
+    assert (found.text, found.finish, found.error) == ("", "stop", None)
+
+
 def test_max_tokens_cuts_it_off(loaded: Loaded) -> None:
     found = one(loaded, replace(drawn(AB), max_tokens=2))
     assert re.fullmatch("[ab]{2}", found.text) and found.finish == "length"

@@ -25,6 +25,7 @@ def test_what_a_text_can_be_written_for_ends(name: str) -> None:
         (listed(SELF), False),
         ({"type": "array", "prefixItems": [{}, SELF], "minItems": 2}, True),
         ({"type": "array", "prefixItems": [{}, SELF], "minItems": 1}, False),
+        ({"type": "array", "prefixItems": [{}, {}], "items": SELF, "minItems": 2}, False),
         ({"anyOf": [SELF, {"type": "null"}]}, False),
         ({"oneOf": [SELF, closed({"a": SELF})]}, True),
         ({"allOf": [{}, SELF]}, True),

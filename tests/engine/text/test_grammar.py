@@ -80,7 +80,9 @@ def test_forced_text_is_spelled_as_the_model_would() -> None:
     assert walk(tokenizer, spec) == tokenizer.encode("abab", add_special_tokens=False)
     assert len(walk(tokenizer, spec)) == 2
     tokenizer = tiny_tokenizers.opened("sentencepiece")  # writes a space before what it encodes
-    assert len(walk(tokenizer, spec)) == 2
+    space, *learned = tokenizer.encode("x  ab", add_special_tokens=False)
+    assert (tokenizer.token_bytes(space), tokenizer.token_bytes(learned[-1])) == (b" ", b" ab")
+    assert walk(tokenizer, GrammarSpec.of_choices(["x  ab"])) == learned, "not by the longest"
 
 
 def test_markers_are_never_text_and_the_end_comes_where_it_may() -> None:
@@ -216,6 +218,17 @@ def test_a_schema_cannot_loosen_its_own_rules() -> None:
 def test_a_tokenizer_that_cannot_spell_json_is_refused(kind: str) -> None:
     with pytest.raises(GrammarRefused, match="tokenizer has no token for each character"):
         tiny_tokenizers.opened(kind).grammars.compile(FLAG)
+
+
+def test_tokens_that_hang_on_their_neighbours_are_refused_even_if_they_spell_json() -> None:
+    whole = json.loads(tiny_tokenizers.byte_level().to_str())
+    vocab = whole["model"]["vocab"]
+    vocab[" "] = vocab.pop("Ġ")
+    whole["decoder"] = {"type": "BPEDecoder", "suffix": "</w>"}
+    fast = FastTokenizer.from_str(json.dumps(whole))
+    assert Vocabulary(fast).bytes_of(vocab[" "]) == b" "
+    with pytest.raises(GrammarRefused, match="tokenizer has no token for each character"):
+        Grammars(fast, Vocabulary(fast), frozenset()).compile(FLAG)
 
 
 def test_few_grammars_are_kept_and_the_last_used_ones() -> None:
