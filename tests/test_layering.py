@@ -31,6 +31,7 @@ THIRD_PARTIES = {
         "bitsandbytes",
         "huggingface_hub",
         "jinja2",
+        "llguidance",
         "numpy",
         "psutil",
         "safetensors",
@@ -107,7 +108,7 @@ TORCH_FREE = {
         *("tiers/link", "traces/replayer", "traces/tracefile"),
     },
     "engine": {
-        *("facts/config", "facts/errors", "facts/stats", "facts/units"),
+        *("facts/config", "facts/errors", "facts/grammar", "facts/stats", "facts/units"),
         *("model/regret", "weights/manifest"),
         *("planning/advice", "planning/device_memory", "planning/forecast", "planning/step_size"),
         *("step/params", "step/scheduler", "step/sequence"),

@@ -1,4 +1,4 @@
-"""The engine's facts: errors, configuration, units, statistics and the device. Lowest wing."""
+"""The engine's facts: configuration, errors, grammars, statistics, the device. Lowest wing."""
 
 from .config import EngineConfig, LinkSpec, Progress, ProgressFn
 from .device import CPU, Device, HostCopy, Room, choose, index_on, set_threads
@@ -8,6 +8,7 @@ from .errors import (
     Draining,
     EngineError,
     EngineFailed,
+    GrammarRefused,
     LoadCancelled,
     ModelNotFound,
     ModelRefused,
@@ -20,6 +21,7 @@ from .errors import (
     TemplateRefused,
     Unavailable,
 )
+from .grammar import GrammarKind, GrammarSpec
 from .stats import (
     CacheStats,
     EngineState,
@@ -44,6 +46,9 @@ __all__ = [
     "EngineState",
     "EngineStats",
     "GIB",
+    "GrammarKind",
+    "GrammarRefused",
+    "GrammarSpec",
     "HostCopy",
     "LinkSpec",
     "LoadCancelled",

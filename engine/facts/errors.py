@@ -9,7 +9,8 @@ EngineError
 ├── RequestError          one request's fault; the server answers 400
 │   ├── BadParameter      a sampling parameter out of range (`param` names it)
 │   ├── PromptTooLong     prompt + max_tokens exceed the context or the KV budget
-│   └── TemplateRefused   the model's chat template does not take the messages, or there is none
+│   ├── TemplateRefused   the model's chat template does not take the messages, or there is none
+│   └── GrammarRefused    no grammar, one that no text fits, or one too large
 └── Unavailable           nobody's fault; the server answers 503
     ├── NotReady          still loading
     ├── QueueFull         too many requests wait
@@ -65,6 +66,13 @@ class PromptTooLong(RequestError):
 
 class TemplateRefused(RequestError):
     """Has the template's own words, where it has raised."""
+
+
+class GrammarRefused(RequestError):
+    """What the answer must look like is wrong, impossible or too large; says which."""
+
+    def __init__(self, message: str, param: str | None = "response_format") -> None:
+        super().__init__(message, param)
 
 
 class Unavailable(EngineError):

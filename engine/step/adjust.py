@@ -19,6 +19,10 @@ class Constraint(Protocol):
 
     def advance(self, token_id: int) -> None: ...
 
+    @property
+    def finished(self) -> bool:
+        """Nothing but the end can follow."""
+
 
 class Adjustments:
     """Of one sequence: penalties, bias, and what must not be chosen."""
@@ -52,11 +56,14 @@ class Adjustments:
         changed = logits.copy()
         self._penalize(changed)
         changed[self._bias_ids] += self._bias
-        if ending:
-            changed[self._stops[self._stops < len(changed)]] = FORBIDDEN
         if self._constraint is not None:
             self._constraint.forbid(changed)
-        return changed
+        return self._unended(changed) if ending else changed
+
+    @property
+    def finished(self) -> bool:
+        """The constraint's text is whole."""
+        return self._constraint is not None and self._constraint.finished
 
     def saw(self, token_id: int) -> None:
         """`token_id` was chosen."""
@@ -67,6 +74,12 @@ class Adjustments:
             self._said.add(token_id)
         if self._constraint is not None:
             self._constraint.advance(token_id)
+
+    def _unended(self, logits: Floats) -> Floats:
+        """Without the end, unless a constraint has left nothing else."""
+        unended = logits.copy()
+        unended[self._stops[self._stops < len(logits)]] = FORBIDDEN
+        return logits if self._constraint is not None and np.isneginf(unended.max()) else unended
 
     def _penalize(self, logits: Floats) -> None:
         params = self._params

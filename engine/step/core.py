@@ -9,7 +9,7 @@ import torch
 
 from moestro.cache import CacheError, PackInvalid, ReadFailed
 from moestro.engine.facts import BadParameter, PackLost, PromptTooLong
-from moestro.engine.text import Piece, TextStream, Tokenizer
+from moestro.engine.text import CompiledGrammar, GrammarFault, Piece, TextStream, Tokenizer
 
 from .adjust import Adjustments
 from .events import FinishReason, TokenEvent, TokenLogprob
@@ -48,6 +48,7 @@ class _Output:
 
     sampler: Sampler
     text: TextStream
+    grammar: CompiledGrammar | None  # of all answers of the request
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # so far, not told yet
 
 
@@ -101,10 +102,15 @@ class Engine:
         return max(0, min(left, self.scheduler.most_new_tokens(prompt_tokens, n)))
 
     def add(self, sequence: Sequence) -> None:
-        """Raises QueueFull, and then changes nothing."""
+        """Raises QueueFull or GrammarRefused, and then changes nothing.
+
+        A grammar that nobody has compiled yet (`tokenizer.grammars`) holds up the engine.
+        """
+        spec = sequence.params.grammar
+        output = self._output(sequence, self.tokenizer.grammars.compile(spec) if spec else None)
         self.scheduler.add(sequence)
         sequence.times.submitted_s = self._clock()
-        self._outputs[sequence.key] = self._output(sequence)
+        self._outputs[sequence.key] = output
 
     def step(self) -> Emitted:
         """schedule -> run -> sample -> commit."""
@@ -202,7 +208,8 @@ class Engine:
         if sequence.pages_of_forks:
             everyone += self.scheduler.fork(sequence)
             self.runner.fork(sequence, everyone[1:])
-            self._outputs |= {one.key: self._output(one) for one in everyone[1:]}
+            grammar = self._outputs[sequence.key].grammar
+            self._outputs |= {one.key: self._output(one, grammar) for one in everyone[1:]}
         events: Emitted = []
         for one in everyone:
             if one.key in self._outputs:  # else another answer failed and took all with it
@@ -214,8 +221,8 @@ class Engine:
         try:
             token = output.sampler.choose(logits)
             piece = SILENT if self._is_silent(sequence, token) else output.text.push(token)
-        except NonFiniteLogits as error:
-            self.counters.corrupted += 1
+        except (NonFiniteLogits, GrammarFault) as error:
+            self.counters.corrupted += isinstance(error, NonFiniteLogits)
             return self._fail(sequence, str(error))
         except Exception:
             log.exception("the choice of a token failed, its request ends")
@@ -236,7 +243,7 @@ class Engine:
         return sequence, self._told(sequence, step)
 
     def _reason(self, sequence: Sequence, output: _Output, token: int) -> FinishReason | None:
-        if output.text.stopped or self._stops(sequence, token):
+        if output.text.stopped or output.sampler.finished or self._stops(sequence, token):
             return FinishReason.STOP
         if sequence.generated_tokens >= sequence.params.max_tokens:
             return FinishReason.LENGTH
@@ -249,7 +256,7 @@ class Engine:
         scores.clear()
         return event
 
-    def _output(self, sequence: Sequence) -> _Output:
+    def _output(self, sequence: Sequence, grammar: CompiledGrammar | None) -> _Output:
         params = sequence.params
         text = self.tokenizer.stream(
             sequence.token_ids,
@@ -257,19 +264,22 @@ class Engine:
             include_stop=params.include_stop,
             skip_special_tokens=params.skip_special_tokens,
         )
-        return _Output(self._sampler(sequence), text)
+        return _Output(self._sampler(sequence, grammar), text, grammar)
 
-    def _sampler(self, sequence: Sequence) -> Sampler:
+    def _sampler(self, sequence: Sequence, grammar: CompiledGrammar | None) -> Sampler:
         params = sequence.params
-        stop_ids = () if params.ignore_eos else self.tokenizer.stop_ids
-        return Sampler(
-            params, Adjustments(params, sequence.token_ids, stop_ids), index=sequence.index
-        )
+        constraint = grammar.constraint() if grammar is not None else None
+        changes = Adjustments(params, sequence.token_ids, self._end_ids(params), constraint)
+        return Sampler(params, changes, index=sequence.index)
+
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Where a grammar lets them come, they are the end of what it describes."""
+        ignored = params.ignore_eos and params.grammar is None
+        return frozenset() if ignored else self.tokenizer.stop_ids
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
         params = sequence.params
-        ends = token in self.tokenizer.stop_ids and not params.ignore_eos
-        return ends or token in params.stop_token_ids
+        return token in self._end_ids(params) or token in params.stop_token_ids
 
     def _is_silent(self, sequence: Sequence, token: int) -> bool:
         return self._stops(sequence, token) and not sequence.params.include_stop

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from moestro.engine.facts import BadParameter
+from moestro.engine.facts import BadParameter, GrammarSpec
 
 MOST_LOGPROBS = 20
 MOST_BIAS = 100.0
@@ -36,6 +36,7 @@ class SamplingParams:
     include_stop: bool = False  # the stop string stays in the text
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    grammar: GrammarSpec | None = None  # where it ends, the answer does, whatever the above say
     logprobs: int | None = None  # of each generated token, with this many of the most likely
     prompt_logprobs: int | None = None  # the same of each prompt token but the first
 

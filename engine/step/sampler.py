@@ -29,8 +29,13 @@ class Sampler:
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         self._chances = np.random.Generator(np.random.PCG64([seed % 2**64, index]))
 
+    @property
+    def finished(self) -> bool:
+        """No token can follow the last one, as its grammar has it."""
+        return self._adjustments.finished
+
     def choose(self, logits: torch.Tensor) -> int:
-        """`logits` [V], fp32, on the host. Raises NonFiniteLogits."""
+        """`logits` [V], fp32, on the host. Raises NonFiniteLogits, GrammarFault."""
         raw: Floats = logits.numpy()
         _check(raw)
         scores = self._adjustments.apply(raw)

@@ -1,7 +1,19 @@
-"""Text to token ids and back, whatever the tokenizer is."""
+"""Text to token ids and back, whatever the tokenizer is; grammars over its tokens."""
 
 from .chat_template import ChatTemplate, TemplateFacts
+from .grammar import CompiledGrammar, GrammarConstraint, GrammarFault, Grammars
 from .text_stream import Piece, TextStream
 from .tokenizer import Tokenizer, TokenizerInfo
 
-__all__ = ["ChatTemplate", "Piece", "TemplateFacts", "TextStream", "Tokenizer", "TokenizerInfo"]
+__all__ = [
+    "ChatTemplate",
+    "CompiledGrammar",
+    "GrammarConstraint",
+    "GrammarFault",
+    "Grammars",
+    "Piece",
+    "TemplateFacts",
+    "TextStream",
+    "Tokenizer",
+    "TokenizerInfo",
+]

@@ -14,6 +14,7 @@ from moestro.engine.facts import BadParameter, ModelRefused, PromptTooLong
 from moestro.engine.weights import json_object
 
 from .chat_template import ChatTemplate, TemplateFacts
+from .grammar import Grammars
 from .prompt_slices import doubled_tokens, token_slices
 from .reader import reader
 from .text_bound import most_chars_per_token
@@ -58,6 +59,7 @@ class Tokenizer:
         self.stop_ids = frozenset(_stop_ids(folder, slow.eos_token_id))
         if not self.stop_ids:
             log.warning("%s names no end-of-sequence token: only limits end an answer", folder)
+        self.grammars = Grammars(self._fast, self._vocabulary, self.stop_ids)
 
     def encode(
         self, text: str, most_tokens: int | None = None, *, add_special_tokens: bool = True

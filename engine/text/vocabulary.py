@@ -53,6 +53,11 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
 
     @property
+    def added_ids(self) -> frozenset[int]:
+        """Special ones too: what a model has been given beside its text, as `<think>`."""
+        return frozenset(self._added)
+
+    @property
     def joins_bytes(self) -> bool:
         return self._joining is not None
 
