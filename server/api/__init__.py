@@ -16,6 +16,7 @@ from .respond import Head, check_model, respond
 from .sampling import SamplingFields, tokens_to_make
 from .schemas import ModelCard, ModelList, Usage
 from .stream import KEEP_ALIVE
+from .structure import check_structure
 from .token_log import Entry, TokenLog, by_id, legacy, openai_chat, prompt_entries
 from .values import Whole, refuse_surrogates, whole_number
 
@@ -43,6 +44,7 @@ __all__ = [
     "WorkerDep",
     "by_id",
     "check_model",
+    "check_structure",
     "documented",
     "legacy",
     "openai_chat",

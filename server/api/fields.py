@@ -37,15 +37,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "grammar": _NONE,
     "grammar_triggers": _NONE,
     "ebnf": _NONE,
-    "regex": _NONE,
-    "json_schema": _NONE,
-    "guided_json": _NONE,
-    "guided_json_object": _NONE,
-    "guided_regex": _NONE,
-    "guided_choice": _NONE,
     "guided_grammar": _NONE,
     "structural_tag": _NONE,
-    "structured_outputs": _NONE,
     "bad_words": _NONE,
     "bad_words_ids": _NONE,
     "banned_strings": _NONE,
@@ -129,7 +122,6 @@ NEUTRAL_ON_COMPLETIONS: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "chat_template_kwargs": ({},),
     "continue_final_message": _OFF,
-    "response_format": ({"type": "text"},),
 }
 NEUTRAL_ON_CHAT: dict[str, tuple[object, ...]] = {
     "prompt": ("", []),
@@ -144,7 +136,6 @@ NEUTRAL_ON_CHAT: dict[str, tuple[object, ...]] = {
     "reasoning_budget": (-1,),
     "include_reasoning": (True,),
     "separate_reasoning": (True,),
-    "response_format": ({"type": "text"},),
 }
 
 

@@ -1,13 +1,14 @@
 """The fields that say how tokens are chosen: the same in all APIs."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from moestro.engine import PromptTooLong, SamplingParams
+from moestro.engine import GrammarRefused, PromptTooLong, SamplingParams
 from moestro.server.contract import Worker
 
+from .structure import STRUCTURES, AnyJson, Structure, structure_of
 from .values import Biases, Number, Penalty, Seed, Share, StopIds, Stops, Temperature, Whole
 
 MAX_ANSWERS = 128  # more is a mistake; the engine's own limit is lower
@@ -49,6 +50,29 @@ class SamplingFields(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    response_format: AnyJson = None
+    structured_outputs: AnyJson = None
+    guided_json: AnyJson = None
+    guided_json_object: AnyJson = None
+    guided_regex: AnyJson = None
+    guided_choice: AnyJson = None
+    json_schema: AnyJson = None
+    regex: AnyJson = None
+
+    @model_validator(mode="after")
+    def _has_one_structure(self) -> Self:
+        try:
+            _ = self.structure
+        except GrammarRefused as error:
+            raise PydanticCustomError(
+                "structure", "{param}: {words}", {"param": "response_format", "words": str(error)}
+            ) from error
+        return self
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the answer must look like."""
+        return structure_of({name: getattr(self, name) for name in STRUCTURES})
 
     @property
     def answers(self) -> int:

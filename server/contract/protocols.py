@@ -8,6 +8,7 @@ from moestro.engine import (
     EngineError,
     EngineState,
     EngineStats,
+    GrammarSpec,
     ModelInfo,
     Progress,
     SamplingParams,
@@ -17,11 +18,19 @@ from moestro.engine import (
 )
 
 
+class Grammars(Protocol):
+    """What checks and keeps grammars ahead of the engine; slow, and safe in any thread."""
+
+    def compile(self, spec: GrammarSpec) -> object: ...
+
+
 class Tokens(Protocol):
     """The model's tokenizer; safe in any thread."""
 
     @property
     def info(self) -> TokenizerInfo: ...
+    @property
+    def grammars(self) -> Grammars: ...
     @property
     def special_texts(self) -> frozenset[str]: ...
     @property

@@ -21,6 +21,7 @@ from moestro.engine import (
     EngineState,
     EngineStats,
     FinishReason,
+    GrammarSpec,
     ModelInfo,
     NotReady,
     PrefetchStats,
@@ -132,11 +133,25 @@ def script_of(*events: TokenEvent | EngineError) -> Script:
     return play
 
 
+class FakeGrammars:
+    """Remembers what was asked for; refuses with `refusal`, if there is one."""
+
+    def __init__(self) -> None:
+        self.compiled: list[GrammarSpec] = []
+        self.refusal: EngineError | None = None
+
+    def compile(self, spec: GrammarSpec) -> None:
+        self.compiled.append(spec)
+        if self.refusal is not None:
+            raise self.refusal
+
+
 class FakeTokenizer:
     """One token per UTF-8 byte; `info` is what a test says."""
 
     def __init__(self) -> None:
         self.info = TokenizerInfo("<s>", "</s>", None, None)
+        self.grammars = FakeGrammars()
         self.chat: ChatFormat | None = None
         self.rendered: list[dict[str, Any]] = []  # what templates were given
 

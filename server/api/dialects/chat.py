@@ -6,10 +6,19 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from moestro.server.api import Head, PartsDep, check_model, respond, submit_all, tokens_to_make
+from moestro.server.api import (
+    Head,
+    PartsDep,
+    check_model,
+    check_structure,
+    respond,
+    submit_all,
+    tokens_to_make,
+)
 from moestro.server.contract import DOCUMENTED
 from moestro.server.metrics import Track
 
+from .chat_calls import forced_calls
 from .chat_prompt import converse
 from .chat_reply import ChatReply
 from .chat_schema import ChatCompletion, ChatRequest
@@ -34,11 +43,14 @@ async def create_chat_completion(body: ChatRequest, request: Request, parts: Par
     check_model(body.model, parts.settings)
     worker = parts.worker
     most_tokens = worker.model.max_model_len_tokens
+    structure = forced_calls(body) or body.structure
+    grammar = await check_structure(structure, worker)
     conversation = await run_in_threadpool(converse, body, worker.tokenizer, most_tokens)
     params = body.sampling(
         tokens_to_make(body.asked_tokens, len(conversation.ids), body.answers, worker),
         n=body.answers,
         logprobs=body.scores,
+        grammar=grammar,
         skip_special_tokens=not conversation.reads_markers
         and body.skip_special_tokens is not False,
     )

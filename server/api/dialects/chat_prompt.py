@@ -18,6 +18,8 @@ from moestro.server.parsing import (
 
 from .chat_schema import ChatRequest, Json
 
+LIST_OF_CALLS = "[TOOL_CALLS]"  # as Mistral's models begin a JSON list of calls
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -30,23 +32,29 @@ class Conversation:
     tools_allowed: bool
     special_texts: frozenset[str]
     text_parameters: dict[str, frozenset[str]]
+    held: bool  # to a grammar: no markers come, and no reasoning
+    calls_alone: bool  # what it is held to is a list of calls
 
     @property
     def reads_markers(self) -> bool:
         """The engine must leave special tokens in the text: some say what it is."""
-        return self.tools is not None or self.reasoning is not None
+        return not self.held and (self.tools is not None or self.reasoning is not None)
 
     def parser(self) -> ChatParser:
         """For one answer."""
-        return make_parser(
-            self.tools,
-            reasoning=self.reasoning,
-            starts_in_reasoning=self.in_reasoning,
+        form = None if self.held else self.tools
+        parser = make_parser(
+            ToolFormat.MISTRAL if self.calls_alone else form,
+            reasoning=None if self.held else self.reasoning,
+            starts_in_reasoning=self.in_reasoning and not self.held,
             tools_allowed=self.tools_allowed,
             special_texts=self.special_texts,
             new_id=lambda: f"call_{uuid.uuid4().hex[:24]}",
             text_parameters=self.text_parameters,
         )
+        if self.calls_alone:
+            parser.push(LIST_OF_CALLS)
+        return parser
 
 
 def converse(body: ChatRequest, tokens: Tokens, most_tokens: int) -> Conversation:
@@ -58,7 +66,7 @@ def converse(body: ChatRequest, tokens: Tokens, most_tokens: int) -> Conversatio
     form = tool_format_of(template)
     if tools and not tokens.template_facts.renders_tools:
         raise BadParameter("the model's chat template knows no tools: leave them out", "tools")
-    if tools and form is None:
+    if tools and form is None and not body.must_call:
         raise BadParameter(
             "this model writes tool calls in a way that is not known here: leave tools out", "tools"
         )
@@ -79,6 +87,8 @@ def converse(body: ChatRequest, tokens: Tokens, most_tokens: int) -> Conversatio
         tools_allowed=bool(tools),
         special_texts=frozenset() if body.skip_special_tokens is False else tokens.special_texts,
         text_parameters={tool["function"]["name"]: _text_parameters(tool) for tool in tools},
+        held=body.must_call or body.structure is not None,
+        calls_alone=body.must_call,
     )
 
 

@@ -35,6 +35,7 @@ class ChatReply:
     ) -> None:
         self._head = head
         self._logs = body.logprobs
+        self._first_call_alone = body.parallel_tool_calls is False
         self._tokens = tokens
         self._answers = [_Answer(conversation.parser()) for _ in range(body.answers)]
 
@@ -76,8 +77,9 @@ class ChatReply:
         if delta.content:
             answer.content += delta.content
             parts.append({"content": delta.content})
-        if delta.tool_calls:
-            parts.append({"tool_calls": [_called(answer, call) for call in delta.tool_calls]})
+        calls = [call for call in delta.tool_calls if call.index == 0 or not self._first_call_alone]
+        if calls:
+            parts.append({"tool_calls": [_called(answer, call) for call in calls]})
         return parts
 
     def _choices(self, index: int, parts: list[Json]) -> list[dict[str, Any]]:

@@ -221,6 +221,8 @@ class ChatRequest(SamplingFields):
         names = {tool["function"]["name"] for tool in self.tools}
         if self.called_name is not None and self.called_name not in names:
             raise _wrong("tool_choice", "names a function that is not among the tools")
+        if self.structure is not None and self.tools_for_model:
+            raise _wrong(self.structure[0], "not together with tools, unless tool_choice is none")
         if self.continue_final_message and self.add_generation_prompt:
             raise _wrong("add_generation_prompt", "not with continue_final_message")
         return self

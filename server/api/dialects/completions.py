@@ -12,6 +12,7 @@ from moestro.server.api import (
     Parts,
     PartsDep,
     check_model,
+    check_structure,
     respond,
     submit_all,
     tokens_to_make,
@@ -40,11 +41,13 @@ async def create_completion(body: CompletionRequest, request: Request, parts: Pa
     """Continues prompts: OpenAI's completions endpoint."""
     track = Track(parts.metrics, ENDPOINT, request.state.request_id, time.perf_counter())
     check_model(body.model, parts.settings)
+    grammar = await check_structure(body.structure, parts.worker)
     prompts = [await _encode(prompt, body, parts) for prompt in body.prompt]
     params = [
         body.sampling(
             tokens_to_make(body.asked_tokens, len(prompt.ids), body.candidates, parts.worker),
             n=body.candidates,
+            grammar=grammar,
             logprobs=body.answer_scores,
             prompt_logprobs=body.prompt_scores,
         )
