@@ -1,7 +1,8 @@
 """What routes are made of: schemas, streams, middleware, and the routes about the server itself."""
 
+from .cors import Cors
 from .deps import Parts, PartsDep, SettingsDep, WorkerDep
-from .middleware import ApiKey, BodyLimit, RequestIds
+from .middleware import ApiKey, BodyLimit, HeadAsGet, RequestIds
 from .ops import router as ops_router
 from .schemas import Completion, CompletionRequest, ModelCard, ModelList
 from .stream import KEEP_ALIVE, Answer, ClientGone, EventStream, Sse, whole
@@ -13,7 +14,9 @@ __all__ = [
     "ClientGone",
     "Completion",
     "CompletionRequest",
+    "Cors",
     "EventStream",
+    "HeadAsGet",
     "KEEP_ALIVE",
     "ModelCard",
     "ModelList",

@@ -225,7 +225,4 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     request_id = state.get("request_id", "-")
     if problem.row.status == 500:
         log.error("request %s failed: %s", request_id, type(error).__name__)
-    response = problem.response()
-    if problem.row is INTERNAL:  # answered outside the middleware that sets it otherwise
-        response.headers["x-request-id"] = request_id
-    return response
+    return problem.response()

@@ -6,9 +6,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from moestro.engine import EngineError
-from moestro.server.api import ApiKey, BodyLimit, Parts, RequestIds, ops_router
+from moestro.server.api import ApiKey, BodyLimit, Cors, HeadAsGet, Parts, RequestIds, ops_router
 from moestro.server.api.dialects import completions_router, tokenizer_router
 from moestro.server.contract import GenerationFailed, UnknownModel, Worker, answer
 from moestro.server.facts import Settings
@@ -17,6 +18,12 @@ from moestro.server.metrics import EngineCollector, ServerMetrics
 
 class Api(FastAPI):
     """FastAPI documents a 422 for every route with parameters; here they are 400s."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Around FastAPI's own, so that the answer to a bug has these headers too."""
+        stack: ASGIApp = RequestIds(super().build_middleware_stack())
+        origins = self.state.parts.settings.allow_origin
+        return Cors(stack, origins) if origins else stack
 
     def openapi(self) -> dict[str, Any]:
         schema = super().openapi()
@@ -53,8 +60,8 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
     ):
         app.add_exception_handler(kind, answer)
     # The last added is the first passed.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body)
-    if settings.key is not None:
-        app.add_middleware(ApiKey, key=settings.key, metrics=metrics)
-    app.add_middleware(RequestIds)
+    if settings.keys:
+        app.add_middleware(ApiKey, keys=settings.keys, metrics=metrics)
     return app
