@@ -2,7 +2,7 @@
 
 from .cors import Cors
 from .deps import Parts, PartsDep, SettingsDep, WorkerDep
-from .middleware import ApiKey, BodyLimit, HeadAsGet, RequestIds
+from .middleware import OPEN_PATHS, ApiKey, BodyLimit, HeadAsGet, RequestIds
 from .ops import router as ops_router
 from .schemas import Completion, CompletionRequest, ModelCard, ModelList
 from .stream import KEEP_ALIVE, Answer, ClientGone, EventStream, Sse, whole
@@ -20,6 +20,7 @@ __all__ = [
     "KEEP_ALIVE",
     "ModelCard",
     "ModelList",
+    "OPEN_PATHS",
     "Parts",
     "PartsDep",
     "RequestIds",

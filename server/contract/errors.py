@@ -115,6 +115,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "A field is missing, wrong or not supported"},
     401: {"model": ErrorResponse, "description": "No key, or not the right one"},
     404: {"model": ErrorResponse, "description": "No such model or path"},
+    408: {"model": ErrorResponse, "description": "The request did not come in time"},
     413: {"model": ErrorResponse, "description": "The body is too large"},
     500: {"model": ErrorResponse, "description": "The request failed inside"},
     503: {
