@@ -5,7 +5,7 @@ At the root and in vLLM's shapes, where lm-eval looks for them; llama-server's n
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -31,14 +31,27 @@ router = APIRouter(responses=DOCUMENTED)
 _limiter: RunVar[CapacityLimiter] = RunVar("moestro_tokenizer_routes")
 
 
+# Two names of one field each: vLLM's, and llama-server's.
+SYNONYMS = (
+    ("prompt", "content"),
+    ("add_special_tokens", "add_special"),
+    ("return_token_strs", "with_pieces"),
+)
+
+
+def _document_synonyms(schema: dict[str, Any]) -> None:
+    def null(name: str) -> dict[str, Any]:
+        return {"properties": {name: {"type": "null"}}}
+
+    texts = [{"required": [name], "properties": {name: {"type": "string"}}} for name in SYNONYMS[0]]
+    alone = [{"anyOf": [null(name), null(other)]} for name, other in SYNONYMS]
+    schema["allOf"] = [{"anyOf": texts}, *alone]
+
+
 class TokenizeRequest(BaseModel):
     """One of `prompt` and `content`, which are the same. Unknown fields are ignored."""
 
-    model_config = ConfigDict(
-        strict=True,
-        frozen=True,
-        json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["content"]}]},
-    )
+    model_config = ConfigDict(strict=True, frozen=True, json_schema_extra=_document_synonyms)
 
     model: str | None = None
     prompt: str | None = None
@@ -58,11 +71,7 @@ class TokenizeRequest(BaseModel):
 
     @model_validator(mode="after")
     def _one_name_for_each(self) -> "TokenizeRequest":
-        for name, other in (
-            ("prompt", "content"),
-            ("add_special_tokens", "add_special"),
-            ("return_token_strs", "with_pieces"),
-        ):
+        for name, other in SYNONYMS:
             if None not in (getattr(self, name), getattr(self, other)):
                 raise _refusal("said_twice", other, f"means the same as {name}: send one of them")
         if self.prompt is None and self.content is None:
