@@ -1,5 +1,6 @@
 """What routes are made of: fields, streams, middleware, and the routes about the server itself."""
 
+from .cors import Cors
 from .deps import Parts, PartsDep, SettingsDep, WorkerDep
 from .fields import (
     ALIASES,
@@ -10,9 +11,9 @@ from .fields import (
     understood,
 )
 from .joined import Joined, submit_all
-from .middleware import ApiKey, BodyLimit, RequestIds
+from .middleware import OPEN_PATHS, ApiKey, BodyLimit, HeadAsGet, RequestIds
 from .ops import router as ops_router
-from .respond import Head, check_model, respond
+from .respond import Head, answered, check_model, respond
 from .sampling import SamplingFields, tokens_to_make
 from .schemas import ModelCard, ModelList, Usage
 from .stream import KEEP_ALIVE
@@ -33,6 +34,9 @@ __all__ = [
     "NEUTRAL",
     "NEUTRAL_ON_CHAT",
     "NEUTRAL_ON_COMPLETIONS",
+    "Cors",
+    "HeadAsGet",
+    "OPEN_PATHS",
     "Parts",
     "PartsDep",
     "RequestIds",
@@ -42,6 +46,7 @@ __all__ = [
     "Usage",
     "Whole",
     "WorkerDep",
+    "answered",
     "by_id",
     "check_model",
     "check_structure",

@@ -6,6 +6,8 @@ Plain ASGI, on the raw path: what a proxy or a Host header says is never trusted
 import hmac
 import re
 import uuid
+from collections.abc import Iterable
+from hashlib import sha256
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,15 +41,36 @@ class RequestIds:
         await self._app(scope, receive, send_with_id)
 
 
+class HeadAsGet:
+    """HEAD wherever GET is: the server that writes the answer leaves its body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+
+        async def send_allowing_head(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 405:
+                headers = MutableHeaders(scope=message)
+                if headers.get("allow") == "GET":
+                    headers["allow"] = "GET, HEAD"
+            await send(message)
+
+        await self._app(scope, receive, send_allowing_head)
+
+
 class ApiKey:
     """Everything but OPEN_PATHS needs `Authorization: Bearer KEY`, unknown paths included.
 
-    The scheme's case does not count, as HTTP has it; the key's does.
+    The scheme's case does not count, as HTTP has it; the key's does. How long a comparison takes
+    tells neither how much of a key is right nor which of them is near.
     """
 
-    def __init__(self, app: ASGIApp, key: str, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str], metrics: ServerMetrics) -> None:
         self._app = app
-        self._key = key.encode()
+        self._digests = [sha256(key.encode()).digest() for key in keys]
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,7 +86,9 @@ class ApiKey:
         if len(given) != 1:
             return False
         scheme, _, key = given[0].partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.encode("latin-1"), self._key)
+        digest = sha256(key.encode("latin-1")).digest()
+        right = [hmac.compare_digest(digest, known) for known in self._digests]  # with every one
+        return scheme.lower() == "bearer" and any(right)
 
 
 class BodyLimit:

@@ -26,7 +26,6 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.head("/health", include_in_schema=False)
 @router.get("/health", responses=_UNAVAILABLE)
 async def health(worker: WorkerDep, settings: SettingsDep) -> JSONResponse:
     """Alive: 200 also while loading or draining; 503 when the engine died or is stuck."""
@@ -42,7 +41,6 @@ async def health(worker: WorkerDep, settings: SettingsDep) -> JSONResponse:
     )
 
 
-@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses=_UNAVAILABLE)
 async def ready(worker: WorkerDep) -> JSONResponse:
     """Send requests here: 200 only when they are served at once."""

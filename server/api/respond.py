@@ -3,8 +3,10 @@
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request, Response
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from moestro.server.contract import UnknownModel
@@ -41,6 +43,18 @@ def check_model(name: str | None, settings: Settings) -> None:
         raise UnknownModel(
             f"the model {name[:100]!r} does not exist; served here: {settings.served_name!r}"
         )
+
+
+def answered(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: the whole answer, or events."""
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    return {
+        200: {
+            "model": model,
+            "description": "The answer, or its pieces as server-sent events",
+            "content": {"text/event-stream": {"schema": event}},
+        }
+    }
 
 
 async def respond(

@@ -64,6 +64,11 @@ def _refuse(message: str) -> int:
     return 2
 
 
+def _given(parameters: dict[str, Any], *others: str) -> dict[str, Any]:
+    """Those of a command's parameters that are settings and were said."""
+    return {name: v for name, v in parameters.items() if v is not None and name not in others}
+
+
 def _settings(given: dict[str, Any]) -> "Settings":
     """Raises Refused. A variable that is no setting changes nothing, and is said."""
     from moestro.server.facts import load_settings
@@ -161,6 +166,8 @@ def serve(
     served_model_name: flags.ServedModelName = None,
     cache_dir: flags.CacheDir = None,
     api_key: flags.ApiKey = None,
+    api_key_file: flags.ApiKeyFile = None,
+    allow_origin: flags.AllowOrigin = None,
 ) -> None:
     """Serve a model over HTTP, in the manner of OpenAI's API.
 
@@ -174,11 +181,7 @@ def serve(
     MOESTRO_HOST_MEMORY=2GiB is --host-memory 2GiB, MOESTRO_PREFETCH=false is --no-prefetch;
     a flag wins. Ctrl-C lets running requests finish, a second one does not.
     """
-    given: dict[str, Any] = {
-        name: value
-        for name, value in locals().items()
-        if value is not None and not name.startswith("no_")
-    }
+    given = _given(locals(), "no_prefetch", "no_host_compute")
     if no_prefetch:
         given["prefetch"] = False
     if no_host_compute:
@@ -241,11 +244,7 @@ def plan(
     --json prints one object of model, memory, experts, link, compute, decode, prefill, changes:
     sizes in bytes (…_bytes), times in seconds (…_s), speeds per second (tokens_per_s).
     """
-    given: dict[str, Any] = {
-        name: value
-        for name, value in locals().items()
-        if value is not None and name not in ("disk_speed", "trace", "as_json")
-    }
+    given = _given(locals(), "disk_speed", "trace", "as_json")
     settings = _settings(given)
     with _command_imports():
         from .plan import run_plan
@@ -279,11 +278,7 @@ def record(
       moestro trace replay demo.trace
       moestro plan demo --trace demo.trace
     """
-    given: dict[str, Any] = {
-        name: value
-        for name, value in locals().items()
-        if value is not None and name not in ("out", "prompts", "tokens")
-    }
+    given = _given(locals(), "out", "prompts", "tokens")
     settings = _settings(given)
     with _command_imports():
         from .tracing import run_record

@@ -166,11 +166,31 @@ CacheDir = Annotated[
     ),
 ]
 ApiKey = Annotated[
-    str | None,
+    list[str] | None,
     Option(
         "--api-key",
         metavar="KEY",
-        help="Clients must send it; MOESTRO_API_KEY hides it from `ps`. [default: none]",
+        show_default=False,
+        help="Clients must send it; repeat for more, any of which opens. MOESTRO_API_KEY, for one,"
+        " hides it from `ps`. [default: none]",
+    ),
+]
+ApiKeyFile = Annotated[
+    str | None,
+    Option(
+        "--api-key-file",
+        metavar="FILE",
+        help="More keys: one a line; lines with # are comments. [default: none]",
+    ),
+]
+AllowOrigin = Annotated[
+    list[str] | None,
+    Option(
+        "--allow-origin",
+        metavar="ORIGIN",
+        show_default=False,
+        help="Web pages of this origin, such as http://localhost:3000, may call the server from"
+        " a browser; repeat for more, * for all. [default: none]",
     ),
 ]
 

@@ -88,10 +88,10 @@ def prepare_of(settings: Settings) -> Callable[[ProgressFn], Path] | None:
 
 
 def warn_if_open(settings: Settings) -> None:
-    if settings.key is None and not is_loopback(settings.host):
+    if not settings.keys and not is_loopback(settings.host):
         log.warning(
             "listening on %s without a key: whoever reaches this port can use the model; "
-            "set --api-key or MOESTRO_API_KEY",
+            "set --api-key, --api-key-file or MOESTRO_API_KEY",
             settings.host,
         )
 
@@ -104,7 +104,7 @@ def ready_text(settings: Settings, url: str, seconds: float) -> str:
         "max_tokens": 32,
         "temperature": 0,
     }
-    key = "" if settings.key is None else '-H "Authorization: Bearer $MOESTRO_API_KEY" '
+    key = "" if not settings.keys else '-H "Authorization: Bearer $MOESTRO_API_KEY" '
     return "\n".join(
         (
             f"moestro {version('moestro')} serves {settings.served_name!r} at {url}/v1, "

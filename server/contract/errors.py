@@ -115,6 +115,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "A field is missing, wrong or not supported"},
     401: {"model": ErrorResponse, "description": "No key, or not the right one"},
     404: {"model": ErrorResponse, "description": "No such model or path"},
+    408: {"model": ErrorResponse, "description": "The request did not come in time"},
     413: {"model": ErrorResponse, "description": "The body is too large"},
     500: {"model": ErrorResponse, "description": "The request failed inside"},
     503: {
@@ -225,7 +226,4 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     request_id = state.get("request_id", "-")
     if problem.row.status == 500:
         log.error("request %s failed: %s", request_id, type(error).__name__)
-    response = problem.response()
-    if problem.row is INTERNAL:  # answered outside the middleware that sets it otherwise
-        response.headers["x-request-id"] = request_id
-    return response
+    return problem.response()

@@ -19,8 +19,10 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from .keys import parse_keys, read_keys
+from .origins import parse_origins
 from .refusal import Refused
 
 if TYPE_CHECKING:
@@ -106,6 +108,16 @@ Count = Annotated[int, Field(gt=0, description=_COUNT_FORM)]
 StepTokens = Annotated[
     int, Field(ge=LEAST_STEP_TOKENS, description=f"a whole number from {LEAST_STEP_TOKENS} on")
 ]
+# As one string each, where they come from a variable: JSON is nobody's key.
+Keys = Annotated[
+    tuple[SecretStr, ...], NoDecode, BeforeValidator(parse_keys), Field(description="a key")
+]
+KeysOfFile = Annotated[
+    tuple[SecretStr, ...], NoDecode, BeforeValidator(read_keys), Field(description="a file of keys")
+]
+Origins = Annotated[
+    tuple[str, ...], NoDecode, BeforeValidator(parse_origins), Field(description="origins")
+]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, description="seconds above 0")]
 
 
@@ -163,7 +175,9 @@ class Settings(Places):
     served_model_name: str | None = Field(
         None, min_length=1, max_length=256, description="a name of 1 to 256 characters"
     )
-    api_key: SecretStr | None = Field(None, min_length=1, description="a key of visible characters")
+    api_key: Keys = ()
+    api_key_file: KeysOfFile = ()
+    allow_origin: Origins = ()
 
     # No flags: nobody needs them on the first day, an operator may.
     max_body: Bytes = 4 << 20
@@ -234,13 +248,6 @@ class Settings(Places):
             )
         return value
 
-    @field_validator("api_key")
-    @classmethod
-    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
-            raise ValueError("the key must be of visible ASCII characters without spaces")
-        return value
-
     @property
     def is_demo(self) -> bool:
         return self.model == DEMO
@@ -255,8 +262,9 @@ class Settings(Places):
         return self.served_model_name or (DEMO if self.is_demo else self.model_path.name)
 
     @property
-    def key(self) -> str | None:
-        return None if self.api_key is None else self.api_key.get_secret_value()
+    def keys(self) -> frozenset[str]:
+        """Each of which opens; empty where none is needed."""
+        return frozenset(key.get_secret_value() for key in (*self.api_key, *self.api_key_file))
 
     def to_engine_config(self) -> "EngineConfig":
         from moestro.engine import EngineConfig, LinkSpec  # bring torch: once it is decided
@@ -335,7 +343,7 @@ def _in_one_line(error: ErrorDetails, flags: Mapping[str, object]) -> str:
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
     form = Settings.model_fields[field].description or _form_of(field)
-    shown = "the value" if field == "api_key" else _shown(error["input"])
+    shown = "the value" if field.startswith("api_key") else _shown(error["input"])
     return f"{name}: {shown} is not {form}"
 
 

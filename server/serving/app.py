@@ -6,9 +6,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from moestro.engine import EngineError
-from moestro.server.api import ApiKey, BodyLimit, Parts, RequestIds, ops_router
+from moestro.server.api import ApiKey, BodyLimit, Cors, HeadAsGet, Parts, RequestIds, ops_router
 from moestro.server.api.dialects import (
     chat_router,
     completions_router,
@@ -19,18 +20,23 @@ from moestro.server.contract import GenerationFailed, UnknownModel, Worker, answ
 from moestro.server.facts import Settings
 from moestro.server.metrics import EngineCollector, ServerMetrics
 
+from .document import complete
+
 
 class Api(FastAPI):
-    """FastAPI documents a 422 for every route with parameters; here they are 400s."""
+    """FastAPI with our middleware around it, and with a document that tells the truth."""
 
     def openapi(self) -> dict[str, Any]:
-        schema = super().openapi()
-        for path in schema["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        for name in ("HTTPValidationError", "ValidationError"):
-            schema.get("components", {}).get("schemas", {}).pop(name, None)
-        return schema
+        if self.openapi_schema is None:
+            complete(super().openapi(), has_keys=bool(self.state.parts.settings.keys))
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Around FastAPI's own, so that the answer to a bug has these headers too."""
+        stack: ASGIApp = RequestIds(super().build_middleware_stack())
+        origins = self.state.parts.settings.allow_origin
+        return Cors(stack, origins) if origins else stack
 
 
 def create_app(worker: Worker, settings: Settings) -> FastAPI:
@@ -60,8 +66,8 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
     ):
         app.add_exception_handler(kind, answer)
     # The last added is the first passed.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body)
-    if settings.key is not None:
-        app.add_middleware(ApiKey, key=settings.key, metrics=metrics)
-    app.add_middleware(RequestIds)
+    if settings.keys:
+        app.add_middleware(ApiKey, keys=settings.keys, metrics=metrics)
     return app

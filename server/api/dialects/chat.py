@@ -1,7 +1,6 @@
 """/v1/chat/completions. Says no before the first byte."""
 
 import time
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -9,6 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from moestro.server.api import (
     Head,
     PartsDep,
+    answered,
     check_model,
     check_structure,
     respond,
@@ -27,16 +27,8 @@ ENDPOINT = "chat"
 
 router = APIRouter(prefix="/v1", responses=DOCUMENTED)
 
-_OK: dict[int | str, dict[str, Any]] = {
-    200: {
-        "model": ChatCompletion,
-        "description": "The message, or its pieces as server-sent events",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-    }
-}
 
-
-@router.post("/chat/completions", response_model=None, responses=_OK)
+@router.post("/chat/completions", response_model=None, responses=answered(ChatCompletion))
 async def create_chat_completion(body: ChatRequest, request: Request, parts: PartsDep) -> Response:
     """Answers a conversation: OpenAI's chat endpoint, with tools and reasoning."""
     track = Track(parts.metrics, ENDPOINT, request.state.request_id, time.perf_counter())

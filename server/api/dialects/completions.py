@@ -1,7 +1,6 @@
 """/v1/completions. Says no before the first byte."""
 
 import time
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -11,6 +10,7 @@ from moestro.server.api import (
     Head,
     Parts,
     PartsDep,
+    answered,
     check_model,
     check_structure,
     respond,
@@ -27,16 +27,8 @@ ENDPOINT = "completions"
 
 router = APIRouter(prefix="/v1", responses=DOCUMENTED)
 
-_OK: dict[int | str, dict[str, Any]] = {
-    200: {
-        "model": Completion,
-        "description": "The completion, or its pieces as server-sent events",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-    }
-}
 
-
-@router.post("/completions", response_model=None, responses=_OK)
+@router.post("/completions", response_model=None, responses=answered(Completion))
 async def create_completion(body: CompletionRequest, request: Request, parts: PartsDep) -> Response:
     """Continues prompts: OpenAI's completions endpoint."""
     track = Track(parts.metrics, ENDPOINT, request.state.request_id, time.perf_counter())

@@ -5,7 +5,7 @@ At the root and in vLLM's shapes, where lm-eval looks for them; llama-server's n
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from moestro.engine import BadParameter
-from moestro.server.api import SettingsDep, WorkerDep
-from moestro.server.contract import DOCUMENTED, UNSUPPORTED, UnknownModel, Worker
-from moestro.server.facts import Settings
+from moestro.server.api import SettingsDep, WorkerDep, check_model
+from moestro.server.contract import DOCUMENTED, UNSUPPORTED, Worker
 
 # An encoding takes some 200 bytes a token: one at a time, in a thread of its own, so that texts
 # longer than any prompt neither take much memory nor the threads that prompts are encoded in.
@@ -31,14 +30,27 @@ router = APIRouter(responses=DOCUMENTED)
 _limiter: RunVar[CapacityLimiter] = RunVar("moestro_tokenizer_routes")
 
 
+# Two names of one field each: vLLM's, and llama-server's.
+SYNONYMS = (
+    ("prompt", "content"),
+    ("add_special_tokens", "add_special"),
+    ("return_token_strs", "with_pieces"),
+)
+
+
+def _document_synonyms(schema: dict[str, Any]) -> None:
+    def null(name: str) -> dict[str, Any]:
+        return {"properties": {name: {"type": "null"}}}
+
+    texts = [{"required": [name], "properties": {name: {"type": "string"}}} for name in SYNONYMS[0]]
+    alone = [{"anyOf": [null(name), null(other)]} for name, other in SYNONYMS]
+    schema["allOf"] = [{"anyOf": texts}, *alone]
+
+
 class TokenizeRequest(BaseModel):
     """One of `prompt` and `content`, which are the same. Unknown fields are ignored."""
 
-    model_config = ConfigDict(
-        strict=True,
-        frozen=True,
-        json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["content"]}]},
-    )
+    model_config = ConfigDict(strict=True, frozen=True, json_schema_extra=_document_synonyms)
 
     model: str | None = None
     prompt: str | None = None
@@ -58,11 +70,7 @@ class TokenizeRequest(BaseModel):
 
     @model_validator(mode="after")
     def _one_name_for_each(self) -> "TokenizeRequest":
-        for name, other in (
-            ("prompt", "content"),
-            ("add_special_tokens", "add_special"),
-            ("return_token_strs", "with_pieces"),
-        ):
+        for name, other in SYNONYMS:
             if None not in (getattr(self, name), getattr(self, other)):
                 raise _refusal("said_twice", other, f"means the same as {name}: send one of them")
         if self.prompt is None and self.content is None:
@@ -122,7 +130,7 @@ def _refusal(kind: str, param: str, words: str) -> PydanticCustomError:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, worker: WorkerDep, settings: SettingsDep) -> Tokenized:
     """The tokens of a text of at most 1 MiB, which may be longer than the model's context."""
-    _check_model(body.model, settings)
+    check_model(body.model, settings)
     ids, texts = await _in_thread(partial(_encoded, worker, body, _text_of(body)))
     return Tokenized(
         count=len(ids),
@@ -137,7 +145,7 @@ async def detokenize(
     body: DetokenizeRequest, worker: WorkerDep, settings: SettingsDep
 ) -> Detokenized:
     """The text of tokens, special ones included: what /tokenize was given comes back."""
-    _check_model(body.model, settings)
+    check_model(body.model, settings)
     _check_ids(body.tokens, worker)
     decode = partial(worker.tokenizer.decode, body.tokens, skip_special_tokens=False)
     text = await _in_thread(decode)
@@ -191,13 +199,6 @@ def _check_ids(ids: list[int], worker: Worker) -> None:
     if ids and max(ids) >= model.vocab_size:
         raise BadParameter(
             f"tokens: has ids outside the vocabulary (0 to {model.vocab_size - 1})", "tokens"
-        )
-
-
-def _check_model(name: str | None, settings: Settings) -> None:
-    if name is not None and name != settings.served_name:
-        raise UnknownModel(
-            f"the model {name[:100]!r} does not exist; served here: {settings.served_name!r}"
         )
 
 

@@ -1,5 +1,8 @@
 """Ids, keys and sizes, before any route."""
 
+import hmac
+
+import httpx
 import pytest
 
 URL = "/v1/completions"
@@ -37,6 +40,70 @@ async def test_everything_needs_the_key(client_for, worker, authorization, path)
 async def test_the_key_opens(client_for):
     client = client_for(api_key="right")
     assert (await client.post(URL, json=BODY, headers=KEY)).status_code == 200
+
+
+async def test_each_key_opens_and_nothing_made_of_them(client_for):
+    client = client_for(api_key=("first", "second"))
+    for given, status in (
+        *(("first", 200), ("second", 200), ("third", 401), ("", 401)),
+        *(("firstsecond", 401), ("first,second", 401), ("first second", 401), ("fïrst", 401)),
+    ):
+        headers = {"authorization": f"Bearer {given}".encode("latin-1")}
+        assert (await client.post(URL, json=BODY, headers=headers)).status_code == status
+
+
+async def test_every_key_is_compared_with_equal_lengths(client_for, monkeypatch):
+    compared = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return a == b
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    client = client_for(api_key=("first", "right", "third"))
+    assert (await client.post(URL, json=BODY, headers=KEY)).status_code == 200
+    assert len(compared) == 3
+    assert {len(side) for pair in compared for side in pair} == {32}
+
+
+@pytest.mark.parametrize("authorization", ["Bearer ", "Bearer", "Bearer any", "Basic eA=="])
+async def test_where_no_key_is_set_none_is_looked_at(client, authorization):
+    """lm-eval sends `Bearer ` when it has none."""
+    headers = {"authorization": authorization}
+    assert (await client.post(URL, json=BODY, headers=headers)).status_code == 200
+
+
+PATHS = {
+    "/v1/completions": "POST",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/v1/models": "GET, HEAD",
+    "/v1/models/demo": "GET, HEAD",
+    "/tokenizer_info": "GET, HEAD",
+    "/version": "GET, HEAD",
+    "/health": "GET, HEAD",
+    "/ready": "GET, HEAD",
+    "/metrics": "GET, HEAD",
+}
+
+
+async def test_a_wrong_method_is_told_the_right_ones(client):
+    for path, methods in PATHS.items():
+        known = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
+        for method in set(known) - set(methods.split(", ")):
+            response = await client.request(method, path)
+            assert (response.status_code, response.headers["allow"]) == (405, methods)
+            if method != "HEAD":
+                assert response.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("path", [path for path, methods in PATHS.items() if "HEAD" in methods])
+async def test_head_is_get_without_a_body(serving, worker, path):
+    async with serving(worker) as url, httpx.AsyncClient(base_url=url) as client:
+        head, whole = await client.head(path), await client.get(path)
+    assert head.status_code == whole.status_code == 200
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert (head.content, whole.content != b"") == (b"", True)
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "BEARER", "bEaReR"])
@@ -81,8 +148,6 @@ async def test_large_body_while_it_is_read(serving, worker):
         yield b'{"prompt": "'
         for _ in range(20):
             yield b"x" * 100
-
-    import httpx
 
     async with serving(worker, max_body="1KiB") as url, httpx.AsyncClient(base_url=url) as client:
         headers = {"content-type": "application/json"}

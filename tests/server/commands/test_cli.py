@@ -62,7 +62,8 @@ def test_flags_are_those_that_were_promised():
         "--host --port --device --device-memory --emulate-link --host-memory --kv-memory "
         "--expert-format --dense-format --experts-per-token --no-prefetch --no-host-compute "
         "--prefetch-experts --threads "
-        "--max-model-len --max-step-tokens --served-model-name --cache-dir --api-key --help"
+        "--max-model-len --max-step-tokens --served-model-name --cache-dir "
+        "--api-key --api-key-file --allow-origin --help"
     )
     text = moestro("serve", "--help").stdout
     assert set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE)) == set(promised.split())

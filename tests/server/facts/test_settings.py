@@ -50,7 +50,7 @@ def test_defaults():
     settings = load_settings({"model": "demo"})
     assert (settings.host, settings.port, settings.device) == ("127.0.0.1", 8000, "cpu")
     assert settings.cache_dir == Path.home() / ".cache" / "moestro"
-    assert settings.key is None
+    assert not settings.keys and not settings.allow_origin
     assert settings.prefetch
 
 
@@ -128,7 +128,7 @@ def test_bad_keys_are_not_shown(key):
 def test_keys_are_masked(monkeypatch):
     monkeypatch.setenv("MOESTRO_API_KEY", "hidden")
     settings = load_settings({"model": "demo"})
-    assert settings.key == "hidden"
+    assert settings.keys == {"hidden"}
     assert "hidden" not in repr(settings)
 
 
