@@ -70,13 +70,7 @@ def converse(body: ChatRequest, tokens: Tokens, most_tokens: int) -> Conversatio
         raise BadParameter(
             "this model writes tool calls in a way that is not known here: leave tools out", "tools"
         )
-    text = tokens.render_chat(
-        _messages(body, tokens),
-        tools=tools or None,
-        add_generation_prompt=_adds_prompt(body),
-        continue_final_message=bool(body.continue_final_message),
-        kwargs=_variables(body),
-    )
+    text = render(body, tokens)
     ids = tokens.encode(text, most_tokens, add_special_tokens=False)
     reasoning = reasoning_format_of(template)
     return Conversation(
@@ -89,6 +83,17 @@ def converse(body: ChatRequest, tokens: Tokens, most_tokens: int) -> Conversatio
         text_parameters={tool["function"]["name"]: _text_parameters(tool) for tool in tools},
         held=body.must_call or body.structure is not None,
         calls_alone=body.must_call,
+    )
+
+
+def render(body: ChatRequest, tokens: Tokens) -> str:
+    """The prompt's text. Raises TemplateRefused."""
+    return tokens.render_chat(
+        _messages(body, tokens),
+        tools=body.tools_for_model or None,
+        add_generation_prompt=_adds_prompt(body),
+        continue_final_message=bool(body.continue_final_message),
+        kwargs=_variables(body),
     )
 
 

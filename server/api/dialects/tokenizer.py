@@ -15,7 +15,10 @@ from pydantic_core import PydanticCustomError
 
 from moestro.engine import BadParameter
 from moestro.server.api import SettingsDep, WorkerDep, check_model
-from moestro.server.contract import DOCUMENTED, UNSUPPORTED, Worker
+from moestro.server.contract import DOCUMENTED, Worker
+
+from .chat_prompt import render
+from .chat_schema import ChatRequest, Messages, Object, Tools
 
 # An encoding takes some 200 bytes a token: one at a time, in a thread of its own, so that texts
 # longer than any prompt neither take much memory nor the threads that prompts are encoded in.
@@ -48,34 +51,40 @@ def _document_synonyms(schema: dict[str, Any]) -> None:
 
 
 class TokenizeRequest(BaseModel):
-    """One of `prompt` and `content`, which are the same. Unknown fields are ignored."""
+    """One of `prompt`, `content` (the same) and `messages`. Unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, json_schema_extra=_document_synonyms)
 
     model: str | None = None
     prompt: str | None = None
     content: str | None = Field(None, description="llama-server's name for `prompt`")
-    messages: None = Field(None, description="Not supported yet: leave it out.")
-    add_special_tokens: bool | None = Field(None, description="null or absent: true")
+    messages: Messages | None = Field(None, description="a chat, by the model's template")
+    tools: Tools = Field(default_factory=list)
+    chat_template_kwargs: Object = Field(default_factory=dict)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="null or absent: true for a text, false for a chat"
+    )
     add_special: bool | None = Field(None, description="llama-server's name for the same")
     return_token_strs: bool | None = None
     with_pieces: bool | None = Field(None, description="llama-server's name for the same")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_messages(cls, raw: object) -> object:
-        if isinstance(raw, dict) and raw.get("messages") is not None:
-            raise _refusal(UNSUPPORTED, "messages", "not supported yet, send the rendered prompt")
-        return raw
 
     @model_validator(mode="after")
     def _one_name_for_each(self) -> "TokenizeRequest":
         for name, other in SYNONYMS:
             if None not in (getattr(self, name), getattr(self, other)):
                 raise _refusal("said_twice", other, f"means the same as {name}: send one of them")
-        if self.prompt is None and self.content is None:
+        if self.messages is not None and self.text_name is not None:
+            raise _refusal("said_twice", "messages", "not together with a text")
+        if self.messages is None and self.text_name is None:
             raise _refusal("missing", "prompt", "Field required")
         return self
+
+    @property
+    def text_name(self) -> str | None:
+        named = (name for name in ("prompt", "content") if getattr(self, name) is not None)
+        return next(named, None)
 
     @property
     def text(self) -> str:
@@ -83,7 +92,19 @@ class TokenizeRequest(BaseModel):
 
     @property
     def adds_special_tokens(self) -> bool:
-        return self.add_special_tokens is not False and self.add_special is not False
+        said = self.add_special if self.add_special_tokens is None else self.add_special_tokens
+        return self.messages is None if said is None else said
+
+    @property
+    def chat(self) -> ChatRequest:
+        """Its fields were checked as this request's."""
+        return ChatRequest.model_construct(
+            messages=self.messages or [],
+            tools=self.tools,
+            chat_template_kwargs=self.chat_template_kwargs,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+        )
 
     @property
     def wants_texts(self) -> bool:
@@ -131,7 +152,8 @@ def _refusal(kind: str, param: str, words: str) -> PydanticCustomError:
 async def tokenize(body: TokenizeRequest, worker: WorkerDep, settings: SettingsDep) -> Tokenized:
     """The tokens of a text of at most 1 MiB, which may be longer than the model's context."""
     check_model(body.model, settings)
-    ids, texts = await _in_thread(partial(_encoded, worker, body, _text_of(body)))
+    _check_size(body)
+    ids, texts = await _in_thread(partial(_encoded, worker, body))
     return Tokenized(
         count=len(ids),
         max_model_len=worker.model.max_model_len_tokens,
@@ -168,24 +190,27 @@ async def tokenizer_info(worker: WorkerDep) -> TokenizerFacts:
     )
 
 
-def _text_of(body: TokenizeRequest) -> str:
-    """What is encoded. A chat's `messages` would be rendered to it here."""
-    name = "content" if body.prompt is None else "prompt"
+def _check_size(body: TokenizeRequest) -> None:
+    name = body.text_name or "messages"
     try:
         size_bytes = len(body.text.encode("utf-8"))
     except UnicodeEncodeError:
         raise BadParameter(f"{name}: has a lone surrogate", name) from None
+    _refuse_too_much(name, size_bytes)
+
+
+def _refuse_too_much(name: str, size_bytes: int) -> None:
     if size_bytes > MOST_TEXT_BYTES:
         raise BadParameter(
             f"{name}: {size_bytes} bytes are too many, the most is {MOST_TEXT_BYTES}", name
         )
-    return body.text
 
 
-def _encoded(
-    worker: Worker, body: TokenizeRequest, text: str
-) -> tuple[list[int], list[str] | None]:
-    tokenizer = worker.tokenizer
+def _encoded(worker: Worker, body: TokenizeRequest) -> tuple[list[int], list[str] | None]:
+    tokenizer, text = worker.tokenizer, body.text
+    if body.messages is not None:
+        text = render(body.chat, tokenizer)
+        _refuse_too_much("messages", len(text.encode("utf-8", "surrogatepass")))
     ids = tokenizer.encode(text, add_special_tokens=body.adds_special_tokens)
     texts = [tokenizer.token_text(token) for token in ids] if body.wants_texts else None
     return ids, texts

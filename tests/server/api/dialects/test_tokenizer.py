@@ -8,6 +8,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from chat_formats import FORMATS
 from fake_engine import FakeTokenizer, eventually
 from moestro.engine import EngineState, TokenizerInfo
 from moestro.server.api.dialects import tokenizer as routes
@@ -107,8 +108,19 @@ async def test_special_tokens_come_back_as_text(client):
             "invalid_value",
             "add_special",
         ),
-        ({"messages": []}, "unsupported_parameter", "messages"),
-        ({"messages": [{"role": "user"}], "prompt": "a"}, "unsupported_parameter", "messages"),
+        ({"messages": []}, "invalid_value", "messages"),
+        ({"messages": [{"role": "user"}], "prompt": "a"}, "invalid_value", "messages"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "prompt": "a"},
+            "invalid_value",
+            "messages",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}]},
+            "invalid_value",
+            "messages",
+        ),  # no template
+        ({"messages": [{"role": "user", "content": "x"}], "tools": 3}, "invalid_value", "tools"),
     ],
 )
 async def test_what_cannot_be_encoded_is_named(client, body, code, param):
@@ -223,3 +235,17 @@ async def test_one_text_at_a_time_and_none_on_the_event_loop(client, worker):
     await eventually(lambda: routes.limiter().statistics().tasks_waiting == 2, 2)
     go.set()
     assert {(await call).status_code for call in calls} == {200}
+
+
+async def test_a_chat_is_counted_as_it_would_be_asked(client, worker):
+    worker.tokens.chat = FORMATS[0]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    asked = await client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+    assert asked.status_code == 200, asked.text
+    body = (await client.post("/tokenize", json={"messages": messages})).json()
+    assert body["tokens"] == list(worker.submitted[0].ids)
+    assert body["count"] == asked.json()["usage"]["prompt_tokens"]
+    shorter = await client.post(
+        "/tokenize", json={"messages": messages, "add_generation_prompt": False}
+    )
+    assert shorter.json()["count"] < body["count"]
