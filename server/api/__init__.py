@@ -7,6 +7,7 @@ from .fields import (
     NEUTRAL,
     NEUTRAL_ON_CHAT,
     NEUTRAL_ON_COMPLETIONS,
+    WINDOWS,
     documented,
     understood,
 )
@@ -17,7 +18,7 @@ from .respond import Head, answered, check_model, respond
 from .sampling import SamplingFields, tokens_to_make
 from .schemas import ModelCard, ModelList, Usage
 from .stream import KEEP_ALIVE
-from .structure import check_structure
+from .structure import STRUCTURES, check_structure
 from .token_log import Entry, TokenLog, by_id, legacy, openai_chat, prompt_entries
 from .values import Whole, refuse_surrogates, whole_number
 
@@ -40,10 +41,12 @@ __all__ = [
     "Parts",
     "PartsDep",
     "RequestIds",
+    "STRUCTURES",
     "SamplingFields",
     "SettingsDep",
     "TokenLog",
     "Usage",
+    "WINDOWS",
     "Whole",
     "WorkerDep",
     "answered",

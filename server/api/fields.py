@@ -19,7 +19,6 @@ ALIASES = {
     "num_predict": "max_tokens",
     "n_cmpl": "n",
     "repeat_penalty": "repetition_penalty",
-    "repetition_penality": "repetition_penalty",
     "stop_sequence": "stop",
     "stop_sequences": "stop",
     "typical": "typical_p",

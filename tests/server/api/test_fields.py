@@ -1,9 +1,11 @@
 """The table of other servers' fields: each row of it, through a request."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import field_table
 from moestro.server.api.fields import (
     ALIASES,
     NEUTRAL,
@@ -94,6 +96,11 @@ async def test_two_names_for_one_thing_must_agree(client, worker):
     assert (response.status_code, response.json()["error"]["param"]) == (400, "n_predict")
     assert (await client.post(URL, json={**body, "n_predict": 3})).status_code == 200
     assert worker.submitted[0].params.max_tokens == 3
+
+
+def test_the_readme_has_this_table():
+    readme = Path(__file__).parents[3] / "README.md"
+    assert field_table.table() in readme.read_text("utf-8")
 
 
 def test_no_field_is_in_two_tables():
