@@ -18,9 +18,7 @@ Evaluate = Callable[..., tuple[dict[str, Any], dict[str, list[Any]]]]
 
 
 @pytest.fixture(scope="module")
-def evaluate(
-    scripts_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Evaluate:
+def evaluate(tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
     """Results by task, and what each request of each task was answered."""
 
     def run(model: str, arguments: str, tasks: str, *flags: str) -> Any:
