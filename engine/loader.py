@@ -139,7 +139,9 @@ def load(
         _check_once(config, blueprint, model, packed)
         phases.leave()
         pages = _limits(config, plan).pages
-        runner = Runner(model, packed, step, pages, head_rows=config.max_running)
+        # rows of scores take two copies, where the plan has room for one of each sequence's logits
+        head_rows = max(1, config.max_running // 2)
+        runner = Runner(model, packed, step, pages, head_rows)
         loaded = _assemble(
             config, blueprint, plan, runner, cache, tokenizer, phases.seconds, prefetch
         )

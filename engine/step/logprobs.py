@@ -15,8 +15,8 @@ def of_token(logits: Floats, token_id: int, count: int) -> TokenLogprob:
 
 
 def of_rows(logits: torch.Tensor, token_ids: list[int], count: int) -> list[TokenLogprob]:
-    """`logits` [n, V] in fp32, one row for each of the `token_ids`; where they are computed."""
-    scores = logits.log_softmax(-1)
+    """`logits` [n, V] in fp32, one row for each of the `token_ids`; they become the scores."""
+    scores = logits.sub_(logits.logsumexp(-1, keepdim=True))
     said = scores.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = scores.topk(min(count, logits.shape[1]), dim=-1)
     tops = zip(ids.tolist(), values.tolist(), strict=True)

@@ -130,6 +130,7 @@ NEUTRAL_ON_CHAT: dict[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "documents": ([],),
     "prompt_logprobs": _OFF,
+    "add_special_tokens": _OFF,
     "verbosity": ("medium",),
     "thinking_budget": (-1,),
     "reasoning_budget": (-1,),
