@@ -68,6 +68,10 @@ def test_a_constraint_forbids_and_follows() -> None:
 
         left = [1, 3, 5]
 
+        @property
+        def finished(self) -> bool:
+            return not self.left
+
         def forbid(self, logits: Floats) -> None:
             logits[np.arange(len(logits)) != self.left[-1]] = -np.inf
 
@@ -75,8 +79,8 @@ def test_a_constraint_forbids_and_follows() -> None:
             assert token_id == self.left.pop()
 
     changes = Adjustments(SamplingParams(logit_bias=((0, 100.0),)), (), constraint=Only())
-    chosen = []
+    chosen: list[int] = []
     for _ in range(3):
         chosen.append(int(changes.apply(LOGITS).argmax()))
         changes.saw(chosen[-1])
-    assert chosen == [5, 3, 1]
+    assert chosen == [5, 3, 1] and changes.finished
