@@ -315,7 +315,7 @@ class FakeWorker:
             raise Draining("the server is shutting down")
         if self.refusal is not None:
             raise self.refusal
-        if max(prompt_ids) >= MODEL.vocab_size:
+        if max(prompt_ids) >= self.info.vocab_size:
             raise BadParameter("the prompt has token ids outside 0..255", "prompt")
         if len(prompt_ids) + params.max_tokens > self.info.max_model_len_tokens:
             raise PromptTooLong("the KV budget is smaller")

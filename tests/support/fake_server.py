@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 
-from fake_engine import FakeWorker
+from chat_kit import HERMES, chatting
 from moestro.server.facts.settings import Settings
 from moestro.server.serving.app import create_app
 from moestro.server.serving.lifecycle import WebServer
@@ -19,7 +19,7 @@ from moestro.server.serving.lifecycle import WebServer
 
 async def serve(settings: Settings) -> None:
     listener = socket.create_server(("127.0.0.1", settings.port))
-    server = WebServer(create_app(FakeWorker(), settings), settings)
+    server = WebServer(create_app(chatting(HERMES), settings), settings)
 
     def end() -> None:
         server.should_exit = True

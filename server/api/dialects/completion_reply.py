@@ -28,6 +28,7 @@ class _Answer:
     log: TokenLog = field(default_factory=TokenLog)
     text: str = ""
     entries: list[Entry] = field(default_factory=list)
+    entries_chars: int = 0  # of their texts: less than `text` while a part of a token is held back
     reason: FinishReason | None = None
     begun: bool = False
     generated_logprob: float = 0.0
@@ -59,7 +60,7 @@ class CompletionReply:
         """At most one choice, and none without news."""
         self._scores[prompt] += event.prompt_logprobs
         answer = self._answers[prompt, event.index]
-        offset_chars, text, entries = len(answer.text), event.text, answer.log.push(event)
+        text, entries = event.text, answer.log.push(event)
         answer.generated_tokens += len(event.token_ids)
         answer.generated_logprob += sum(score.logprob for score in event.logprobs)
         if not answer.begun and self._body.echo:
@@ -68,6 +69,8 @@ class CompletionReply:
             entries = self._echoed(prompt) + entries
         answer.text += text
         answer.entries += entries
+        offset_chars = answer.entries_chars
+        answer.entries_chars += sum(len(entry.text) for entry in entries)
         answer.reason = event.finish_reason
         first, answer.begun = not answer.begun, True
         if not (text or entries or event.finish_reason):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import resource
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -94,6 +95,16 @@ def test_idle_connections_outlast_those_of_common_clients(worker):
     settings = Settings(model="demo")
     server = WebServer(create_app(worker, settings), settings)
     assert server.config.timeout_keep_alive == settings.idle_timeout >= 75
+
+
+async def test_small_pieces_do_not_wait_for_acknowledgements(worker):
+    async with server_for(worker) as serving:
+        client = await serving.client()
+        client.send(HEALTH)
+        await client.until(b"}")
+        (connection,) = serving.server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_an_idle_connection_has_its_own_limit(worker):
