@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import Request, Response
 from pydantic import BaseModel
-from starlette.responses import JSONResponse
 
 from moestro.server.contract import UnknownModel
 from moestro.server.facts import Settings
@@ -73,4 +72,4 @@ async def respond(
         answer = await whole(reply, stream, request.receive, track, parts.worker)
     except ClientGone:
         return Response(status_code=CLIENT_GONE_STATUS)
-    return JSONResponse(answer)
+    return Response(answer, media_type="application/json")

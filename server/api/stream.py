@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastapi.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -41,7 +42,10 @@ class Reply(Protocol):
     """One API's way to say what the events say."""
 
     def take(self, prompt: int, event: TokenEvent) -> list[dict[str, Any]]:
-        """The choices of chunks; nothing where there is nothing to say yet."""
+        """Adds the event; the choices of its chunks, none where there is nothing to say yet."""
+
+    def add(self, prompt: int, event: TokenEvent) -> object:
+        """As `take`, for who wants no chunks."""
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """A chunk of a stream, without usage."""
@@ -104,8 +108,8 @@ def usage_of(track: Track) -> dict[str, int]:
 
 async def whole(
     reply: Reply, stream: Joined, receive: Receive, track: Track, worker: Worker
-) -> dict[str, Any]:
-    """Waits for the last event. ClientGone, GenerationFailed or Unavailable."""
+) -> bytes:
+    """Waits for the last event; JSON. ClientGone, GenerationFailed or Unavailable."""
     try:
         async with aclosing(watched(stream, receive)) as events:
             async for told in events:
@@ -117,14 +121,16 @@ async def whole(
                     raise failure_of(event, worker)
                 if event.finish_reason is FinishReason.ABORT:
                     raise ClientGone
-                reply.take(prompt, event)
+                reply.add(prompt, event)
     except EngineError:
         track.failed()
         raise
     finally:
         stream.cancel()
         track.close()
-    return {**reply.whole(), "usage": usage_of(track)}
+    usage = usage_of(track)
+    # In a thread: log probabilities of a long prompt are a million words.
+    return await run_in_threadpool(lambda: json_text({**reply.whole(), "usage": usage}).encode())
 
 
 @dataclass(slots=True)
@@ -167,8 +173,11 @@ class Sse:
 
 def data(content: dict[str, Any]) -> bytes:
     """One event, in one line for every reader."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
+    return f"data: {json_text(content).translate(_LINE_ENDS)}\n\n".encode()
+
+
+def json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 class EventStream(Response):

@@ -40,18 +40,25 @@ class ChatReply:
         self._answers = [_Answer(conversation.parser()) for _ in range(body.answers)]
 
     def take(self, prompt: int, event: TokenEvent) -> list[dict[str, Any]]:
-        """At most one choice for each part of the message, and none without news."""
+        """One choice for each part of the message, and none without news."""
+        said = self.add(prompt, event)
+        if not said and event.finish_reason is None:
+            return []
+        return self._choices(event.index, said or [{}])
+
+    def add(self, prompt: int, event: TokenEvent) -> list[Json]:
+        """The parts of the message that are new."""
         answer = self._answers[event.index]
-        answer.unsaid += answer.log.push(event)
+        entries = answer.log.push(event)
+        answer.unsaid += entries
+        answer.entries += entries
         deltas = [answer.parser.push(event.text)] if event.text else []
         if event.finish_reason is not None:
             deltas.append(answer.parser.finish())
         said = [part for delta in deltas for part in self._parts(answer, delta)]
         if event.finish_reason is not None:
             answer.reason = _reason(event.finish_reason, answer)
-        elif not said:
-            return []
-        return self._choices(event.index, said or [{}])
+        return said
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head.fields(), "object": "chat.completion.chunk", "choices": choices}
@@ -85,7 +92,6 @@ class ChatReply:
     def _choices(self, index: int, parts: list[Json]) -> list[dict[str, Any]]:
         answer = self._answers[index]
         entries, answer.unsaid = answer.unsaid, []
-        answer.entries += entries
         choices: list[dict[str, Any]] = []
         for part in parts:
             role = {} if answer.begun else {"role": "assistant"}

@@ -39,6 +39,16 @@ class _Answer:
         return self.generated_logprob / max(self.generated_tokens, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What an event adds to an answer."""
+
+    text: str
+    entries: list[Entry]
+    offset_chars: int  # of the first entry
+    is_first: bool
+
+
 class CompletionReply:
     """Choice number = prompt * n + answer."""
 
@@ -58,6 +68,14 @@ class CompletionReply:
 
     def take(self, prompt: int, event: TokenEvent) -> list[dict[str, Any]]:
         """At most one choice, and none without news."""
+        news = self.add(prompt, event)
+        if not (news.text or news.entries or event.finish_reason):
+            return []
+        choice = self._choice(prompt, event.index, news.text, news.entries, news.offset_chars)
+        choice["finish_reason"] = REASONS[event.finish_reason] if event.finish_reason else None
+        return [choice | self._prompt_scores(prompt, wanted=news.is_first)]
+
+    def add(self, prompt: int, event: TokenEvent) -> _News:
         self._scores[prompt] += event.prompt_logprobs
         answer = self._answers[prompt, event.index]
         text, entries = event.text, answer.log.push(event)
@@ -73,11 +91,7 @@ class CompletionReply:
         answer.entries_chars += sum(len(entry.text) for entry in entries)
         answer.reason = event.finish_reason
         first, answer.begun = not answer.begun, True
-        if not (text or entries or event.finish_reason):
-            return []
-        choice = self._choice(prompt, event.index, text, entries, offset_chars)
-        choice["finish_reason"] = REASONS[event.finish_reason] if event.finish_reason else None
-        return [choice | self._prompt_scores(prompt, wanted=first)]
+        return _News(text, entries, offset_chars, first)
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head.fields(), "object": "text_completion", "choices": choices}

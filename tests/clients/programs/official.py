@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import urllib.request
 
 import openai
 
@@ -11,9 +12,20 @@ HI = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = {"model": "demo", "temperature": 0}
 
 
+def tokens_of(text: str) -> list[int]:
+    request = urllib.request.Request(
+        f"{sys.argv[1]}/tokenize",
+        json.dumps({"prompt": text}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["tokens"]
+
+
 def completions() -> None:
     texts = set()
-    for prompt in ("Gravity is", ["Gravity is"]):
+    ids = tokens_of("Gravity is")
+    for prompt in ("Gravity is", ["Gravity is"], ids, [ids]):
         whole = client.completions.create(prompt=prompt, max_tokens=12, **GREEDY)
         texts.add(whole.choices[0].text)
     echoed = client.completions.create(
