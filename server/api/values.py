@@ -39,9 +39,13 @@ def whole_number(value: object) -> object:
 def _number(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PydanticCustomError("number", "must be a number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of any length is JSON
+        number = math.inf
+    if not math.isfinite(number):
         raise PydanticCustomError("finite_number", "must be a finite number")
-    return float(value)
+    return number
 
 
 def _stops(value: object) -> tuple[str, ...]:

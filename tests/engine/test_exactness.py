@@ -1,6 +1,7 @@
 """The same output whatever the cache: size and prefetch change when weights come, nothing else."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,16 +72,50 @@ def test_company_changes_rounding_only(tmp_path: Path) -> None:
     assert (alone - company[[3, 4]]).abs().max() < 1e-5
 
 
-def test_sampling_repeats_by_seed_warm_cold_and_in_company(tmp_path: Path) -> None:
+SEEDED = {
+    "chosen": SamplingParams(
+        max_tokens=10, temperature=1.2, top_k=50, top_p=0.95, seed=2**64 - 1, ignore_eos=True
+    ),
+    "penalized": SamplingParams(
+        max_tokens=10,
+        seed=-7,
+        min_p=0.001,
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=0.5,
+        logit_bias=((40, 3.0),),
+        ignore_eos=True,
+    ),
+}
+
+
+def test_sampling_repeats_by_seed_whatever_is_cached_and_in_company(tmp_path: Path) -> None:
+    """Native, in fp32: the company's rounding does not reach a choice."""
     folder = tiny.build("mixtral", tmp_path / "model")
-    params = SamplingParams(max_tokens=24, temperature=0.9, top_k=50, top_p=0.95, seed=11)
     prompt, other = list(range(10, 30)), list(range(60, 65))
-    with opened(folder, tmp_path / "cache", host_memory_bytes=6 * 48 * 1024) as loaded:
-        cold = generate(loaded.engine, [prompt], params)[0].ids
-        warm = generate(loaded.engine, [prompt], params)[0].ids
-        company = generate(loaded.engine, [other, prompt, other], params)[1].ids
-    assert len(cold) == 24
-    assert warm == cold == company
+    found: dict[str, set[tuple[int, ...]]] = {name: set() for name in SEEDED}
+    for slots, prefetch in ((32, True), (6, False), (2, True)):
+        settings: Any = {"host_memory_bytes": slots * 48 * 1024, "prefetch": prefetch}
+        with opened(folder, tmp_path / "cache", **settings) as loaded:
+            for name, params in SEEDED.items():
+                alone = generate(loaded.engine, [prompt], params)  # the first finds nothing cached
+                company = generate(loaded.engine, [other, prompt, other], params)[1]
+                found[name] |= {tuple(one.ids) for one in (*alone, company)}
+    assert [len(texts) for texts in found.values()] == [1] * len(SEEDED)
+    assert [len(ids) for (ids,) in found.values()] == [10] * len(SEEDED)
+
+
+def test_other_seeds_and_no_seed_say_something_else(tmp_path: Path) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model")
+    seeds = [None, None, 0, 1, 1 + 2**32, 1 + 2**63]  # all 64 bits count
+    with opened(folder, tmp_path / "cache") as loaded:
+        texts = [
+            generate(
+                loaded.engine, [[5, 6]], SamplingParams(max_tokens=8, seed=seed, ignore_eos=True)
+            )[0].text
+            for seed in seeds
+        ]
+    assert len(set(texts)) == len(seeds)
 
 
 def test_lookups_add_up_and_loads_without_prefetch_are_misses(tmp_path: Path) -> None:

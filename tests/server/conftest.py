@@ -81,7 +81,11 @@ async def served(worker: EngineWorker, **settings: Any) -> AsyncIterator[httpx.A
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("qwen3_moe", tmp_path_factory.mktemp("served") / "model")
+    folder = tiny.build("qwen3_moe", tmp_path_factory.mktemp("served") / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -48,8 +48,15 @@ class Generation:
 def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> list[Generation]:
-    """All prompts at once, stepped until every one has ended; checks the engine at each step."""
-    sequences = [Running(number, ids, params) for number, ids in enumerate(prompts)]
+    """All prompts at once, with the same parameters."""
+    return generate_each(engine, [(ids, params) for ids in prompts])
+
+
+def generate_each(
+    engine: Engine, requests: Sequence[tuple[Sequence[int], SamplingParams]]
+) -> list[Generation]:
+    """All at once, stepped until every one has ended; checks the engine at each step."""
+    sequences = [Running(number, ids, params) for number, (ids, params) in enumerate(requests)]
     found = {sequence.number: Generation() for sequence in sequences}
     for sequence in sequences:
         engine.add(sequence)

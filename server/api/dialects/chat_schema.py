@@ -145,6 +145,49 @@ _FUNCTION = {
     },
     "required": ["type", "function"],
 }
+_PART = {
+    "type": "object",
+    "properties": {"type": {"enum": list(TEXT_PARTS)}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
+    },
+    "required": ["role", "content"],
+}
+_CALL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "arguments": {
+                    "anyOf": [
+                        {"type": "object"},
+                        {"type": "string", "contentMediaType": "application/json"},
+                        {"type": "null"},
+                    ]
+                },
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["function"],
+}
+_SILENT = {  # an assistant's, that may be calls alone
+    "type": "object",
+    "properties": {
+        "role": {"const": "assistant"},
+        "content": {"type": "null"},
+        "tool_calls": {"anyOf": [{"type": "array", "items": _CALL}, {"type": "null"}]},
+    },
+    "required": ["role"],
+}
 Messages = Annotated[
     list[Json],
     PlainValidator(_messages),
@@ -153,14 +196,7 @@ Messages = Annotated[
             "type": "array",
             "minItems": 1,
             "maxItems": MAX_MESSAGES,
-            "items": {
-                "type": "object",
-                "properties": {
-                    "role": {"type": "string"},
-                    "content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]},
-                },
-                "required": ["role"],
-            },
+            "items": {"anyOf": [_MESSAGE, _SILENT]},
         }
     ),
 ]
