@@ -156,7 +156,10 @@ class Engine:
 
     def _validate_ids(self, params: SamplingParams) -> None:
         """What only the model and the limits can tell about the parameters."""
-        ids = {"logit_bias": [token for token, _ in params.logit_bias]}
+        ids = {
+            "logit_bias": [token for token, _ in params.logit_bias],
+            "stop_token_ids": list(params.stop_token_ids),
+        }
         for name, tokens in ids.items():
             if not all(0 <= token < self.vocab_size for token in tokens):
                 raise BadParameter(f"{name} has token ids outside 0..{self.vocab_size - 1}", name)

@@ -19,7 +19,9 @@ STEPS: list[list[tuple[int, list[int]]]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_logits_are_bit_identical_for_any_budget_and_prefetch(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -96,7 +96,9 @@ def test_logits_are_as_near_to_fp32_as_stock_s_own(
 
 
 @everywhere
-@pytest.mark.parametrize("expert_format", ["native", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "expert_format", ["native", "int8", pytest.param("nf4", marks=pytest.mark.slow)]
+)
 def test_logits_are_bit_identical_for_fewest_and_all_slots(
     expert_format: str, where: Where, tmp_path: Path
 ) -> None:

@@ -189,7 +189,11 @@ def test_all_in_one_format_is_that_format(tmp_path: Path, name: str, family: str
 
 @pytest.mark.parametrize(
     ("family", "default", "other"),
-    [("mixtral", "int8", "native"), ("mixtral", "int4", "int8"), ("gpt_oss", "int8", "native")],
+    [
+        pytest.param("mixtral", "int8", "native", marks=pytest.mark.slow),
+        ("mixtral", "int4", "int8"),
+        ("gpt_oss", "int8", "native"),
+    ],
 )
 def test_a_mixed_model_is_the_same_in_any_cache(
     tmp_path: Path, family: str, default: str, other: str

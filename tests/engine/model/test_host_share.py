@@ -65,7 +65,7 @@ def test_placement_changes_no_bit_where_both_are_one_processor(
             expert_format="int8",
             host_memory_bytes=host_slots * slot_bytes,
             device_memory_bytes=3 * slot_bytes,
-            link=LinkSpec(1e6, 1e-3),  # slow: the host is always faster
+            link=LinkSpec(4e6, 5e-4),  # slow: the host is always faster
             host_compute=host_compute,
             prefetch=False,
         ) as loaded:

@@ -28,7 +28,14 @@ def logits(folder: Path, cache: Path, **formats: Any) -> torch.Tensor:
         return run_logits(loaded, [[(1, PROMPT)], [(1, [7])]])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "granitemoeshared", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "granitemoeshared",
+        "gpt_oss",
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("mixtral", "olmoe")),
+    ],
+)
 def test_int8_logits_are_near_the_native_ones(family: str, tmp_path: Path) -> None:
     """With all experts active: a rounding that turns a random router's choice is no error."""
     folder = tiny.build(family, tmp_path / family)

@@ -28,8 +28,18 @@ def kept_file(cache: Path, dense_format: str) -> Path:
     return found
 
 
-@pytest.mark.parametrize("dense_format", ["int8", "int4"])
-@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "dense_format"),
+    [
+        *((family, "int8") for family in sorted(tiny.FAMILIES)),
+        ("qwen3_moe", "int4"),
+        *(
+            pytest.param(family, "int4", marks=pytest.mark.slow)
+            for family in sorted(tiny.FAMILIES)
+            if family != "qwen3_moe"
+        ),
+    ],
+)
 def test_the_second_start_has_the_bits_of_the_first(
     family: str,
     dense_format: str,
