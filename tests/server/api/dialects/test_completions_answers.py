@@ -201,8 +201,9 @@ async def test_a_bias_forces_and_bans(tiny_client):
     first = free["choices"][0]["logprobs"]["tokens"]
     banned = await ask(tiny_client, **fields, stop_token_ids=[65], logit_bias={"65": 100})
     assert banned["usage"]["completion_tokens"] == 1 and first
-    response = await tiny_client.post(URL, json={**fields, "logit_bias": {"9999": 1}})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "logit_bias")
+    for name, value in (("logit_bias", {"9999": 1}), ("stop_token_ids", [9999])):
+        response = await tiny_client.post(URL, json={**fields, name: value})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
 
 
 def tiny_text(ids: list[int]) -> str:
