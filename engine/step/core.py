@@ -224,6 +224,8 @@ class Engine:
         try:
             token = output.sampler.choose(logits)
             piece = SILENT if self._is_silent(sequence, token) else output.text.push(token)
+            count = sequence.params.logprobs
+            scores = () if count is None else (of_token(logits.numpy(), token, count),)
         except (NonFiniteLogits, GrammarFault) as error:
             self.counters.corrupted += isinstance(error, NonFiniteLogits)
             return self._fail(sequence, str(error))
@@ -234,10 +236,12 @@ class Engine:
         sequence.times.first_token_s = sequence.times.first_token_s or self._clock()
         self.counters.generation_tokens += 1
         step = TokenEvent(
-            piece.text, (token,), index=sequence.index, token_texts=(piece.token_text,)
+            piece.text,
+            (token,),
+            index=sequence.index,
+            token_texts=(piece.token_text,),
+            logprobs=scores,
         )
-        if (count := sequence.params.logprobs) is not None:
-            step = replace(step, logprobs=(of_token(logits.numpy(), token, count),))
         reason = self._reason(sequence, output, token)
         if reason is not None:
             return self._end(

@@ -64,7 +64,11 @@ async def respond(
     request: Request,
     parts: Parts,
 ) -> Response:
-    """Takes over the stream: it is let go whatever happens."""
+    """Takes over the stream of a request that the engine has accepted: it is let go whatever
+    happens.
+    """
+    request.state.accepted = True
+    track.prompt_tokens = stream.prompt_tokens
     if body.stream:
         sse = Sse(reply, track, parts.worker, body.include_usage, body.usage_in_every_chunk)
         return EventStream(sse, stream, parts.settings.keep_alive)

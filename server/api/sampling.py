@@ -1,5 +1,6 @@
 """The fields that say how tokens are chosen: the same in all APIs."""
 
+from functools import cached_property
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -69,7 +70,7 @@ class SamplingFields(BaseModel):
             ) from error
         return self
 
-    @property
+    @cached_property  # asked for at several places, and a schema may be long
     def structure(self) -> Structure | None:
         """What the answer must look like."""
         return structure_of({name: getattr(self, name) for name in STRUCTURES})

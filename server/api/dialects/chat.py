@@ -47,8 +47,6 @@ async def create_chat_completion(body: ChatRequest, request: Request, parts: Par
         and body.skip_special_tokens is not False,
     )
     stream = submit_all(worker, [conversation.ids], [params])
-    request.state.accepted = True
-    track.prompt_tokens = stream.prompt_tokens
     head = Head.new("chatcmpl", parts.settings.served_name)
     reply = ChatReply(head, body, conversation, worker.tokenizer)
     return await respond(reply, stream, track, body, request, parts)

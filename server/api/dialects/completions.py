@@ -46,8 +46,6 @@ async def create_completion(body: CompletionRequest, request: Request, parts: Pa
         for prompt in prompts
     ]
     stream = submit_all(parts.worker, [prompt.ids for prompt in prompts], params)
-    request.state.accepted = True
-    track.prompt_tokens = stream.prompt_tokens
     head = Head.new("cmpl", parts.settings.served_name)
     reply = CompletionReply(head, body, prompts, parts.worker.tokenizer)
     return await respond(reply, stream, track, body, request, parts)
