@@ -1,34 +1,15 @@
 """Agents of two libraries over the fake engine, which writes calls as a model of a format does."""
 
 import asyncio
-import contextlib
-import socket
-from collections.abc import AsyncIterator
 
 import pytest
 
 from chat_formats import FORMATS, ChatFormat, written
 from chat_kit import chatting, says
 from client_environments import Run
-from fake_engine import FakeWorker
-from moestro.server.facts.settings import Settings
-from moestro.server.serving.app import create_app
-from moestro.server.serving.lifecycle import WebServer
+from web_server import serving
 
 FEW = [form for form in FORMATS if form.template in ("hermes", "harmony")]
-
-
-@contextlib.asynccontextmanager
-async def serving(worker: FakeWorker) -> AsyncIterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    settings = Settings(model="demo")
-    server = WebServer(create_app(worker, settings), settings)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await task
 
 
 @pytest.mark.parametrize("form", FEW, ids=lambda form: form.template)

@@ -1,8 +1,6 @@
 """An application around a fake engine, a client that speaks to it, and a real server for both."""
 
-import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from fake_engine import FakeWorker
 from moestro.engine import EngineConfig, EngineState, EngineWorker
 from moestro.server.facts.settings import Settings
 from moestro.server.serving.app import create_app
-from moestro.server.serving.lifecycle import WebServer
+from web_server import serving
 
 ClientFactory = Callable[..., httpx.AsyncClient]
 
@@ -49,23 +47,10 @@ def client(client_for: ClientFactory) -> httpx.AsyncClient:
     return client_for()
 
 
-@pytest.fixture
-def serving() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
+@pytest.fixture(name="serving")
+def _serving() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
     """`async with serving(worker) as url`: a real uvicorn on loopback."""
-
-    @contextlib.asynccontextmanager
-    async def serve(worker: FakeWorker, **settings: Any) -> AsyncIterator[str]:
-        listener = socket.create_server(("127.0.0.1", 0))
-        made = Settings(model="demo", **settings)
-        server = WebServer(create_app(worker, made), made)
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await task
-
-    return serve
+    return serving
 
 
 @contextlib.asynccontextmanager
