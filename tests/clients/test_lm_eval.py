@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from client_environments import HERE, environment, run_command
 from server_process import ServerProcess
@@ -56,18 +57,27 @@ def test_scores_are_those_of_plain_transformers(
     assert ours["local_choices"]["acc_norm,none"] == stock["local_choices"]["acc_norm,none"]
     assert 0 < ours["local_choices"]["acc,none"] < 1, "neither all nor nothing"
     assert our_answers["local_generate"] == stock_answers["local_generate"]
-    for ours_one, stock_one in zip(
-        our_answers["local_choices"], stock_answers["local_choices"], strict=True
+    count = _token_counter(demo)
+    for ours_one, stock_one, asked in zip(
+        our_answers["local_choices"],
+        stock_answers["local_choices"],
+        _lines("choices.jsonl"),
+        strict=True,
     ):
-        for ((score, greedy),), ((wanted, wanted_greedy),) in zip(ours_one, stock_one, strict=True):
+        for ((score, greedy),), ((wanted, wanted_greedy),), choice in zip(
+            ours_one, stock_one, asked["choices"], strict=True
+        ):
             assert greedy == wanted_greedy
-            assert float(score) == pytest.approx(float(wanted), abs=PER_TOKEN)
-    texts = [json.loads(line)["text"] for line in (TASKS / "texts.jsonl").read_text().splitlines()]
-    for ours_one, stock_one, text in zip(
-        our_answers["local_rolling"], stock_answers["local_rolling"], texts, strict=True
+            within = PER_TOKEN * count(f" {choice}")
+            assert float(score) == pytest.approx(float(wanted), abs=within)
+    for ours_one, stock_one, line in zip(
+        our_answers["local_rolling"],
+        stock_answers["local_rolling"],
+        _lines("texts.jsonl"),
+        strict=True,
     ):
-        tokens = max(1, len(text) // 4)
-        assert _number(ours_one) == pytest.approx(_number(stock_one), abs=PER_TOKEN * tokens)
+        within = PER_TOKEN * count(line["text"])
+        assert _number(ours_one) == pytest.approx(_number(stock_one), abs=within)
 
 
 def test_chat_is_that_of_plain_transformers(
@@ -87,6 +97,15 @@ def test_chat_is_that_of_plain_transformers(
     )
     assert ours == stock
     assert any(text for one in ours["local_generate"] for (text,) in one)
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (TASKS / name).read_text().splitlines()]
+
+
+def _token_counter(demo: Path) -> Callable[[str], int]:
+    tokenizer = Tokenizer.from_file(str(demo / "tokenizer.json"))
+    return lambda text: len(tokenizer.encode(text).ids)
 
 
 def _number(answer: Any) -> float:
