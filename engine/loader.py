@@ -32,6 +32,7 @@ from moestro.engine.facts import (
     choose,
     set_threads,
 )
+from moestro.engine.formats import ExpertsModule
 from moestro.engine.model import (
     MathByFlags,
     OffloadedExperts,
@@ -223,7 +224,20 @@ def _bind(
         module = model.get_submodule(path)
         math = maths.of(module)
         scale = blueprint.output_scale
-        bind(module, OffloadedExperts(layer, cache, step, math, scale, prefetch, compute_below))
+        known = None
+        if math.tiled:
+            known = math.known_activation(module, _inner_width(blueprint.experts[layer]))
+        offloaded = OffloadedExperts(
+            layer, cache, step, math, scale, prefetch, compute_below, known
+        )
+        bind(module, offloaded)
+
+
+def _inner_width(entry: ExpertsModule) -> int:
+    """Outputs of the first matrix of its experts."""
+    name = "gate_up_proj" if "gate_up_proj" in entry.tensors else "up_proj"
+    _, shape = entry.tensors[name]
+    return shape[2] if entry.transposed else shape[1]
 
 
 def _assemble(

@@ -3,8 +3,17 @@
 from .experts_module import ExpertsModule, is_experts_module
 from .int4 import Int4Matrix, Int4Rows, encode_int4, fits_int4, group_of, multiply_int4
 from .matrices import Codec, Fine, Span, multiply_fine, per_row, quantize_fine, quantize_rows
-from .mixed import MIXED, FormatMap, encode_layer, expert_codec, mix_by_trace, pack_layer
-from .named import FORMATS, codec_of
+from .mixed import (
+    MIXED,
+    FormatMap,
+    as_tile,
+    encode_layer,
+    expert_codec,
+    mix_by_trace,
+    pack_layer,
+)
+from .named import FORMATS, codec_of, in_tiles
+from .tiled import tile_format
 
 __all__ = [
     "Codec",
@@ -16,12 +25,14 @@ __all__ = [
     "Int4Rows",
     "MIXED",
     "Span",
+    "as_tile",
     "codec_of",
     "encode_int4",
     "encode_layer",
     "expert_codec",
     "fits_int4",
     "group_of",
+    "in_tiles",
     "is_experts_module",
     "mix_by_trace",
     "multiply_fine",
@@ -30,4 +41,5 @@ __all__ = [
     "per_row",
     "quantize_fine",
     "quantize_rows",
+    "tile_format",
 ]

@@ -83,6 +83,8 @@ class Int4Rows:
 class Int4Codec:
     """Matrices as int4 with a grid; everything else (biases) as fp32."""
 
+    tiled = False
+
     def __init__(self) -> None:
         # The order of a packed matrix is the processor's: a pack of another one is not readable.
         self.name = f"int4-{torch.backends.cpu.get_cpu_capability().lower()}"

@@ -1,9 +1,10 @@
 """How an expert's matrices become bytes, and how they are multiplied with.
 
-`native` keeps the checkpoint's dtype and computes in the compute dtype. `int8` keeps one byte per
-weight, with one scale per output row, and quantizes every activation row by its own maximum (W8A8):
-the product is taken in integers, so company in the batch cannot change a row by a bit. `int4` and
-`nf4` are next door; named.py has all names.
+Here they lie in rows, for torch's products: on a GPU, and where there is no library of our own
+(tiled.py). `native` keeps the checkpoint's dtype and computes in the compute dtype. `int8` keeps
+one byte per weight, with one scale per output row, and quantizes every activation row by its own
+maximum (W8A8): the product is taken in integers, so company in the batch cannot change a row by a
+bit. `int4` and `nf4` are next door; named.py has all names.
 
 Shape letters: E experts, N outputs, K inputs, n rows.
 """
@@ -34,6 +35,8 @@ class Codec(Protocol):
     """`begin` prepares rows once for all experts of a layer; the products pick theirs."""
 
     name: str
+    tiled: bool
+    """Its matrices are tiles: one call for a whole layer takes them (mixed.py, `as_tile`)."""
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
         """What one expert of a module with `tensors` consists of in the pack."""
@@ -89,6 +92,7 @@ class NativeCodec:
     """
 
     name = "native"
+    tiled = False
 
     def __init__(self, compute_dtype: torch.dtype) -> None:
         self._dtype = compute_dtype
@@ -181,6 +185,7 @@ class Int8Codec:
     """Matrices as int8 [N, K] with fp32 scales [N]; everything else (biases) as fp32."""
 
     name = "int8"
+    tiled = False
 
     def __init__(self, compute_dtype: torch.dtype = torch.float32) -> None:
         self._dtype = compute_dtype

@@ -21,6 +21,7 @@ import torch
 
 from moestro.cache import BlobLayout, PackLayer, TraceInvalid, TraceReader
 from moestro.engine.facts import StartError, index_on
+from moestro.engine.kernels import TileMatrix
 
 from .experts_module import ExpertsModule
 from .matrices import Codec, Layout, Source, Span
@@ -147,8 +148,10 @@ class MixedCodec:
 
     def __init__(self, formats: FormatMap, compute_dtype: torch.dtype, device: str = "cpu") -> None:
         self.formats = formats
-        self.name = f"mixed-{formats.digest}"
         self._codecs = {name: codec_of(name, compute_dtype, device) for name in formats.formats}
+        layouts = "-".join(sorted({each.name for each in self._codecs.values()}))
+        self.name = f"mixed-{formats.digest}-{layouts}"
+        self.tiled = all(codec.tiled for codec in self._codecs.values())
         self._by_mark = {MARK + codec.name: codec for codec in self._codecs.values()}
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
@@ -242,6 +245,13 @@ class MixedCodec:
         count = len(next(iter(tensors.values())))
         mark = torch.empty((count, 0), dtype=torch.uint8)
         return {MARK + codec.name: mark, **codec.encode(tensors, transposed)}
+
+
+def as_tile(matrix: Any) -> TileMatrix:
+    """What a `tiled` codec's `open` gave, for the call of a whole layer."""
+    found = matrix if isinstance(matrix, TileMatrix) else matrix[1]
+    assert isinstance(found, TileMatrix)
+    return found
 
 
 def expert_codec(

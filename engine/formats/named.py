@@ -1,27 +1,35 @@
-"""The formats by the names that the flags give them."""
+"""The formats by the names that the flags give them, and how each lies where it computes."""
 
 import torch
 
 from moestro.engine.facts import StartError
+from moestro.engine.kernels import library
 
 from .int4 import Int4Codec
 from .matrices import Codec, Int8Codec, NativeCodec
 from .nf4 import Nf4Codec
+from .tiled import TileCodec
 
 FORMATS = ("native", "int8", "int4", "nf4")
 CPU_ONLY = {"int4"}  # torch's CUDA kernel wants another order of the packed bytes
+TILED = ("native", "int8", "int4")
 
 
-def codec_of(name: str, compute_dtype: torch.dtype, device: str = "cpu") -> Codec:
+def codec_of(
+    name: str, compute_dtype: torch.dtype, device: str = "cpu", *, rows: bool = False
+) -> Codec:
     """The codec that `--expert-format` names (one of FORMATS), to compute on a kind of device.
 
-    Raises StartError where that is not possible.
+    In tiles where the library computes, unless `rows` are asked for. Raises StartError where that
+    is not possible.
     """
     if name in CPU_ONLY and device != "cpu":
         raise StartError(
             f"--expert-format {name} is for the CPU's kernels alone; on {device} use nf4 (as small)"
             " or int8, or compute with --device cpu"
         )
+    if name in TILED and not rows and in_tiles(compute_dtype, device):
+        return TileCodec(name)
     match name:
         case "nf4":
             return Nf4Codec(compute_dtype)
@@ -31,3 +39,8 @@ def codec_of(name: str, compute_dtype: torch.dtype, device: str = "cpu") -> Code
             return Int8Codec(compute_dtype)
         case _:
             return NativeCodec(compute_dtype)
+
+
+def in_tiles(compute_dtype: torch.dtype, device: str = "cpu") -> bool:
+    """Whether the library computes there; torch does elsewhere, with matrices in rows."""
+    return device == "cpu" and compute_dtype == torch.float32 and library() is not None

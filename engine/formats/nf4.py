@@ -34,6 +34,7 @@ class Nf4Codec:
     """Matrices as nf4 with their quantization state; everything else (biases) as fp32."""
 
     name = "nf4"
+    tiled = False
 
     def __init__(self, compute_dtype: torch.dtype) -> None:
         """Raises StartError where bitsandbytes is not installed."""

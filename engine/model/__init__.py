@@ -1,7 +1,8 @@
 """The stock model with moestro's hooks: attention, KV, experts, and the guess ahead."""
 
 from .attention import install
-from .experts import MathByFlags, OffloadedExperts, StepPhase, bind
+from .expert_math import MathByFlags
+from .experts import OffloadedExperts, StepPhase, bind
 from .host_share import HostShare
 from .kv import KVStore, PackedCache, SequenceKV
 from .meta_model import build_meta_model

@@ -7,16 +7,19 @@ k is taken once, in fixed order, in fp32. So neither arrival order nor cache siz
 Shape letters: T tokens, k experts per token, E experts, H width of the experts' input and output.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate, chain, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.cache import ComputeBelow, ExpertCache, Phase, Routed
 from moestro.engine.facts import index_on
-from moestro.engine.formats import Codec, Span, per_row
+from moestro.engine.kernels import Activation, combine
+from moestro.engine.kernels import Routed as RoutedRows
+
+from .expert_math import ExpertMath
 
 NAME = "moestro"
 
@@ -63,113 +66,6 @@ FEW_TOKENS = 16
 
 With more tokens the rows of one expert fill the caches, and are better taken through it alone.
 """
-VECTOR = 32  # numbers: an activation of rows of whole vectors does not depend on their company
-
-
-class _Expert(NamedTuple):
-    """One expert's weights as the codec wants them: views into its slot, valid as those are."""
-
-    first: Any
-    first_bias: torch.Tensor | None
-    down: Any
-    down_bias: torch.Tensor | None
-    tensors: dict[str, torch.Tensor]  # keeps the identity that this was found by
-
-
-class ExpertMath:
-    """What experts modules with the same flags compute, whatever the layer."""
-
-    def __init__(self, module: torch.nn.Module, codec: Codec) -> None:
-        self.codec = codec
-        self._gated = bool(module.has_gate)
-        self._first = "gate_up_proj" if self._gated else "up_proj"
-        self._biased, self._transposed = bool(module.has_bias), bool(module.is_transposed)
-        self._normed = bool(module.has_post_expert_norm)
-        self._opened: dict[int, _Expert] = {}  # by the identity of a slot's views, which stay
-
-    def open(self, tensors: dict[str, torch.Tensor]) -> _Expert:
-        """Views are made once per slot: each would cost a microsecond."""
-        found = self._opened.get(id(tensors))
-        if found is None:
-            first, down = self._first, "down_proj"
-            found = self._opened[id(tensors)] = _Expert(
-                self.codec.open(tensors, first, self._transposed),
-                tensors[f"{first}_bias"] if self._biased else None,
-                self.codec.open(tensors, down, self._transposed),
-                tensors[f"{down}_bias"] if self._biased else None,
-                tensors,
-            )
-        return found
-
-    def one(self, module: torch.nn.Module, rows: Any, expert: _Expert) -> torch.Tensor:
-        """[n, H] -> [n, H] through one expert, as the module's own flags say."""
-        inner = self.codec.multiply(rows, expert.first)
-        if expert.first_bias is not None:
-            inner += expert.first_bias
-        inner = self._activate(module, inner)
-        out = self.codec.multiply(self.codec.begin(inner), expert.down)
-        if expert.down_bias is not None:
-            out += expert.down_bias
-        return module.post_expert_norm(out) if self._normed else out  # type: ignore[operator]
-
-    def each(
-        self, module: torch.nn.Module, rows: Any, spans: Sequence[Span], experts: Sequence[_Expert]
-    ) -> torch.Tensor:
-        """Like `one`, the rows of each span through an expert of their own -> [n, H].
-
-        `spans` as `Codec.multiply_each` wants them. A row's result does not depend on who else is
-        in the call by a bit: whoever is resident, the sum must be the same.
-        """
-        counts = [end - start for start, end in spans]
-
-        def multiply(rows: Any, matrices: Sequence[Any]) -> torch.Tensor:
-            return self.codec.multiply_each(rows, spans, matrices)
-
-        return self._through(module, rows, experts, multiply, counts)
-
-    def apart(self, module: torch.nn.Module, rows: Any, experts: Sequence[_Expert]) -> torch.Tensor:
-        """Like `each`, for one token: its row through every expert -> [n, H]."""
-        return self._through(module, rows, experts, self.codec.multiply_apart, None)
-
-    def _through(
-        self,
-        module: torch.nn.Module,
-        rows: Any,
-        experts: Sequence[_Expert],
-        multiply: Callable[[Any, Sequence[Any]], torch.Tensor],
-        counts: Sequence[int] | None,
-    ) -> torch.Tensor:
-        """`counts` rows of each expert; None: one of each."""
-        inner = multiply(rows, [expert.first for expert in experts])
-        if self._biased:
-            inner += per_row([expert.first_bias for expert in experts], counts)  # type: ignore[misc]
-        if inner.shape[1] % (2 * VECTOR) == 0:
-            inner = self._activate(module, inner)
-        else:
-            parts = torch.split(inner, 1 if counts is None else list(counts))
-            inner = torch.cat([self._activate(module, part) for part in parts])
-        out = multiply(self.codec.begin(inner), [expert.down for expert in experts])
-        if self._biased:
-            out += per_row([expert.down_bias for expert in experts], counts)  # type: ignore[misc]
-        return module.post_expert_norm(out) if self._normed else out  # type: ignore[operator]
-
-    def _activate(self, module: torch.nn.Module, inner: torch.Tensor) -> torch.Tensor:
-        return module._apply_gate(inner) if self._gated else module.act_fn(inner)  # type: ignore[no-any-return,operator]
-
-
-class MathByFlags:
-    """One ExpertMath for all modules of the same flags: they borrow the same slots."""
-
-    def __init__(self, codec: Codec) -> None:
-        self._codec = codec
-        self._made: dict[tuple[object, ...], ExpertMath] = {}
-
-    def of(self, module: torch.nn.Module) -> ExpertMath:
-        names = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
-        flags = tuple(getattr(module, name) for name in names)
-        if flags not in self._made:
-            self._made[flags] = ExpertMath(module, self._codec)
-        return self._made[flags]
 
 
 class Ahead(Protocol):
@@ -194,7 +90,9 @@ class OffloadedExperts:
         output_scale: float = 1.0,
         ahead: Ahead | None = None,
         compute_below: ComputeBelow | None = None,
+        activation: Activation | None = None,
     ) -> None:
+        """`activation`: the library's, where it has the module's; see `ExpertMath.together`."""
         self.layer = layer
         self.cache = cache
         self.step = step
@@ -202,6 +100,7 @@ class OffloadedExperts:
         self.compute_below = compute_below  # who is computed where they lie, with few tokens
         self.output_scale = output_scale
         self.ahead = ahead
+        self._activation = activation
 
     def __call__(
         self,
@@ -211,6 +110,8 @@ class OffloadedExperts:
         weights: torch.Tensor,
     ) -> torch.Tensor:
         tokens, k = ids.shape
+        if self.math.tiled:
+            return self._in_tiles(module, hidden, ids, weights)
         run = self._few_tokens if tokens <= FEW_TOKENS else self._many_tokens
         results, asked = run(module, hidden, ids, weights)
         if self.ahead is not None:
@@ -222,6 +123,41 @@ class OffloadedExperts:
             return torch.mm(shares, results).to(hidden.dtype)
         combined = torch.bmm(shares[:, None], results.view(tokens, k, -1))  # [T, 1, H]
         return combined[:, 0].to(hidden.dtype)
+
+    def _in_tiles(
+        self,
+        module: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """On the CPU with the library's products: one call for all experts that are here."""
+        (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
+        few, hidden = tokens <= FEW_TOKENS, hidden.contiguous()
+        if few:
+            wanted = places_by_expert(ids.tolist(), weights.tolist(), num_experts)
+        else:
+            order, starts = sort_by_expert(ids, weights, num_experts)
+            places = order.tolist()
+            each = ((e, places[starts[e] : starts[e + 1]]) for e in range(num_experts))
+            wanted = {expert: mine for expert, mine in each if mine}
+        complete = sum(map(len, wanted.values())) == tokens * k
+        make = torch.empty if complete else torch.zeros
+        results = make((tokens * k, hidden.shape[1]))
+        routed = self._routed(tokens, map(len, wanted.values()))
+        below = self.compute_below if few else None
+        event = (self.layer, list(wanted), self.step.phase, routed, below)
+        with self.cache.acquire(*event) as lease:
+            self._look_ahead(hidden)
+            for group in lease.groups() if few else ([each] for each in lease):
+                rows = rows_of([wanted[expert] for expert, _ in group], k)
+                views = [tensors for _, tensors in group]
+                self.math.together(module, views, rows, hidden, results, self._activation)
+        if self.ahead is not None:
+            self.ahead.after(self.layer, wanted)
+        if self.output_scale != 1.0:
+            weights = weights * self.output_scale
+        return combine(weights.float().contiguous(), results)
 
     def _few_tokens(
         self,
@@ -307,6 +243,13 @@ class OffloadedExperts:
         """
         if self.ahead is not None:
             self.ahead.before(self.layer, hidden)
+
+
+def rows_of(places: Sequence[Sequence[int]], k: int) -> RoutedRows:
+    """Places t * k + j of each expert of a call, as the call wants them."""
+    flat = list(chain.from_iterable(places))
+    starts = list(accumulate(map(len, places), initial=0))
+    return RoutedRows(starts, [place // k for place in flat], flat)
 
 
 def on_host(

@@ -108,4 +108,6 @@ def test_zero_rows_and_columns_stay_zero() -> None:
 
 def test_odd_shapes_are_refused_with_the_way_out() -> None:
     with pytest.raises(ModelRefused, match="30 x 64.*use int8"):
-        codec_of("int4", torch.float32).layout({"up_proj": (torch.bfloat16, (8, 30, 64))}, False)
+        codec_of("int4", torch.float32, rows=True).layout(
+            {"up_proj": (torch.bfloat16, (8, 30, 64))}, False
+        )

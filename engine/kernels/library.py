@@ -1,0 +1,122 @@
+"""The C library of the products: found beside this file, loaded once, called through ctypes.
+
+ctypes lets other Python threads run while a call computes. A build without a C compiler has no
+library; then torch's products serve, which are slower.
+"""
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+FILES = "_native*.so"
+MISSING = (
+    "the products of this build are torch's, which decode at a fraction of the speed: install a C"
+    " compiler (on Debian: apt-get install gcc libc6-dev) and moestro again"
+)
+
+
+class MatrixStruct(ctypes.Structure):
+    """`matrix` of src/moestro.h."""
+
+    _fields_ = (
+        ("tiles", c_void_p),
+        ("tile_bytes", c_int64),
+        ("outputs", c_int32),
+        ("inputs", c_int32),
+        ("padded", c_int32),
+        ("format", c_int32),
+        ("group", c_int32),
+        ("scale_type", c_int32),
+        ("zero_kind", c_int32),
+        ("row_group", c_int32),
+        ("order", c_void_p),
+    )
+
+
+class ExpertStruct(ctypes.Structure):
+    """`expert` of src/moestro.h."""
+
+    _fields_ = (
+        ("first", MatrixStruct),
+        ("down", MatrixStruct),
+        ("first_bias", c_void_p),
+        ("down_bias", c_void_p),
+    )
+
+
+class ExpertCall(ctypes.Structure):
+    """`expert_call` of src/calls.h."""
+
+    _fields_ = (
+        ("experts", c_void_p),
+        ("starts", c_void_p),
+        ("tokens", c_void_p),
+        ("places", c_void_p),
+        ("hidden", c_void_p),
+        ("results", c_void_p),
+        ("inner", c_void_p),
+        ("inner_stride", c_int64),
+        ("count", c_int32),
+        ("hidden_rows", c_int32),
+        ("inputs", c_int32),
+        ("outputs", c_int32),
+        ("activation", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
+        ("scratch", c_void_p),
+        ("scratch_bytes", c_int64),
+    )
+
+
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "moestro_available": (c_char_p, (c_int,)),
+    "moestro_chosen": (c_char_p, ()),
+    "moestro_choose": (c_int, (c_char_p,)),
+    "moestro_pool_set_threads": (c_int, (c_int,)),
+    "moestro_pool_threads": (c_int, ()),
+    "moestro_experts": (c_int64, (POINTER(ExpertCall),)),
+    "moestro_experts_first": (c_int64, (POINTER(ExpertCall),)),
+    "moestro_experts_down": (c_int64, (POINTER(ExpertCall),)),
+    "moestro_linear": (
+        c_int64,
+        (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int64),
+    ),
+    "moestro_combine": (None, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)),
+    "moestro_activate": (
+        None,
+        (c_int32, c_void_p, c_void_p, c_int32, c_int32, c_float, c_float),
+    ),
+}
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at `path`, its functions with their types. Raises OSError."""
+    found = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """None where this build has none."""
+    for path in sorted(Path(__file__).parent.glob(FILES)):
+        return load(path)
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """Those of the library that this processor has, the best first."""
+    found, names = library(), list[str]()
+    while found is not None and (name := found.moestro_available(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def choose(name: str) -> None:
+    """Compute with this one of `instruction_sets()` from now on."""
+    found = library()
+    if found is None or found.moestro_choose(name.encode()):
+        raise ValueError(f"{name!r} is none of {instruction_sets()}")

@@ -1,0 +1,245 @@
+"""Products with matrices in tiles, on tensors: rows, columns and pointers for the library.
+
+Shape letters: n rows, N outputs, K inputs, T tokens, k experts per token.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .layout import KINDS, SCALES, ZEROS, TileFormat
+from .library import ExpertCall, ExpertStruct, MatrixStruct, library
+
+Activation = tuple[int, float, float]  # which of the library's, alpha, limit
+
+SILU_MUL, GELU_MUL, GELU_TANH_MUL, CLAMPED_SIGMOID_MUL, SILU, GELU, RELU_SQUARED = range(7)
+GATED = range(SILU_MUL, CLAMPED_SIGMOID_MUL + 1)
+
+
+class TileMatrix(NamedTuple):
+    """A matrix where it lies; valid as `stored` is."""
+
+    struct: MatrixStruct
+    stored: torch.Tensor  # uint8 [tiles, tile_bytes]
+    order: torch.Tensor | None  # int32 [K]
+
+    @property
+    def outputs(self) -> int:
+        return int(self.struct.outputs)
+
+    @property
+    def inputs(self) -> int:
+        return int(self.struct.inputs)
+
+
+def tile_matrix(
+    stored: torch.Tensor,
+    form: TileFormat,
+    outputs: int,
+    inputs: int,
+    row_group: int = 0,
+    order: torch.Tensor | None = None,
+) -> TileMatrix:
+    """`stored` as `form` says. Rows of int8 share a scale by `row_group` inputs (0: all of a row);
+
+    with int4 and mxfp4 by the weights' own groups.
+    """
+    padded = form.padded(inputs)
+    if form.is_float:
+        row_group = 0
+    elif form.kind == "int8":
+        row_group = row_group if row_group and padded % row_group == 0 else padded
+    else:
+        row_group = form.group_of(inputs)
+    struct = MatrixStruct(
+        stored.data_ptr(),
+        form.tile_bytes(inputs),
+        outputs,
+        inputs,
+        padded,
+        KINDS.index(form.kind),
+        form.group_of(inputs),
+        SCALES.index(form.scale),
+        ZEROS.index(form.zero),
+        row_group,
+        None if order is None else order.data_ptr(),
+    )
+    return TileMatrix(struct, stored, order)
+
+
+class TileExpert(NamedTuple):
+    """An expert's two matrices, biases beside them; valid as what they point to is."""
+
+    struct: ExpertStruct
+    first: TileMatrix
+    down: TileMatrix
+    biases: tuple[torch.Tensor | None, torch.Tensor | None]  # fp32 [N]
+
+    @classmethod
+    def of(
+        cls,
+        first: TileMatrix,
+        first_bias: torch.Tensor | None,
+        down: TileMatrix,
+        down_bias: torch.Tensor | None,
+    ) -> "TileExpert":
+        pointers = (None if b is None else b.data_ptr() for b in (first_bias, down_bias))
+        struct = ExpertStruct(first.struct, down.struct, *pointers)
+        return cls(struct, first, down, (first_bias, down_bias))
+
+
+class Scratch:
+    """Memory between the steps of a call: as much as the largest call so far needed."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._memory.numel()
+
+    @property
+    def address(self) -> int:
+        return self._memory.data_ptr()
+
+    def grow(self, size_bytes: int) -> None:
+        self._memory = torch.empty(size_bytes, dtype=torch.uint8)
+
+
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "tiles are made only where the library is"
+    return found
+
+
+def linear(
+    rows: torch.Tensor, matrix: TileMatrix, bias: torch.Tensor | None, scratch: Scratch
+) -> torch.Tensor:
+    """fp32 [n, K], contiguous, times a matrix -> fp32 [n, N]; bias fp32 [N]."""
+    struct = matrix.struct
+    out = torch.empty((len(rows), struct.outputs))
+    call = _loaded().moestro_linear
+    arguments = (
+        ctypes.addressof(struct),
+        rows.data_ptr(),
+        rows.shape[1],
+        len(rows),
+        out.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+    )
+    while needed := call(*arguments, scratch.address, scratch.size_bytes):
+        scratch.grow(needed)
+    return out
+
+
+class Routed(NamedTuple):
+    """Whose rows go where: the rows starts[e] to starts[e + 1] are of expert e of the call."""
+
+    starts: Sequence[int]  # [experts + 1]
+    tokens: Sequence[int]  # [rows]: row of hidden
+    places: Sequence[int]  # [rows]: row of results
+
+
+def multiply_experts(
+    experts: Sequence[TileExpert],
+    routed: Routed,
+    hidden: torch.Tensor,
+    results: torch.Tensor,
+    activation: Activation | Callable[[torch.Tensor], torch.Tensor],
+    scratch: Scratch,
+) -> None:
+    """Rows of fp32 `hidden` [T, H] through their experts, into rows of fp32 `results` [T * k, H].
+
+    An activation that the library does not know is a function [n, N] -> [n, width] of the rows of
+    all experts, whose widths are then the same.
+    """
+    if isinstance(activation, tuple):
+        _run("moestro_experts", experts, routed, hidden, results, scratch, activation)
+        return
+    inner = torch.empty((len(routed.tokens), experts[0].first.outputs))
+    _run("moestro_experts_first", experts, routed, hidden, results, scratch, inner=inner)
+    inner = activation(inner).contiguous()
+    _run("moestro_experts_down", experts, routed, hidden, results, scratch, inner=inner)
+
+
+def _run(
+    name: str,
+    experts: Sequence[TileExpert],
+    routed: Routed,
+    hidden: torch.Tensor,
+    results: torch.Tensor,
+    scratch: Scratch,
+    activation: Activation = (SILU_MUL, 0.0, 0.0),
+    inner: torch.Tensor | None = None,
+) -> None:
+    rows = len(routed.tokens)
+    pointers = (ctypes.c_void_p * len(experts))(*[ctypes.addressof(e.struct) for e in experts])
+    starts = (ctypes.c_int32 * (len(experts) + 1))(*routed.starts)
+    tokens = (ctypes.c_int32 * rows)(*routed.tokens)
+    places = (ctypes.c_int32 * rows)(*routed.places)
+    kind, alpha, limit = activation
+    call = ExpertCall(
+        ctypes.addressof(pointers),
+        ctypes.addressof(starts),
+        ctypes.addressof(tokens),
+        ctypes.addressof(places),
+        hidden.data_ptr(),
+        results.data_ptr(),
+        None if inner is None else inner.data_ptr(),
+        0 if inner is None else inner.shape[1],
+        len(experts),
+        hidden.shape[0],
+        hidden.shape[1],
+        results.shape[1],
+        kind,
+        alpha,
+        limit,
+        scratch.address,
+        scratch.size_bytes,
+    )
+    run = getattr(_loaded(), name)
+    while needed := run(call):
+        scratch.grow(needed)
+        call.scratch, call.scratch_bytes = scratch.address, scratch.size_bytes
+
+
+def combine(weights: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
+    """fp32 [T, k] and [T * k, H], contiguous -> [T, H]: the weighted sum over k, in its order."""
+    tokens, k = weights.shape
+    out = torch.empty((tokens, results.shape[1]))
+    _loaded().moestro_combine(
+        weights.data_ptr(), results.data_ptr(), tokens, k, results.shape[1], out.data_ptr()
+    )
+    return out
+
+
+def activate(inner: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """fp32 [n, 2 W], or of an activation without gate [n, W] -> [n, W]."""
+    kind, alpha, limit = activation
+    width = inner.shape[1] // 2 if kind in GATED else inner.shape[1]
+    out = torch.empty((len(inner), width))
+    _loaded().moestro_activate(
+        kind, inner.data_ptr(), out.data_ptr(), len(inner), width, alpha, limit
+    )
+    return out
+
+
+def known_activation(
+    function: Callable[[torch.Tensor], torch.Tensor], inputs: int, alpha: float, limit: float
+) -> Activation | None:
+    """The library's activation that gives what `function` [n, inputs] -> [n, width] gives.
+
+    `alpha` and `limit` are those of its module, where it has such. None: it knows none like it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inner = torch.randn((4, inputs), generator=generator)
+    inner *= torch.tensor([[0.1], [1.0], [4.0], [20.0]])
+    wanted = function(inner.clone())
+    for kind in range(RELU_SQUARED + 1):
+        if wanted.shape[1] == (inputs // 2 if kind in GATED else inputs):
+            found = (kind, alpha, limit)
+            if torch.allclose(activate(inner, found), wanted, rtol=1e-5, atol=1e-6):
+                return found
+    return None

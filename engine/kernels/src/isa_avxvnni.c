@@ -1,0 +1,17 @@
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+#include <math.h>
+#include "moestro.h"
+#define VNNI
+#include "simd_avx2.h"
+#include "products.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+typedef int nothing_here;
+#endif

@@ -1,0 +1,3 @@
+#include "moestro.h"
+#include "simd_plain.h"
+#include "products.h"
