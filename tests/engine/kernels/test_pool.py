@@ -29,10 +29,11 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     sanitizer: str = request.param
     program = tmp_path_factory.mktemp("pool") / "pool_check"
     wanted = [] if sanitizer == PLAIN else [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    sources = [SOURCES / "pool.c", Path(__file__).with_name("pool_check.c")]
-    command = [COMPILER, *WARNINGS, "-O1", "-g", *wanted, "-pthread", "-I", SOURCES, *sources]
-    subprocess.run([*command, "-o", program], check=True)
-    return [*(fixed_addresses() if sanitizer == THREAD else []), program], CHECKS[sanitizer]
+    files = ("-I", SOURCES, SOURCES / "pool.c", Path(__file__).with_name("pool_check.c"))
+    options = (*WARNINGS, "-O1", "-g", *wanted, "-pthread")
+    subprocess.run((COMPILER, *options, *files, "-o", program), check=True)
+    start = [*(fixed_addresses() if sanitizer == THREAD else []), str(program)]
+    return start, CHECKS[sanitizer]
 
 
 def fixed_addresses() -> list[str]:
@@ -50,7 +51,7 @@ def hammer(program: list[str], rounds: int, checks: tuple[str, ...]) -> None:
 
 def test_the_pool_keeps_its_promises(built):
     program, checks = built
-    hammer(program, 12, checks)
+    hammer(program, 8, checks)
 
 
 @pytest.mark.slow
