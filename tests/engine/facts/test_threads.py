@@ -1,12 +1,15 @@
 """How many threads compute, and which limit decides, on machines made of files."""
 
+import logging
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from moestro.engine import StartError
+import tiny
+from engine_kit import opened
+from moestro.engine import EngineConfig, StartError
 from moestro.engine.facts import set_threads
 from moestro.engine.facts.threads import (
     CpuLimit,
@@ -15,6 +18,7 @@ from moestro.engine.facts.threads import (
     choose_threads,
     cpu_limits,
 )
+from moestro.engine.planner import plan_model
 
 CPUS, GROUPS = "sys/devices/system/cpu", "sys/fs/cgroup"
 
@@ -196,3 +200,20 @@ def test_what_is_chosen_is_in_force_here() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_start_says_why_so_many(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "moestro.engine")
+    with opened(tiny.build("mixtral", tmp_path / "model"), tmp_path / "cache", threads=1):
+        assert "threads: 1 (--threads 1)" in caplog.messages
+
+
+def test_too_many_are_refused_before_the_model_is_looked_at(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    with (
+        pytest.raises(StartError, match="^--threads 9999: "),
+        opened(nowhere, tmp_path, threads=9999),
+    ):
+        pass
+    with pytest.raises(StartError, match="^--threads 9999: "):
+        plan_model(EngineConfig(nowhere, tmp_path, threads=9999), 1e9)
