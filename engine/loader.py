@@ -29,6 +29,7 @@ from moestro.engine.facts import (
     PrefetchStats,
     ProgressFn,
     StartError,
+    Threads,
     choose,
     set_threads,
 )
@@ -150,7 +151,7 @@ def load(
     return loaded
 
 
-def _log_found(blueprint: Blueprint, config: EngineConfig, threads: int) -> None:
+def _log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> None:
     spec, family = blueprint.spec, blueprint.checkpoint.config.model_type
     log.info(
         "found %s: %s, %d layers of %d experts of %s, %d per token",
@@ -170,7 +171,7 @@ def _log_found(blueprint: Blueprint, config: EngineConfig, threads: int) -> None
     device = blueprint.device
     name = device.place if device.room is None else device.room.name
     log.info("compute: %s on %s (%s)", device.compute_dtype, name, device.why)
-    log.info("threads: %d", threads)
+    log.info("threads: %d (%s)", threads.count, threads.why)
 
 
 def _prefetch(

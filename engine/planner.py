@@ -65,6 +65,7 @@ def plan_model(
             f"--device {config.device}: a plan foretells the CPU alone so far; `moestro serve`"
             " prints a GPU's memory plan before it takes any of it"
         )
+    threads = set_threads(config.threads).count
     here = weights_are_here(config.model_path)
     checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
     try:
@@ -89,7 +90,7 @@ def plan_model(
         slot_bytes=slots.slot_bytes,
         work=work,
         link=_link(config, spec.slot_bytes, disk_bytes_per_s),
-        compute=_compute(config, blueprint, work),
+        compute=_compute(config, blueprint, work, threads),
         traced=traced,
     )
 
@@ -177,9 +178,8 @@ def _link(config: EngineConfig, blob_bytes: int, said_bytes_per_s: float | None)
     return measure_link(config.cache_dir, blob_bytes, files)
 
 
-def _compute(config: EngineConfig, blueprint: Blueprint, work: Work) -> ComputeSpeed:
+def _compute(config: EngineConfig, blueprint: Blueprint, work: Work, threads: int) -> ComputeSpeed:
     """With the threads, shapes and formats that serving would have."""
-    threads = set_threads(config.threads)
     hidden = int(blueprint.checkpoint.config.get_text_config().hidden_size)
     dense = Matrices(
         {"dense": (CPU.compute_dtype, (4 * hidden, hidden))}, False, work.dense_numbers + hidden**2

@@ -109,8 +109,8 @@ TORCH_FREE = {
         *("tiers/link", "traces/replayer", "traces/tracefile"),
     },
     "engine": {
-        *("facts/config", "facts/errors", "facts/grammar", "facts/stats", "facts/units"),
-        *("model/regret", "weights/manifest"),
+        *("facts/cgroups", "facts/config", "facts/errors", "facts/grammar", "facts/stats"),
+        *("facts/threads", "facts/units", "model/regret", "weights/manifest"),
         *("planning/advice", "planning/device_memory", "planning/forecast", "planning/step_size"),
         *("step/params", "step/scheduler", "step/sequence"),
     },

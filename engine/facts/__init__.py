@@ -1,5 +1,6 @@
 """The engine's facts: configuration, errors, grammars, statistics, the device. Lowest wing."""
 
+from .cgroups import control_groups
 from .config import EngineConfig, LinkSpec, Progress, ProgressFn
 from .device import CPU, Device, HostCopy, Room, choose, index_on, set_threads
 from .errors import (
@@ -31,6 +32,7 @@ from .stats import (
     RecallStats,
     TierStats,
 )
+from .threads import Threads
 from .units import GIB, MIB, PAGE_TOKENS, round_up_tokens
 
 __all__ = [
@@ -69,9 +71,11 @@ __all__ = [
     "Room",
     "StartError",
     "TemplateRefused",
+    "Threads",
     "TierStats",
     "Unavailable",
     "choose",
+    "control_groups",
     "index_on",
     "round_up_tokens",
     "set_threads",

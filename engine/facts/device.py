@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 
 from moestro.cache import STAGING_BYTES, Pack, TierPlan, Wiring, cuda, human_bytes
 
 from .config import EngineConfig
 from .errors import StartError
+from .threads import Threads, choose_threads, cpu_limits
 
 NAMES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -127,9 +127,8 @@ class HostCopy:
         return self._numbers.tolist()
 
 
-def set_threads(wanted: int | None) -> int:
-    """One thread less than there are cores: a thread that waits for a busy core costs more."""
-    cores = psutil.cpu_count(logical=False) or 1
-    threads = wanted or max(1, cores - 1)
-    torch.set_num_threads(threads)
+def set_threads(wanted: int | None) -> Threads:
+    """Those that compute, from now on; None: as many as may. Raises StartError where too many."""
+    threads = choose_threads(wanted, cpu_limits())
+    torch.set_num_threads(threads.count)
     return threads

@@ -7,11 +7,11 @@ available does: others hold memory, too. The page cache is available, files on t
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import psutil
 
-from moestro.engine.facts import StartError
+from moestro.engine.facts import StartError, control_groups
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
@@ -135,30 +135,5 @@ def _page_cache_bytes(path: Path, keys: tuple[str, ...]) -> int:
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, _GroupFiles]]:
-    """The process's own group and those above it up to the mounts' tops, of both versions."""
-    mounts = root / "sys/fs/cgroup"
-    tops = {"v1": (mounts / "memory",), "v2": (mounts, mounts / "unified")}
-    for version, own in _own_groups(root):
-        # In a container the path can be the host's, which is not mounted: then the top is left.
-        inside = own.relative_to("/") if own.is_absolute() and ".." not in own.parts else None
-        for top in tops[version]:
-            for group in (inside, *inside.parents) if inside else (PurePosixPath(),):
-                yield top / group, _FILES[version]
-
-
-def _own_groups(root: Path) -> list[tuple[str, PurePosixPath]]:
-    """Lines are number:controllers:path; version 2 is number 0 and names no controller."""
-    found = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except (OSError, ValueError):
-        lines = []
-    for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if "memory" in controllers.split(","):
-            found.append(("v1", PurePosixPath(path)))
-        elif number == "0" and not controllers:
-            found.append(("v2", PurePosixPath(path)))
-    # Without proc, the tops at least.
-    return found or [("v1", PurePosixPath("/")), ("v2", PurePosixPath("/"))]
+    for version, folder in control_groups("memory", root):
+        yield folder, _FILES[version]

@@ -128,7 +128,11 @@ PrefetchExperts = Annotated[
 Threads = Annotated[
     str | None,
     Option(
-        "--threads", metavar="N", help="Threads that compute. [default: physical cores less one]"
+        "--threads",
+        metavar="N",
+        help="Threads that compute, at most the CPUs that affinity mask, cpu quota and cpuset"
+        " allow. [default: as many, at most one per physical core, less one where that leaves more"
+        " than two]",
     ),
 ]
 MaxModelLen = Annotated[

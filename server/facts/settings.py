@@ -38,8 +38,6 @@ _SIZE_FORM = "a size above 0 such as 16MiB, 2GiB, 500MB or a number of bytes"
 _COUNT_FORM = "a whole number above 0"
 _MOST_BYTES = (1 << 63) - 1
 _SHOWN_CHARS = 100
-# More threads than this share of the logical cores is a slip of the keyboard.
-THREADS_PER_CORE = 4
 LEAST_STEP_TOKENS = 16  # as many sequences run together, each decodes one token a step
 
 
@@ -221,11 +219,11 @@ class Settings(Places):
     @field_validator("threads")
     @classmethod
     def _threads_have_cores(cls, value: int | None) -> int | None:
-        most = THREADS_PER_CORE * (os.cpu_count() or 1)
+        """The start knows what the process may use of them, and refuses the rest."""
+        most = os.cpu_count() or 1
         if value is not None and value > most:
             raise ValueError(
-                f"{_shown(value)} threads are too many for {os.cpu_count() or 1} logical cores;"
-                f" the most is {most}"
+                f"{_shown(value)} threads are too many for {most} logical CPUs; the most is {most}"
             )
         return value
 

@@ -244,7 +244,9 @@ def test_a_plan_counts_the_average_blob(tmp_path: Path) -> None:
     found = {}
     path = write(tmp_path / "f", **half("int8", "native"))
     for name in ("native", "int8", f"mixed:{path}"):
-        config = EngineConfig(folder, cache, expert_format=name, host_memory_bytes=400_000)
+        config = EngineConfig(
+            folder, cache, expert_format=name, host_memory_bytes=400_000, threads=1
+        )
         found[name] = plan_model(config, 1e9, None)
     native, int8, mixed = (forecast.work.layers[0].blob_bytes for forecast in found.values())
     assert int8 < mixed == (native + int8) // 2 < native

@@ -190,7 +190,7 @@ def test_places(monkeypatch, tmp_path):
 
 
 def test_as_many_threads_as_make_sense():
-    most = 4 * (os.cpu_count() or 1)
+    most = os.cpu_count() or 1
     assert load_settings({"model": "demo", "threads": str(most)}).threads == most
     with pytest.raises(Refused, match=f"the most is {most}$"):
         load_settings({"model": "demo", "threads": str(most + 1)})
