@@ -55,14 +55,16 @@ class Workshop:
         return path
 
     def made(self, *patterns: str) -> list[Path]:
-        """What this run made and has not removed, by the pattern of its name."""
+        """What this run made, or may make again, by the pattern of its name."""
         return [path for path in self._made if any(path.match(each) for each in patterns)]
 
     def drop(self, path: Path) -> None:
-        """Remove something large as soon as it is not needed, if this run made it."""
+        """Remove something large as soon as it is not needed, if this run made it.
+
+        It stays this run's own: made again, it is removed again.
+        """
         if path in self._made and not self.keep:
             remove(path)
-            self._made.remove(path)
 
     def clean(self) -> None:
         for path in reversed(self._made):
