@@ -5,6 +5,7 @@
 # benchmark then says which peer is missing. Nothing is done twice.
 #   PYTHON          the interpreter for the environments (default: .venv's)
 #   MOESTRO_TORCH   the torch of the environments, as pip spells it
+#   JOBS            compilers at once (default: 2); more of them are faster and disturb others more
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,6 +14,7 @@ readonly LLAMA="llama-cpp-python==0.3.36" # its source archive holds llama.cpp
 readonly XLLAMACPP="xllamacpp==2026.10.11549"
 readonly FASTLLM="ftllm==1.9.0"
 readonly STOCK=("transformers==5.23.0" "accelerate==1.15.0")
+readonly JOBS="${JOBS:-2}"
 readonly BASE_PYTHON="${PYTHON:-.venv/bin/python}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -65,7 +67,7 @@ llama.cpp() {
         cmake -S "$sources" -B "$place/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
             -DGGML_CUDA=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
             -DLLAMA_BUILD_EXAMPLES=OFF -DBUILD_SHARED_LIBS=OFF
-        nice -n 15 cmake --build "$place/build" -j 2 \
+        nice -n 15 cmake --build "$place/build" -j "$JOBS" \
             --target llama-bench llama-quantize llama-completion
     fi
     "$place/build/bin/llama-bench" --version

@@ -68,19 +68,24 @@ def main() -> None:
     report.finish("formats", results)
 
 
-def windows(loaded: Loaded, text: str) -> list[list[int]]:
-    ids = loaded.tokenizer.encode(text[: WINDOW_TOKENS * WINDOWS * 12])
-    return [ids[i * WINDOW_TOKENS : (i + 1) * WINDOW_TOKENS] for i in range(WINDOWS)]
+def windows(loaded: Loaded, text: str, count: int = WINDOWS) -> list[list[int]]:
+    ids = loaded.tokenizer.encode(text[: WINDOW_TOKENS * count * 12])
+    return [ids[i * WINDOW_TOKENS : (i + 1) * WINDOW_TOKENS] for i in range(count)]
 
 
 def log_probabilities(loaded: Loaded, ids: list[int]) -> torch.Tensor:
     """[n, V] of one window, alone."""
+    return packed_logits(loaded, ids).log_softmax(-1)
+
+
+def packed_logits(loaded: Loaded, ids: list[int]) -> torch.Tensor:
+    """[n, V] of one window, alone, before any softmax."""
     runner = loaded.engine.runner
     runner._cache.begin([(SequenceKV.alone(len(ids)), len(ids))])
     with torch.inference_mode():
         logits = run_packed(runner._model, runner._cache, [ids], [0], list(range(len(ids))))
     runner._cache.end(commit=False)
-    return logits.log_softmax(-1)
+    return logits
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def has_flag(name: str) -> bool:
+    """Whether this processor says that it has an instruction set, as /proc/cpuinfo spells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return any(line.startswith("flags") and name in line.split() for line in lines)
+
+
 def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
     """Median wall time of `work`, after one warm-up."""
     work()
@@ -50,7 +56,7 @@ def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
 
 def memory_bandwidth() -> float:
     """Bytes per second of one thread that reads what no cache holds."""
-    block = torch.ones(64 << 20)  # 256 MiB
+    block = torch.ones(192 << 20)  # 768 MiB
     return block.numel() * 4 / seconds(lambda: block.sum())
 
 

@@ -91,6 +91,17 @@ def test_a_workshop_removes_what_it_made_and_leaves_what_it_found(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["found"]
 
 
+def test_what_is_dropped_and_made_again_is_removed_at_the_end(tmp_path: Path) -> None:
+    with workshop(tmp_path / "shop", 0) as shop:
+        path = shop.path("model.gguf")
+        path.write_text("first")
+        shop.drop(path)
+        assert not path.exists()
+        path.write_text("again")
+        assert shop.path("model.gguf") in shop.made("*.gguf")
+    assert not (tmp_path / "shop").exists()
+
+
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     place = tmp_path / "models"
     with pytest.raises(NoRoom, match="MOESTRO_BENCH_DIR"), workshop(place, 1 << 60):

@@ -11,6 +11,7 @@ import report
 from .bench import Bench
 from .geometry import GEOMETRIES, GIB
 from .places import NoRoom, needed_bytes, workshop
+from .quality import FORMATS, Quality
 
 MODULES = {
     "p1": "p1_decode",
@@ -22,8 +23,9 @@ MODULES = {
     "p7": "p7_batch",
     "p8": "p8_start",
     "p9": "p9_quality",
+    "p10": "p10_demo",
 }
-SMALL = {"p5", "p7", "p9"}  # need no large model
+SMALL = {"p5", "p7", "p9", "p10"}  # need no large model
 DISK = {"p3", "p4", "p6"}  # need more of them than one
 
 
@@ -37,12 +39,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3, help="of each side, alternating")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="olmoe")
     parser.add_argument("--keep", action="store_true", help="leave models and packs there")
+    quality = parser.add_argument_group("p9, for a look in a minute")
+    quality.add_argument("--windows", type=int, default=Quality().windows, help="of the text")
+    quality.add_argument(
+        "--formats",
+        type=pairs,
+        default=FORMATS,
+        help="experts/dense, … (native/native comes first)",
+    )
+    quality.add_argument("--norms", action="store_true", help="move what reads a norm, too")
     parser.set_defaults(cache=cache)
     found = parser.parse_args()
     unknown = [name for name in found.bars if name not in MODULES]
     if unknown:
         parser.error(f"no bar {', '.join(unknown)}: there are {', '.join(MODULES)}")
     return found
+
+
+def pairs(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def main() -> int:
@@ -55,7 +70,8 @@ def main() -> int:
     report.show(f"needs {needed / GIB:.0f} GiB in {chosen.folder}; removed at the end")
     try:
         with workshop(chosen.folder, needed, chosen.keep) as shop:
-            bench = Bench(shop, chosen.peers, shape, chosen.cache, chosen.turns)
+            quality = Quality.of(chosen.windows, chosen.formats, norms=chosen.norms)
+            bench = Bench(shop, chosen.peers, shape, chosen.cache, chosen.turns, quality)
             if not bench.llama.available:
                 report.show(f"no peers in {chosen.peers}: scripts/bench_peers.sh installs them")
             for name in names:

@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .geometry import Geometry
+
+DENSE_WIDTHS = {"native": 2.0, "int8": 1.0, "int4": 0.5625}  # bytes per weight that is read
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
@@ -23,7 +27,7 @@ class Bar:
     def line(self) -> str:
         sign = "<=" if self.at_most else ">="
         verdict = "met" if self.met else "MISSED"
-        return f"{self.name}: {self.figure:.3g} {self.unit} (bar {sign} {self.wanted:g}): {verdict}"
+        return f"{self.name}: {self.figure:.4g} {self.unit} (bar {sign} {self.wanted:g}): {verdict}"
 
     def row(self) -> dict[str, Any]:
         return {
@@ -70,6 +74,17 @@ def expected_distinct(experts: int, per_token: int, tokens: int) -> float:
 def rows_per_expert(experts: int, per_token: int, tokens: int) -> float:
     """Mean rows of an expert that has any, evenly routed."""
     return tokens * per_token / expected_distinct(experts, per_token, tokens)
+
+
+def decode_bytes(shape: Geometry, slot_bytes: int, dense: str) -> float:
+    """What one token's step reads: its experts as they lie in their slots, and the dense part."""
+    experts = shape.layers * shape.experts_per_token * slot_bytes
+    return experts + shape.active_dense_numbers * DENSE_WIDTHS[dense]
+
+
+def gain(one: float, more: float) -> float:
+    """Of more threads over one, both as speeds."""
+    return more / one
 
 
 def medians(rows: Sequence[dict[str, float | None]]) -> dict[str, float]:

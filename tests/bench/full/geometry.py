@@ -1,7 +1,7 @@
 """Shapes of the synthetic model: which tensors it has and how many bytes they are. No tensors."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -33,11 +33,21 @@ class Geometry:
         return len(EXPERT_PARTS) * self.hidden * self.expert_width
 
     @property
+    def depth(self) -> float:
+        """Layers as a share of OLMoE-1B-7B's: what memory groups scale with."""
+        return self.layers / 16
+
+    @property
+    def active_dense_numbers(self) -> int:
+        """Of `active_numbers` those of no expert."""
+        dense = self.layers * (4 * self.hidden**2 + self.experts * self.hidden)
+        return dense + self.vocab * self.hidden
+
+    @property
     def active_numbers(self) -> int:
         """Weights that one token is multiplied with, the head included."""
         experts = self.layers * self.experts_per_token * self.expert_numbers
-        dense = self.layers * (4 * self.hidden**2 + self.experts * self.hidden)
-        return experts + dense + self.vocab * self.hidden
+        return experts + self.active_dense_numbers
 
     @property
     def numbers(self) -> int:
@@ -117,6 +127,7 @@ class Geometry:
 
 
 OLMOE = Geometry()
+OLMOE8 = replace(OLMOE, layers=8)  # the same widths at half the depth, for a disk of 15 GB
 TINY = Geometry(
     layers=2,
     experts=8,
@@ -129,4 +140,4 @@ TINY = Geometry(
 )
 # The width of the model that the fixed cost of a layer is measured on: hardly any arithmetic.
 NARROW = Geometry(layers=4, hidden=64, expert_width=32, heads=4, vocab=512, context_tokens=512)
-GEOMETRIES = {"olmoe": OLMOE, "tiny": TINY, "narrow": NARROW}
+GEOMETRIES = {"olmoe": OLMOE, "olmoe8": OLMOE8, "tiny": TINY, "narrow": NARROW}

@@ -1,10 +1,11 @@
-"""How fast memory and the products alone are on this machine right now: the ceilings.
+"""How fast the products of a prompt alone are on this machine right now: the ceiling of P2.
 
 python -m full.kernels GEOMETRY TOKENS      (one JSON line; the benchmark starts it as a turn)
 """
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import report
@@ -13,7 +14,7 @@ import torch
 from .bars import rows_per_expert
 from .geometry import Geometry
 
-COLD_BYTES = 160 << 20  # more than any cache of the processor holds
+COLD_BYTES = 512 << 20  # more than any cache of the processor holds
 DENSE_DIGITS = 2  # of int8 dense rows: each product has twice the rows
 
 
@@ -25,11 +26,10 @@ class PromptBound:
     experts_rate: float  # multiply-adds per second
     dense_rate: float
     rows_per_expert: float
-    memory_bytes_per_s: float  # of one thread that reads
 
 
-def int8_rate(rows: int, outputs: int, inputs: int) -> float:
-    """Multiply-adds per second of int8 [rows, inputs] x [inputs, outputs], out of memory."""
+def int_mm_rate(rows: int, outputs: int, inputs: int) -> float:
+    """Multiply-adds per second of torch's int8 [rows, inputs] x [inputs, outputs], from memory."""
     count = max(2, COLD_BYTES // (outputs * inputs))
     weights = [torch.ones(outputs, inputs, dtype=torch.int8) for _ in range(count)]
     values = torch.ones(rows, inputs, dtype=torch.int8)
@@ -38,20 +38,25 @@ def int8_rate(rows: int, outputs: int, inputs: int) -> float:
     return rows * outputs * inputs * count / seconds
 
 
-def int8_prompt(shape: Geometry, tokens: int) -> PromptBound:
+# (rows, outputs, inputs) -> multiply-adds per second of the fastest product that there is. int4's
+# many-row products are bound by the same: its weights are widened to int8 on the way.
+PRODUCT_RATE: Callable[[int, int, int], float] = int_mm_rate
+
+
+def prompt_bound(shape: Geometry, tokens: int) -> PromptBound:
     """Of `tokens` tokens routed evenly: products of experts and dense rows at their own sizes."""
     rows = rows_per_expert(shape.experts, shape.experts_per_token, tokens)
-    wide = int8_rate(round(rows), shape.expert_width, shape.hidden)
-    narrow = int8_rate(round(rows), shape.hidden, shape.expert_width)
+    wide = PRODUCT_RATE(round(rows), shape.expert_width, shape.hidden)
+    narrow = PRODUCT_RATE(round(rows), shape.hidden, shape.expert_width)
     experts_rate = 3 / (2 / wide + 1 / narrow)  # two wide matrices and a narrow one
-    dense_rate = int8_rate(DENSE_DIGITS * tokens, shape.hidden, shape.hidden)
+    dense_rate = PRODUCT_RATE(DENSE_DIGITS * tokens, shape.hidden, shape.hidden)
     experts = shape.layers * shape.experts_per_token * tokens * shape.expert_numbers
     dense = shape.layers * 4 * shape.hidden**2 * tokens * DENSE_DIGITS
     seconds = experts / experts_rate + dense / dense_rate
-    return PromptBound(seconds, experts_rate, dense_rate, rows, report.memory_bandwidth())
+    return PromptBound(seconds, experts_rate, dense_rate, rows)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shape = Geometry(**json.loads(sys.argv[1]))
-    print(json.dumps(asdict(int8_prompt(shape, int(sys.argv[2])))))
+    print(json.dumps(asdict(prompt_bound(shape, int(sys.argv[2])))))

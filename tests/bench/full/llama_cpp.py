@@ -37,20 +37,27 @@ class LlamaCpp:
         return next((line for line in text.splitlines() if "version" in line), "unknown").strip()
 
     def bench(
-        self, model: Path, *, prefill: int = 0, decode: int = 0, repeats: int = 1, **settings: Any
+        self,
+        model: Path,
+        *,
+        prefill: int = 0,
+        decode: int = 0,
+        repeats: int = 1,
+        threads: int = 1,
+        **settings: Any,
     ) -> Speeds:
-        """llama-bench: random tokens, one thread, all in RAM, weights repacked as it likes."""
+        """llama-bench: random tokens, all in RAM, weights repacked as it likes."""
         command: list[str | Path] = [
             self._program("llama-bench"),
             "-m",
             model,
             "-t",
-            "1",
+            str(threads),
             "-r",
             str(repeats),
         ]
         command += ["-p", str(prefill), "-n", str(decode), "-o", "jsonl"]
-        return parse_bench(run(command, **settings).stdout)
+        return parse_bench(run(command, threads=threads, **settings).stdout)
 
     def complete(
         self, model: Path, prompt: Path, decode: int, extra: tuple[str, ...] = (), **settings: Any

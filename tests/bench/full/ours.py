@@ -58,7 +58,9 @@ class Task:
     host_memory: int | None = None  # bytes; None: the start decides
     kv_memory: int = 1 << 30
     chunk: int = 512  # tokens of one step
+    threads: int = 1
     temperature: float = 0.0
+    prompt: tuple[int, ...] = ()  # to be decoded after, instead of random ids
     prefetch: bool = True
     trace: Path | None = None  # of all that is asked of the cache, from its first event
     link_bytes_per_s: float | None = None  # an emulated link, and behind it …
@@ -87,6 +89,7 @@ def run(task: Task) -> dict[str, Any]:
         kv_memory_bytes=task.kv_memory,
         max_step_tokens=task.chunk,
         prefetch=task.prefetch,
+        threads=task.threads,
         max_running=max(16, task.batch),
         **emulated(task),
         **task.settings,
@@ -165,7 +168,10 @@ def _decode(loaded: Loaded, task: Task) -> dict[str, Any]:
         generate(loaded, [random_ids(loaded, task.depth, 1)], ONE)
     seconds, steps, cpu, totals = [], list[float](), [], dict.fromkeys(COUNTED, 0.0)
     for number in range(task.repeats):
-        prompts = [random_ids(loaded, task.depth, 100 * number + i) for i in range(task.batch)]
+        prompts = [
+            list(task.prompt) or random_ids(loaded, task.depth, 100 * number + i)
+            for i in range(task.batch)
+        ]
         turn = generate(loaded, prompts, params)
         seconds.append(turn.seconds)
         steps += turn.steps_s

@@ -1,57 +1,98 @@
-"""P1: decode of the 7 B geometry, all in RAM, one token at a time, one thread."""
+"""P1: decode of the 7 B geometry, all in RAM, one token at a time, on one thread and on two."""
 
+from pathlib import Path
 from typing import Any
 
 import report
 
-from .bars import medians, ratio_bar
+from .bars import Bar, decode_bytes, gain, medians, ratio_bar
 from .bench import Bench, TurnFailed, begin, finish
+from .streams import Streams
 
 TOKENS = 32
-FORMATS = ("int8", "int4")
-PEERS = {"int8": ("q8_0", "Q8_0", 1.0), "int4": ("q4_0", "Q4_0", 0.9)}
+PEERS = {"int8": ("q8_0", "Q8_0"), "int4": ("q4_0", "Q4_0")}
+DENSE = {"int8": "int8", "int4": "int4"}  # beside the experts' format
+LLAMA_BAR, MEMORY_PERCENT = 1.05, 60.0
+THREADS = 2
+GAIN_BAR, LLAMA_TWO_BAR = 0.9, 1.0
 STOCK_BAR = 2.3
 STOCK_TOKENS = 16
 STOCK_IMPLEMENTATIONS = ("grouped_mm", "eager")
+Row = dict[str, float | None]
 
 
 def run(bench: Bench) -> None:
     begin("P1 decode, all in RAM, batch 1")
-    ceiling = bench.bound(1).memory_bytes_per_s / bench.shape.active_numbers
-    results: dict[str, Any] = {"one_byte_ceiling_tok_s": ceiling}
-    report.show(f"  ceiling at one byte per weight: {ceiling:.1f} tok/s, at half a byte twice that")
-    best = 0.0
-    for number, name in enumerate(FORMATS):
-        found = results[name] = against_llama(bench, name)
-        if "ours" in found:
-            best = max(best, found["ours"]) if number == 0 else best
-            share = 100 * found["ours"] / (ceiling * (1 if name == "int8" else 2))
-            report.show(f"  {name}: {found['ours']:.2f} tok/s, {share:.0f} % of the ceiling")
-    against_stock(bench, best, results)
+    results: dict[str, Any] = {}
+    for name in PEERS:
+        results[name] = one_format(bench, name)
+    against_stock(bench, results["int8"].get("ours", 0.0), results)
     finish("p1", bench, results)
 
 
-def against_llama(bench: Bench, name: str) -> dict[str, float]:
-    kind, label, wanted = PEERS[name]
-    turns: list[dict[str, float | None]] = []
+def one_format(bench: Bench, name: str) -> dict[str, float]:
+    """Alternating turns of the memory, ours and llama.cpp; every bar of one format."""
+    turns: list[Row] = []
     try:
+        model = bench.pair(name, PEERS[name][0])
         for _ in range(bench.turns):
-            turn = bench.ours(experts=name, dense=name, decode=TOKENS, repeats=2)
-            row: dict[str, float | None] = {"ours": turn["decode"]["tok_s"]}
-            if bench.llama.available:
-                speeds = bench.llama.bench(bench.gguf(kind), decode=TOKENS, repeats=2)
-                row["peer"] = speeds.decode
-            turns.append(row)
-            report.show(f"  turn {name}: {row}")
+            turns.append(turn(bench, name, model))
+            report.show(f"  turn {name}: {shown(turns[-1])}")
     except TurnFailed as error:
         bench.without(f"P1 {name}", error)
     found = medians(turns)
+    if found:
+        judge(bench, name, found)
+    return found
+
+
+def turn(bench: Bench, name: str, model: Path | None) -> Row:
+    """Everybody once, on one thread and on two, within a minute or two of each other."""
+    row = Row()
+    for threads in (1, THREADS):
+        ends = "" if threads == 1 else "_two"
+        memory = bench.streams(threads)
+        ours = bench.ours(
+            experts=name, dense=DENSE[name], decode=TOKENS, repeats=2, threads=threads
+        )
+        row[f"ours{ends}"] = speed = ours["decode"]["tok_s"]
+        row[f"memory{ends}"] = memory.best
+        row[f"bytes{ends}"] = moved = decode_bytes(bench.shape, ours["slot_bytes"], DENSE[name])
+        row[f"share{ends}"] = speed * moved / memory.best
+        if model is not None:
+            speeds = bench.llama.bench(model, decode=TOKENS, repeats=2, threads=threads)
+            row[f"peer{ends}"] = speeds.decode
+        say_memory(name, memory)
+    return row
+
+
+def say_memory(name: str, memory: Streams) -> None:
+    report.show(
+        f"  memory beside {name}, threads {memory.threads}: {memory.best / 1e9:.1f} GB/s"
+        f" ({memory.best_way})"
+    )
+
+
+def shown(row: Row) -> dict[str, str]:
+    return {name: f"{value:.4g}" for name, value in row.items() if value is not None}
+
+
+def judge(bench: Bench, name: str, found: dict[str, float]) -> None:
+    label = PEERS[name][1]
     if "peer" in found:
         what = f"P1 decode {name} against llama.cpp {label} ({found['peer']:.2f} tok/s)"
-        bench.hold(ratio_bar(what, found["ours"], found["peer"], wanted))
-    elif turns:
+        bench.hold(ratio_bar(what, found["ours"], found["peer"], LLAMA_BAR))
+        what = f"P1 decode {name}, {THREADS} threads, against llama.cpp {label}"
+        what += f" ({found['peer_two']:.2f} tok/s)"
+        bench.hold(ratio_bar(what, found["ours_two"], found["peer_two"], LLAMA_TWO_BAR))
+    else:
         bench.without(f"P1 {name} against llama.cpp", "it is not installed (bench_peers.sh)")
-    return found
+    what = f"P1 decode {name} ({found['ours']:.2f} tok/s, {found['bytes'] / 1e6:.0f} MB per token)"
+    bench.hold(Bar(what, 100 * found["share"], MEMORY_PERCENT, "% of the memory's speed"))
+    ours = gain(found["ours"], found["ours_two"])
+    memory = gain(found["memory"], found["memory_two"])
+    what = f"P1 decode {name}, gain of {THREADS} threads ({ours:.2f} x, memory {memory:.2f} x)"
+    bench.hold(ratio_bar(what, ours, memory, GAIN_BAR))
 
 
 def against_stock(bench: Bench, ours: float, results: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""P3: the 7 B geometry in a memory group of 2.2 GB: experts on disk, one thread."""
+"""P3: the 7 B geometry in a memory group of 2.2 GB: experts on disk, one thread.
+
+At half the depth the group, and all that is a part of it, is half as large.
+"""
 
 import json
 from collections.abc import Callable
@@ -29,7 +32,8 @@ OFFLOADED_TOKENS = 2  # of accelerate: each moves every expert
 
 
 def run(bench: Bench) -> None:
-    begin(f"P3 in a memory group of {GROUP_BYTES / 1e9:.1f} GB, {EXPERTS} experts, {DENSE} dense")
+    group = f"{group_bytes(bench) / 1e9:.1f} GB"
+    begin(f"P3 in a memory group of {group}, {EXPERTS} experts, {DENSE} dense")
     report.show(f"  the kernel reads ahead of every page fault by {read_ahead()}: mmap hangs on it")
     results: dict[str, Any] = {}
     try:
@@ -41,9 +45,17 @@ def run(bench: Bench) -> None:
         return
     for variant in ("random", "skewed"):
         results[variant] = one_variant(bench, variant)
+        bench.only()
+        if variant != "random":
+            bench.drop_checkpoint(variant)
     for name, against in (("fastllm", against_fastllm), ("accelerate", against_accelerate)):
+        bench.only()
         results[name] = attempt(bench, f"P3 against {name}", against)
     finish("p3", bench, results)
+
+
+def group_bytes(bench: Bench) -> int:
+    return int(GROUP_BYTES * bench.shape.depth)
 
 
 def read_ahead() -> str:
@@ -68,6 +80,7 @@ def one_variant(bench: Bench, variant: str) -> dict[str, Any]:
     turns: list[dict[str, float | None]] = []
     seen: list[dict[str, Any]] = []
     try:
+        bench.pair(EXPERTS, "q4_0", variant)
         free = bench.ours(variant, experts=EXPERTS, dense=DENSE, decode=DECODE, prefill=PREFILL)
         for _ in range(bench.turns):
             seen.append(ours_in_group(bench, variant))
@@ -92,13 +105,13 @@ def one_variant(bench: Bench, variant: str) -> dict[str, Any]:
 
 def ours_in_group(bench: Bench, variant: str, **fields: Any) -> dict[str, Any]:
     model = bench.checkpoint(variant)
-    forget_pages(model, bench.cache)
+    forget_pages(model, bench.cache(EXPERTS))
     trace = bench.shop.path("p3.trace")
     settings: dict[str, Any] = {
         "experts": EXPERTS,
         "dense": DENSE,
         "host_memory": None,
-        "kv_memory": KV_BYTES,
+        "kv_memory": int(KV_BYTES * bench.shape.depth),
         "prefill": PREFILL,
         "decode": DECODE,
         "repeats": 1,
@@ -107,7 +120,7 @@ def ours_in_group(bench: Bench, variant: str, **fields: Any) -> dict[str, Any]:
         "warm": False,
         "trace": trace,
     }
-    with memory_group(GROUP_BYTES) as group:
+    with memory_group(group_bytes(bench)) as group:
         turn = bench.ours(variant, turn={"group": group}, **settings | fields)
     turn["trace"] = trace
     return turn
@@ -118,7 +131,7 @@ def llama_in_group(bench: Bench, variant: str) -> dict[str, float | None]:
     prompt = write_prompt(bench.shop.path("prompt.txt"), bench.checkpoint(variant), PREFILL)
     forget_pages(model)
     extra = ("--no-repack", "--load-mode", "mmap")
-    with memory_group(GROUP_BYTES) as group:
+    with memory_group(group_bytes(bench)) as group:
         speeds = bench.llama.complete(model, prompt, DECODE, extra, group=group)
     return {"peer": speeds.decode, "peer_prefill": speeds.prefill}
 
@@ -181,18 +194,20 @@ def against_fastllm(bench: Bench) -> dict[str, Any]:
     shape = replace(bench.shape, family="qwen3_moe")
     twin = bench.checkpoint()
     model = make_random(bench.shop.path("qwen3-moe-random"), shape, twin)
-    task = {"model": str(model), "cache": FASTLLM_CACHE_BYTES, "vocab": shape.vocab}
+    cache_bytes = int(FASTLLM_CACHE_BYTES * shape.depth)
+    task = {"model": str(model), "cache": cache_bytes, "vocab": shape.vocab}
     task |= {"prefill": 16, "decode": DECODE}
     turns: list[dict[str, float | None]] = []
     for _ in range(bench.turns):
         forget_pages(model)
-        with memory_group(GROUP_BYTES) as group:
+        with memory_group(group_bytes(bench)) as group:
             command: list[str | Path] = [python, "-P", HERE / "fastllm_turn.py", json.dumps(task)]
             peer = last_json(run_process(command, group=group).stdout)
-        same = {"experts": "native", "host_memory": FASTLLM_CACHE_BYTES, "prefill": 16}
+        same = {"experts": "native", "host_memory": cache_bytes, "prefill": 16}
         ours = ours_in_group(bench, "random", model=model, **same)
         turns.append({"ours": ours["decode"]["tok_s"], "peer": peer["decode_tok_s"]})
         report.show(f"  turn fastllm: {turns[-1]}")
+    bench.shop.drop(model)
     found = medians(turns)
     what = f"P3 decode against fastllm's disk mode, bf16 ({found['peer']:.2f} tok/s)"
     bench.hold(ratio_bar(what, found["ours"], found["peer"], FASTLLM_BAR))
@@ -203,11 +218,11 @@ def against_accelerate(bench: Bench) -> dict[str, Any]:
     """Stock disk offload: it writes the joined experts anew, then moves all of them per token."""
     offload = bench.shop.path("offload")
     try:
-        with memory_group(GROUP_BYTES) as group:
+        with memory_group(group_bytes(bench)) as group:
             turn = bench.stock(
                 {"group": group},
                 offload=str(offload),
-                memory=GROUP_BYTES // 3,
+                memory=group_bytes(bench) // 3,
                 decode=OFFLOADED_TOKENS,
                 repeats=1,
             )

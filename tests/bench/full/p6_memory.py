@@ -18,6 +18,7 @@ def run(bench: Bench) -> None:
     begin(f"P6 peak RSS from outside, prompt of {PROMPT_TOKENS} tokens, a fifth of the experts")
     results: dict[str, Any] = {}
     for experts, dense in FORMATS:
+        bench.only()
         place = bench.shop.path("cache-p6")
         for start in ("first", "second"):
             try:

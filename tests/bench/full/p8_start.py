@@ -22,6 +22,7 @@ FORMAT = "int8"
 
 def run(bench: Bench) -> None:
     begin(f"P8 second start, {FORMAT}, prompt of {len(PROMPT)} tokens")
+    bench.only(packs=(FORMAT,))
     model = bench.checkpoint()
     bench.ours(experts=FORMAT, dense=FORMAT, decode=1, repeats=1, warm=False)  # the first start
     turns = []
@@ -42,8 +43,15 @@ def run(bench: Bench) -> None:
 def start(bench: Bench, model: Path, *, cold: bool = True) -> dict[str, Any]:
     """From the command to the first token of a server; cold: its files are in no page cache."""
     if cold:
-        forget_pages(model, bench.cache)
-    flags = ["--expert-format", FORMAT, "--dense-format", FORMAT, "--cache-dir", str(bench.cache)]
+        forget_pages(model, bench.cache(FORMAT))
+    flags = [
+        "--expert-format",
+        FORMAT,
+        "--dense-format",
+        FORMAT,
+        "--cache-dir",
+        str(bench.cache(FORMAT)),
+    ]
     flags += ["--host-memory", str(bench.all_experts(FORMAT)), "--threads", "1"]
     began = time.perf_counter()
     server = ServerProcess(str(model), *flags)
@@ -71,7 +79,7 @@ def start(bench: Bench, model: Path, *, cold: bool = True) -> dict[str, Any]:
 
 def dense_bytes(bench: Bench, model: Path) -> int:
     """Of the dense part, as the first start has kept it."""
-    (kept,) = bench.cache.glob(f"packs/{model.name}-*/dense.{FORMAT}")
+    (kept,) = bench.cache(FORMAT).glob(f"packs/{model.name}-*/dense.{FORMAT}")
     return kept.stat().st_size
 
 

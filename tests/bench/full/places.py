@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .geometry import Geometry
+from .geometry import BF16_BYTES, Geometry
 
-MARGIN_BYTES = 2 << 30
-# What lies there at once, in bytes per weight: the checkpoint, the int8 pack, Q8_0, Q4_0 …
-RESIDENT_BARS = 2 + 1 + 34 / 32 + 18 / 32
-# … and the int4 pack, the skewed variant's packs and Q4_0, a native pack or an offload folder.
-DISK_BARS = RESIDENT_BARS + 0.55 + 1.55 + 18 / 32 + 2
+MARGIN_BYTES = 128 << 20
+Q8_0_WIDTH = 34 / 32  # bytes per weight
+PACK_SLACK = 1.04  # scales, alignment, and the dense part in its second digit
 GIB = 1 << 30
 
 
@@ -22,8 +20,17 @@ class NoRoom(Exception):
 
 
 def needed_bytes(shape: Geometry, *, disk_bars: bool = True) -> int:
-    """Free disk that a run takes at its fullest; less without the bars that are about disks."""
-    return int(shape.numbers * (DISK_BARS if disk_bars else RESIDENT_BARS)) + MARGIN_BYTES
+    """Free disk that a run takes at its fullest, one format at a time (see `Bench.only`).
+
+    The checkpoint, and beside it an int8 pack with Q8_0; or, for the bars that are about disks,
+    a second dense part (the skewed variant's) with a native pack or stock's offload folder.
+    """
+    beside = shape.numbers * (Q8_0_WIDTH + PACK_SLACK)
+    if disk_bars:
+        experts = shape.layers * shape.experts * shape.expert_numbers
+        second_dense = BF16_BYTES * (shape.numbers - experts)
+        beside = max(beside, second_dense + PACK_SLACK * BF16_BYTES * experts)
+    return shape.checkpoint_bytes + int(beside) + MARGIN_BYTES
 
 
 def free_bytes(folder: Path) -> int:
@@ -47,11 +54,17 @@ class Workshop:
             self._made.append(path)
         return path
 
+    def made(self, *patterns: str) -> list[Path]:
+        """What this run made, or may make again, by the pattern of its name."""
+        return [path for path in self._made if any(path.match(each) for each in patterns)]
+
     def drop(self, path: Path) -> None:
-        """Remove something large as soon as it is not needed, if this run made it."""
+        """Remove something large as soon as it is not needed, if this run made it.
+
+        It stays this run's own: made again, it is removed again.
+        """
         if path in self._made and not self.keep:
             remove(path)
-            self._made.remove(path)
 
     def clean(self) -> None:
         for path in reversed(self._made):

@@ -21,13 +21,8 @@ import psutil
 HERE = Path(__file__).resolve().parent
 PRIORITY = -15
 SAMPLE_S = 0.02
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class TurnFailed(Exception):
@@ -47,6 +42,7 @@ def run(
     group: "Path | None" = None,
     timeout_s: float = 3600.0,
     environment: dict[str, str] | None = None,
+    threads: int = 1,
     watch: Callable[[psutil.Process], None] | None = None,
 ) -> Outcome:
     """Raises TurnFailed. `group` is a memory group's folder; `watch` is called at every sample."""
@@ -56,7 +52,12 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **ONE_THREAD, **(environment or {})},
+        env={
+            **os.environ,
+            **QUIET,
+            **dict.fromkeys(THREADS, str(threads)),
+            **(environment or {}),
+        },
         preexec_fn=lambda: _enter(group),
         start_new_session=True,
     )
