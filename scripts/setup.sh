@@ -35,7 +35,7 @@ find_python() {
 
 # What .venv was built from. The folder is part of it: an environment does not survive a move.
 fingerprint() {
-    cat pyproject.toml scripts/setup.sh
+    cat pyproject.toml setup.py engine/kernels/src/* scripts/setup.sh
     echo "$1 $TORCH $PWD"
     "$VENV/bin/python" --version
 }
