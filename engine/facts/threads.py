@@ -52,11 +52,9 @@ def choose_threads(wanted: int | None, limits: CpuLimits) -> Threads:
     if wanted is None:
         least = _least(*limits.narrower, limits.cores)
         count = max(1, math.floor(least.cpus))
-        return (
-            Threads(count - 1, f"{least.name}, less one")
-            if count > 3
-            else Threads(count, least.name)
-        )
+        if count - 1 > 2:
+            return Threads(count - 1, f"{least.name}, less one")
+        return Threads(count, least.name)
     least = _least(*limits.narrower, limits.logical)
     most = max(1, math.ceil(least.cpus))
     if wanted > most:

@@ -1,9 +1,9 @@
 /* The pool: see pool.h. Linux, macOS and the like; C11 atomics.
  *
  * A call is a job. Nobody waits for a worker that has not come: a worker *enters* the open job,
- * takes items until there are none and *leaves*; the caller does the same, closes the job, and waits
- * only for those inside. So a worker that sleeps, or that the system has put aside, costs nothing
- * unless it holds items, and these are few (see `take`).
+ * takes items until there are none and *leaves*; the caller does the same, closes the job, and
+ * waits only for those inside. So a worker that sleeps, or that the system has put aside, costs
+ * nothing unless it holds items, and these are few (see `take`).
  *
  *      state   | job number, 32 bits | open, 1 bit | workers inside, 31 bits |
  *
@@ -11,7 +11,8 @@
  *      open, n --leave--> open, n-1      closed, 0 --run----> next job, open, 0
  *      open, n --close--> closed, n
  *
- * The fields of a job are written while it is closed and nobody is inside, and read by those inside.
+ * The fields of a job are written while it is closed and nobody is inside, and read by those
+ * inside.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -178,8 +179,8 @@ static void *serve(void *number)
 }
 
 /* `sleeping` is read after `state` was written, and a worker counts itself before it reads `state`
- * for the last time: one of the two sees the other. Passing through the mutex waits for a worker that
- * has read it and does not wait yet. */
+ * for the last time: one of the two sees the other. Passing through the mutex waits for a worker
+ * that has read it and is not on `wake` yet. */
 static void wake_workers(int wanted)
 {
     int sleeping = atomic_load(&pool.sleeping);

@@ -15,7 +15,7 @@ void moestro_pool_run(int items, moestro_work work, void *context);
 
 /* How many compute, the caller included: at first, and after a fork in the child, 1. Starts and
  * stops workers until there are so many, waiting for a call that runs meanwhile. Returns the number
- * in force: fewer where the system refuses to start a thread, and the old one from inside a work. */
+ * in force: fewer where the system refuses a thread, and the old one from inside a work. */
 int moestro_pool_set_threads(int threads);
 
 int moestro_pool_threads(void);

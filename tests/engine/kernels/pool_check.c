@@ -1,5 +1,5 @@
-/* Hammers the pool: `pool_check ROUNDS CHECK...`. Ends with 1 and a line where a check fails, and by
- * a signal where one hangs. test_pool.py compiles it with pool.c under sanitizers. */
+/* Hammers the pool: `pool_check ROUNDS CHECK...`. Ends with 1 and a line where a check fails, and
+ * by a signal where one hangs. test_pool.py compiles it with pool.c under sanitizers. */
 #define _GNU_SOURCE
 
 #include "pool.h"
