@@ -17,10 +17,11 @@ from moestro.cache import (
     two_tiers,
 )
 from moestro.engine.facts import Device, EngineConfig, StartError
-from moestro.engine.formats import encode_layer
+from moestro.engine.formats import encode_layer, in_tiles
+from moestro.engine.kernels import Scratch
 from moestro.engine.model import PackedCache, build_meta_model, install
 from moestro.engine.planning import Blueprint, MemoryPlan, compact_modules, release_freed_memory
-from moestro.engine.weights import DenseFile, LastRows, load_dense
+from moestro.engine.weights import DenseFile, LastRows, Shared, load_dense
 
 from .phases import Phases
 
@@ -100,11 +101,13 @@ def _dense_model(
     model = build_meta_model(checkpoint, device.compute_dtype)
     compact = compact_modules(config, blueprint, model)
     last = LastRows() if blueprint.topology.inputs_unchanged else None
+    shared = Shared(last, Scratch())
     kept = None
     if device.room is None:  # a GPU's weights would have to be kept in their own place and dtype
-        kept = DenseFile.of(checkpoint, config.dense_format, folder)
+        tiled = in_tiles(device.compute_dtype, device.place.type)
+        kept = DenseFile.of(checkpoint, config.dense_format, folder, tiled=tiled)
     if kept is not None and kept.path.exists():
-        if kept.restore(model, experts, compact, last):
+        if kept.restore(model, experts, compact, shared):
             return model
         model = build_meta_model(checkpoint, device.compute_dtype)
     load_dense(
@@ -113,7 +116,7 @@ def _dense_model(
         blueprint.dense_keys,
         experts,
         compact,
-        last,
+        shared,
         lambda done, total: report(done, total, "groups"),
         device.place,
     )

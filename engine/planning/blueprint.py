@@ -27,7 +27,7 @@ from moestro.engine.facts import (
     StartError,
     round_up_tokens,
 )
-from moestro.engine.formats import Codec, ExpertsModule, expert_codec, pack_layer
+from moestro.engine.formats import Codec, ExpertsModule, expert_codec, in_tiles, pack_layer
 from moestro.engine.model import Topology, build_meta_model, trace
 from moestro.engine.weights import Checkpoint, Manifest, Replacement, replacements, saved_bytes
 
@@ -312,7 +312,11 @@ def compact_modules(
 ) -> list[Replacement]:
     """Modules of `model` that take fewer bytes than the compute dtype would."""
     return replacements(
-        model, blueprint.topology.router_paths, config.dense_format, blueprint.checkpoint
+        model,
+        blueprint.topology.router_paths,
+        config.dense_format,
+        blueprint.checkpoint,
+        tiled=in_tiles(blueprint.device.compute_dtype, blueprint.device.place.type),
     )
 
 

@@ -3,7 +3,7 @@
 from .checkpoint import PLAIN_DTYPES, Checkpoint, read_config, refusing
 from .dense import DENSE_FORMATS, Replacement, load_dense, replacements, saved_bytes
 from .dense_file import DenseFile
-from .linears import LastRows
+from .linears import LastRows, Shared
 from .manifest import MANIFEST_NAME, Manifest
 from .weight_files import INDEX_NAME, json_object, weight_files
 
@@ -17,6 +17,7 @@ __all__ = [
     "Manifest",
     "PLAIN_DTYPES",
     "Replacement",
+    "Shared",
     "json_object",
     "load_dense",
     "read_config",

@@ -1,9 +1,11 @@
 """The dense part: loaded layer by layer, and with `--dense-format int8` one byte per weight.
 
-Linear layers of the model become `CompactLinear`; norms, routers and everything that is not a
-linear layer stay in the compute dtype. A head that is tied to the embedding gets weights of its
-own (the embedding is looked up, not multiplied), and stays int8 when the rest is int4. An embedding
-that nothing multiplies with keeps the checkpoint's dtype.
+Where the library computes, linear layers of the model become `TileLinear`: with `native` in the
+checkpoint's own dtype if that is a small one, widened as it is read, which loses nothing. Where
+torch does, they become `CompactLinear`, or stay what they are with `native`. Norms, routers and
+everything that is not a linear layer stay in the compute dtype. A head that is tied to the
+embedding gets weights of its own (the embedding is looked up, not multiplied), and stays int8 when
+the rest is int4. An embedding that nothing multiplies with keeps the checkpoint's dtype.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,10 +14,18 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from moestro.engine.formats import ExpertsModule, fits_int4
+from moestro.engine.formats import ExpertsModule, fits_int4, tile_format
+from moestro.engine.kernels import TileFormat
 
 from .checkpoint import Checkpoint
-from .linears import CompactLinear, Int4Weights, Int8Weights, LastRows, StoredEmbedding
+from .linears import (
+    CompactLinear,
+    Int4Weights,
+    Int8Weights,
+    Shared,
+    StoredEmbedding,
+    TileLinear,
+)
 
 DENSE_FORMATS = ("native", "int8", "int4")
 
@@ -25,13 +35,10 @@ class Replacement:
     """What becomes of one module when its weights are there."""
 
     path: str
-    kind: str  # "int8", "int4", or the dtype that an embedding is stored in
+    kind: str  # "int8", "int4", or the dtype that it is stored in
     bytes: int  # that it will take
     numbers: int
-
-    @property
-    def is_embedding(self) -> bool:
-        return self.kind not in DENSE_FORMATS
+    form: TileFormat | None = None  # of a linear layer in tiles
 
     @property
     def weights(self) -> type[Int8Weights | Int4Weights]:
@@ -39,27 +46,54 @@ class Replacement:
 
 
 def replacements(
-    model: PreTrainedModel, router_paths: Iterable[str], dense_format: str, checkpoint: Checkpoint
+    model: PreTrainedModel,
+    router_paths: Iterable[str],
+    dense_format: str,
+    checkpoint: Checkpoint,
+    *,
+    tiled: bool,
 ) -> list[Replacement]:
     """Which modules of `model` (on meta) are kept in fewer bytes than its own dtype takes.
 
-    Not the routers (`router_paths`): there, one bit picks another expert.
+    Not the routers (`router_paths`): there, one bit picks another expert. `tiled`: linear layers
+    lie in tiles, for the library's products.
     """
     routers = tuple(f"{path}." for path in router_paths)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    ties = getattr(model, "all_tied_weights_keys", {})
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = []
     for path, module in model.named_modules():
-        if type(module) is torch.nn.Linear and dense_format != "native":
-            if not f"{path}.".startswith(routers):
+        key = f"{path}.weight"
+        if type(module) is torch.nn.Linear and not f"{path}.".startswith(routers):
+            stored = checkpoint.stored_dtype(key) or checkpoint.stored_dtype(ties.get(key, key))
+            if tiled and (dense_format != "native" or _is_smaller(stored, module)):
+                coarse = dense_format == "int4" and module is head
+                found.append(_in_tiles(path, module, "int8" if coarse else dense_format, stored))
+            elif not tiled and dense_format != "native":
                 small = dense_format == "int4" and module is not head and fits_int4(module.weight)
                 found.append(_linear(path, module, "int4" if small else "int8"))
-        elif type(module) is torch.nn.Embedding and not (tied and dense_format == "native"):
-            stored, count = checkpoint.stored_dtype(f"{path}.weight"), module.weight.numel()
-            if stored is not None and stored.itemsize < module.weight.dtype.itemsize:
+        elif type(module) is torch.nn.Embedding:
+            stored, count = checkpoint.stored_dtype(key), module.weight.numel()
+            shared = bool(ties) and dense_format == "native" and not tiled
+            if stored is not None and _is_smaller(stored, module) and not shared:
                 kind = str(stored).removeprefix("torch.")
                 found.append(Replacement(path, kind, stored.itemsize * count, count))
     return found
+
+
+def _is_smaller(stored: torch.dtype | None, module: torch.nn.Linear | torch.nn.Embedding) -> bool:
+    """In a checkpoint's dtype than in the module's own; where it has weights there."""
+    return stored is not None and stored.itemsize < module.weight.dtype.itemsize
+
+
+def _in_tiles(
+    path: str, linear: torch.nn.Linear, name: str, stored: torch.dtype | None
+) -> Replacement:
+    """`name` as the flag has it; `native` is the dtype that is `stored`."""
+    dtype = linear.weight.dtype if stored is None else stored
+    form = tile_format(name, dtype, linear.in_features)
+    tiles, tile_bytes = form.shape(linear.out_features, linear.in_features)
+    return Replacement(path, form.kind, tiles * tile_bytes, linear.weight.numel(), form)
 
 
 def _linear(path: str, linear: torch.nn.Linear, kind: str) -> Replacement:
@@ -86,7 +120,7 @@ def load_dense(
     keys: list[str],
     experts: list[ExpertsModule],
     found: Iterable[Replacement],
-    last: LastRows | None,
+    shared: Shared,
     report: Callable[[int, int], None],
     device: torch.device = torch.device("cpu"),  # noqa: B008  # a value like any other
 ) -> None:
@@ -102,19 +136,19 @@ def load_dense(
     def after_group(done: int, total: int) -> None:
         ready = [path for path in left if _is_loaded(model, path) and f"{path}.weight" not in tied]
         for path in ready:
-            _replace(model, left.pop(path), last)
+            _replace(model, left.pop(path), shared)
         report(done, total)
 
     checkpoint.load_dense(model, keys, experts, after_group, device)
     for each in left.values():  # tied to another tensor: it has its weights only now
-        _replace(model, each, last)
+        _replace(model, each, shared)
 
 
 def _is_loaded(model: PreTrainedModel, path: str) -> bool:
     return all(not parameter.is_meta for parameter in model.get_submodule(path).parameters())
 
 
-def _replace(model: PreTrainedModel, what: Replacement, last: LastRows | None) -> None:
+def _replace(model: PreTrainedModel, what: Replacement, shared: Shared) -> None:
     old = model.get_submodule(what.path)
     new: torch.nn.Module
     if isinstance(old, torch.nn.Embedding):
@@ -122,7 +156,10 @@ def _replace(model: PreTrainedModel, what: Replacement, last: LastRows | None) -
         new = StoredEmbedding(rows, old.weight.dtype)
     else:
         assert isinstance(old, torch.nn.Linear)
-        new = CompactLinear(old, what.weights.encode(old.weight.detach()), last)
+        if what.form is not None:
+            new = TileLinear.encode(old, what.form, shared.scratch)
+        else:
+            new = CompactLinear(old, what.weights.encode(old.weight.detach()), shared.last)
     put_module(model, what.path, new)
 
 

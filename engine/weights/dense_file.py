@@ -24,10 +24,11 @@ from moestro.cache import (
     write_tensors,
 )
 from moestro.engine.formats import ExpertsModule
+from moestro.engine.kernels import TILE16
 
 from .checkpoint import Checkpoint, drop_experts
 from .dense import Replacement, put_module
-from .linears import CompactLinear, LastRows, StoredEmbedding
+from .linears import CompactLinear, Shared, StoredEmbedding, TileLinear
 
 log = logging.getLogger("moestro.engine")
 
@@ -40,8 +41,10 @@ class DenseFile:
     key: str
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dense_format: str, folder: Path) -> "DenseFile | None":
-        """None for the format that is not kept."""
+    def of(
+        cls, checkpoint: Checkpoint, dense_format: str, folder: Path, *, tiled: bool
+    ) -> "DenseFile | None":
+        """None for the format that is not kept. `tiled`: as `replacements` has it."""
         if dense_format == "native":
             return None
         parts = (
@@ -50,7 +53,8 @@ class DenseFile:
             f"moestro {version('moestro')}",
             f"transformers {transformers.__version__}",
             f"torch {torch.__version__}",
-            torch.backends.cpu.get_cpu_capability(),  # int4 lies in the order of its kernels
+            # in rows, int4 lies in the order of torch's kernels
+            TILE16 if tiled else torch.backends.cpu.get_cpu_capability(),
         )
         return cls(folder / f"dense.{dense_format}", ", ".join(parts))
 
@@ -59,13 +63,13 @@ class DenseFile:
         model: PreTrainedModel,
         experts: Sequence[ExpertsModule],
         found: Sequence[Replacement],
-        last: LastRows | None,
+        shared: Shared,
     ) -> bool:
         """Give `model` (on meta) its dense weights. False: neither it nor the file is of use."""
         try:
             source = _Source(self.path, self.key)
             drop_experts(model, list(experts))
-            _fill(model, source, found, last)
+            _fill(model, source, found, shared)
         except PackInvalid as error:
             log.warning("the dense weights are made anew: %s", error)
             return False
@@ -93,6 +97,10 @@ def _dense_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         if isinstance(module, CompactLinear):
             for name, tensor in module.weights.tensors().items():
                 yield f"{path}.{name}", tensor
+            if module.bias_row is not None:
+                yield f"{path}.bias", module.bias_row
+        elif isinstance(module, TileLinear):
+            yield f"{path}.tiles", module.tiles
             if module.bias_row is not None:
                 yield f"{path}.bias", module.bias_row
         elif isinstance(module, StoredEmbedding):
@@ -125,10 +133,10 @@ class _Source:
 
 
 def _fill(
-    model: PreTrainedModel, source: _Source, found: Sequence[Replacement], last: LastRows | None
+    model: PreTrainedModel, source: _Source, found: Sequence[Replacement], shared: Shared
 ) -> None:
     for each in found:
-        put_module(model, each.path, _compact(model.get_submodule(each.path), each, source, last))
+        put_module(model, each.path, _compact(model.get_submodule(each.path), each, source, shared))
     for path, module in model.named_modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -140,12 +148,16 @@ def _fill(
 
 
 def _compact(
-    old: torch.nn.Module, what: Replacement, source: _Source, last: LastRows | None
+    old: torch.nn.Module, what: Replacement, source: _Source, shared: Shared
 ) -> torch.nn.Module:
     if isinstance(old, torch.nn.Embedding):
         return StoredEmbedding(source.take(f"{what.path}.rows", old.weight.shape), old.weight.dtype)
     assert isinstance(old, torch.nn.Linear)
     if old.bias is not None:
         old.bias = source.parameter(f"{what.path}.bias", old.bias)
+    if what.form is not None:
+        shape = torch.Size(what.form.shape(old.out_features, old.in_features))
+        tiles = source.take(f"{what.path}.tiles", shape)
+        return TileLinear(old, tiles, what.form, shared.scratch)
     parts = [source.take(f"{what.path}.{part}") for part in what.weights.parts]
-    return CompactLinear(old, what.weights(*parts), last)
+    return CompactLinear(old, what.weights(*parts), shared.last)

@@ -6,6 +6,7 @@ Shape letters: N outputs, K inputs, n rows.
 """
 
 import weakref
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -22,6 +23,7 @@ from moestro.engine.formats import (
     quantize_fine,
     quantize_rows,
 )
+from moestro.engine.kernels import Scratch, TileFormat, encode, linear, tile_matrix
 
 ROWS_AT_ONCE = 128  # of a matrix, encoded together: their fp32 copies stay in the caches
 BLOCK_ROWS = 128
@@ -138,6 +140,44 @@ class CompactLinear(torch.nn.Module):
         if self.bias_row is not None:
             out += self.bias_row
         return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+
+
+ROW_GROUPS = (64, 32)
+"""Inputs whose activations share a scale, with int8: a few very large ones coarsen only these."""
+
+
+class TileLinear(torch.nn.Module):
+    """The same with W in tiles, by the library's products."""
+
+    def __init__(
+        self, like: torch.nn.Linear, tiles: torch.Tensor, form: TileFormat, scratch: Scratch
+    ) -> None:
+        """`tiles` uint8 [T, tile_bytes], as `form` says."""
+        super().__init__()
+        self.out_features, self.in_features = like.out_features, like.in_features
+        self.tiles, self.form = tiles, form
+        padded = form.padded(self.in_features)
+        group = next(group for group in ROW_GROUPS if padded % group == 0 or group == 32)
+        self.matrix = tile_matrix(tiles, form, self.out_features, self.in_features, group)
+        self.bias_row = None if like.bias is None else like.bias.detach()
+        self._scratch = scratch
+
+    @classmethod
+    def encode(cls, like: torch.nn.Linear, form: TileFormat, scratch: Scratch) -> Self:
+        return cls(like, encode(like.weight.detach(), form), form, scratch)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        flat = rows.reshape(-1, self.in_features).float().contiguous()
+        out = linear(flat, self.matrix, self.bias_row, self._scratch)
+        return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the layers of one model share between their products."""
+
+    last: LastRows | None
+    scratch: Scratch
 
 
 class StoredEmbedding(torch.nn.Module):

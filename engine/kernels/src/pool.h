@@ -2,6 +2,8 @@
 #ifndef MOESTRO_POOL_H
 #define MOESTRO_POOL_H
 
+#pragma GCC visibility push(default)
+
 /* One item of a call. It may run on any thread, and must neither throw nor jump out. */
 typedef void (*moestro_work)(void *context, int item);
 
@@ -19,5 +21,7 @@ void moestro_pool_run(int items, moestro_work work, void *context);
 int moestro_pool_set_threads(int threads);
 
 int moestro_pool_threads(void);
+
+#pragma GCC visibility pop
 
 #endif

@@ -18,6 +18,7 @@ from moestro.engine.weights.linears import (
     Int8Weights,
     LastRows,
     StoredEmbedding,
+    TileLinear,
 )
 
 PROMPT = list(range(20, 40))
@@ -52,21 +53,30 @@ def test_int8_logits_are_near_the_native_ones(family: str, tmp_path: Path) -> No
         assert 0 < error < most, (formats, float(error))
 
 
-def test_every_linear_layer_but_the_routers_becomes_int8(tmp_path: Path) -> None:
+@pytest.fixture(params=["tiles", "rows"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How linear layers lie: in rows where there is no library."""
+    if request.param == "rows":
+        monkeypatch.setattr("moestro.engine.formats.named.library", lambda: None)
+    return str(request.param)
+
+
+def test_every_linear_layer_but_the_routers_becomes_int8(tmp_path: Path, layout: str) -> None:
+    compact = TileLinear if layout == "tiles" else CompactLinear
     folder = tiny.build("granitemoeshared", tmp_path / "model")  # its head is tied
     with opened(folder, tmp_path / "cache", dense_format="int8") as loaded:
         model = loaded.engine.runner._model
         kinds = {path: type(module) for path, module in model.named_modules()}
         assert torch.nn.Linear not in kinds.values()
-        assert kinds["lm_head"] is CompactLinear
-        assert kinds["model.layers.0.self_attn.q_proj"] is CompactLinear
+        assert kinds["lm_head"] is compact
+        assert kinds["model.layers.0.self_attn.q_proj"] is compact
         router = model.get_submodule("model.layers.0.block_sparse_moe.router")
         assert router.weight.dtype == torch.float32
         assert not list(model.get_submodule("lm_head").parameters())
 
 
-def test_the_plan_counts_the_smaller_weights(tmp_path: Path) -> None:
-    folder = tiny.build("mixtral", tmp_path / "model")
+def test_the_plan_counts_the_smaller_weights(tmp_path: Path, layout: str) -> None:
+    folder = tiny.build("mixtral", tmp_path / "model", torch.bfloat16)
     dense = {}
     for name in ("native", "int8", "int4"):
         with opened(folder, tmp_path / "cache", dense_format=name) as loaded:
@@ -76,37 +86,43 @@ def test_the_plan_counts_the_smaller_weights(tmp_path: Path) -> None:
             for module in model.modules():
                 if isinstance(module, CompactLinear):
                     held += module.weights.size_bytes
+                if isinstance(module, TileLinear):
+                    held += module.tiles.nbytes
                 if isinstance(module, StoredEmbedding):
                     held += module.rows.nbytes
             assert held == dense[name]
-    assert dense["int8"] < 0.6 * dense["native"]
+    assert dense["int8"] < (0.8 if layout == "tiles" else 0.6) * dense["native"]
     assert dense["int4"] < 0.9 * dense["int8"]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoeshared"])
 @pytest.mark.parametrize("dense_format", ["native", "int8"])
 def test_an_embedding_keeps_the_checkpoints_bytes_and_every_bit(
-    family: str, dense_format: str, tmp_path: Path
+    family: str, dense_format: str, tmp_path: Path, layout: str
 ) -> None:
-    """But for one that a native head is tied to: it is multiplied with, in fp32."""
+    """But for one that a native head in rows is tied to: it is multiplied with, in fp32."""
     folder = tiny.build(family, tmp_path / "model", torch.bfloat16)
     wanted = tiny.oracle(folder).get_input_embeddings().weight
     with opened(folder, tmp_path / "cache", dense_format=dense_format) as loaded:
         found = loaded.engine.runner._model.get_input_embeddings()
-        tied = family == "granitemoeshared"
-        assert isinstance(found, StoredEmbedding) == (not tied or dense_format != "native")
+        shared = family == "granitemoeshared" and dense_format == "native" and layout == "rows"
+        assert isinstance(found, StoredEmbedding) != shared
         ids = torch.arange(50)
         assert found(ids).dtype == torch.float32
         assert torch.equal(found(ids), wanted[:50].float())
 
 
-def test_the_head_stays_int8_where_the_rest_is_int4(tmp_path: Path) -> None:
+def test_the_head_stays_int8_where_the_rest_is_int4(tmp_path: Path, layout: str) -> None:
     folder = tiny.build("mixtral", tmp_path / "model")
     with opened(folder, tmp_path / "cache", dense_format="int4") as loaded:
         model = loaded.engine.runner._model
         query = model.get_submodule("model.layers.0.self_attn.q_proj")
-        assert isinstance(model.get_submodule("lm_head").weights, Int8Weights)
-        assert isinstance(query.weights, Int4Weights)
+        head = model.get_submodule("lm_head")
+        if layout == "tiles":
+            assert (head.form.kind, query.form.kind) == ("int8", "int4")
+        else:
+            assert isinstance(head.weights, Int8Weights)
+            assert isinstance(query.weights, Int4Weights)
 
 
 def test_rows_are_prepared_once_for_layers_that_read_the_same_tensor() -> None:

@@ -12,7 +12,7 @@ import tiny
 from engine_kit import opened, run_logits
 from moestro.engine import weight_loading
 from moestro.engine.weights import dense_file
-from moestro.engine.weights.linears import CompactLinear
+from moestro.engine.weights.linears import TileLinear
 
 STEPS = [[(1, list(range(20, 40)))], [(1, [7]), (2, [3, 4, 5])]]
 KEPT = "as the first start made them"
@@ -69,7 +69,7 @@ def test_every_tensor_is_the_same(family: str, tmp_path: Path) -> None:
             count = sum(parameter.numel() for parameter in model.parameters())
             found.append((tensors, kinds, count))
     (first, first_kinds, first_count), (second, second_kinds, second_count) = found
-    assert CompactLinear in first_kinds.values()
+    assert TileLinear in first_kinds.values()
     assert first_kinds == second_kinds
     assert first_count == second_count
     assert list(first) == list(second)
