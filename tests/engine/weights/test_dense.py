@@ -119,6 +119,7 @@ def test_the_head_stays_int8_where_the_rest_is_int4(tmp_path: Path, layout: str)
         query = model.get_submodule("model.layers.0.self_attn.q_proj")
         head = model.get_submodule("lm_head")
         if layout == "tiles":
+            assert isinstance(head, TileLinear) and isinstance(query, TileLinear)
             assert (head.form.kind, query.form.kind) == ("int8", "int4")
         else:
             assert isinstance(head.weights, Int8Weights)
