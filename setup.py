@@ -21,11 +21,13 @@ setup(
                     "isa_avxvnni",
                     "isa_plain",
                     "pool",
+                    "step",
                 )
             ],
             depends=[
                 f"{SOURCES}/{name}.h"
                 for name in (
+                    "attention",
                     "calls",
                     "moestro",
                     "pool",
@@ -34,6 +36,7 @@ setup(
                     "simd_avx2",
                     "simd_avx512",
                     "simd_plain",
+                    "step",
                 )
             ],
             # Contraction off: which sums are fused is written in the source, not the compiler's.

@@ -33,7 +33,7 @@ from moestro.engine.facts import (
     choose,
     set_threads,
 )
-from moestro.engine.formats import ExpertsModule
+from moestro.engine.formats import ExpertsModule, in_tiles
 from moestro.engine.model import (
     MathByFlags,
     OffloadedExperts,
@@ -57,7 +57,7 @@ from moestro.engine.text import Tokenizer
 from .choices import check_choices, check_device
 from .phases import Phases
 from .placement import host_share
-from .selfcheck import check_packed
+from .selfcheck import check_packed, compare_thin
 from .weight_loading import load_weights
 
 log = logging.getLogger("moestro.engine")
@@ -138,6 +138,8 @@ def load(
         _bind(config, blueprint, model, cache, step, prefetch)
         phases.enter("check")
         step.phase = Phase.PREFILL  # what the check runs are prompts
+        if in_tiles(device.compute_dtype, device.place.type):
+            compare_thin(model, packed, blueprint.vocab_size)
         _check_once(config, blueprint, model, packed)
         phases.leave()
         pages = _limits(config, plan).pages

@@ -9,7 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from moestro.engine.facts import ModelRefused
-from moestro.engine.model import PackedCache, SequenceKV, run_packed
+from moestro.engine.model import (
+    KVStore,
+    PackedCache,
+    SequenceKV,
+    Thinner,
+    experts_aside,
+    run_packed,
+)
 
 # Of the largest logit. Float rounding stays a hundred times below the first; with int8 or in bf16,
 # rounding can turn a digit or a router's choice, while a state that leaks gives differences near 1.
@@ -40,6 +47,17 @@ def check_packed(
             f" gives other logits than alone (relative difference {worst:.1e})"
         )
     return worst
+
+
+def compare_thin(model: PreTrainedModel, cache: PackedCache, vocab_size: int) -> None:
+    """Let modules of `model` that agree with the stock ones be computed in one call each."""
+    thinner, store = Thinner(model, cache), KVStore(2)
+    ids = torch.randint(vocab_size, (2, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    sequences = [SequenceKV(store, [page]) for page in range(2)]
+    with torch.inference_mode(), experts_aside(model):
+        _run(model, cache, [(kv, own[:3]) for kv, own in zip(sequences, ids, strict=True)])
+        with thinner.compare():
+            _run(model, cache, [(kv, own[3:]) for kv, own in zip(sequences, ids, strict=True)])
 
 
 def _run(

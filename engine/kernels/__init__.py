@@ -15,16 +15,23 @@ from .products import (
     multiply_experts,
     tile_matrix,
 )
+from .step import LANES, MOST_GROUP, AttentionWeights, Norm, Rows, attend, normalize, tile_attention
 
 __all__ = [
     "Activation",
+    "AttentionWeights",
+    "LANES",
     "MISSING",
+    "MOST_GROUP",
+    "Norm",
     "Routed",
+    "Rows",
     "Scratch",
     "TILE16",
     "TileExpert",
     "TileFormat",
     "TileMatrix",
+    "attend",
     "combine",
     "encode",
     "instruction_sets",
@@ -32,5 +39,7 @@ __all__ = [
     "library",
     "linear",
     "multiply_experts",
+    "normalize",
+    "tile_attention",
     "tile_matrix",
 ]

@@ -69,6 +69,49 @@ class ExpertCall(ctypes.Structure):
     )
 
 
+class AttentionStruct(ctypes.Structure):
+    """`attention` of src/step.h."""
+
+    _fields_ = (
+        ("query", MatrixStruct),
+        ("key", MatrixStruct),
+        ("value", MatrixStruct),
+        ("output", MatrixStruct),
+        ("query_bias", c_void_p),
+        ("key_bias", c_void_p),
+        ("value_bias", c_void_p),
+        ("output_bias", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("norm_width", c_int32),
+        ("heads", c_int32),
+        ("key_heads", c_int32),
+        ("dim", c_int32),
+        ("rotary", c_int32),
+        ("eps", c_float),
+        ("scaling", c_float),
+    )
+
+
+class AttentionCall(ctypes.Structure):
+    """`attention_call` of src/step.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("rows", c_void_p),
+        ("starts", c_void_p),
+        ("out", c_void_p),
+        ("pool_rows", c_int64),
+        ("scratch", c_void_p),
+        ("scratch_bytes", c_int64),
+        ("count", c_int32),
+    )
+
+
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_available": (c_char_p, (c_int,)),
     "moestro_chosen": (c_char_p, ()),
@@ -82,6 +125,8 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         c_int64,
         (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int64),
     ),
+    "moestro_attention": (c_int64, (c_void_p, POINTER(AttentionCall))),
+    "moestro_normalize": (None, (c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p)),
     "moestro_combine": (None, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)),
     "moestro_activate": (
         None,

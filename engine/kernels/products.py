@@ -108,7 +108,7 @@ class Scratch:
         self._memory = torch.empty(size_bytes, dtype=torch.uint8)
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     found = library()
     assert found is not None, "tiles are made only where the library is"
     return found
@@ -120,7 +120,7 @@ def linear(
     """fp32 [n, K], contiguous, times a matrix -> fp32 [n, N]; bias fp32 [N]."""
     struct = matrix.struct
     out = torch.empty((len(rows), struct.outputs))
-    call = _loaded().moestro_linear
+    call = loaded().moestro_linear
     arguments = (
         ctypes.addressof(struct),
         rows.data_ptr(),
@@ -199,7 +199,7 @@ def _run(
         scratch.address,
         scratch.size_bytes,
     )
-    run = getattr(_loaded(), name)
+    run = getattr(loaded(), name)
     while needed := run(call):
         scratch.grow(needed)
         call.scratch, call.scratch_bytes = scratch.address, scratch.size_bytes
@@ -209,7 +209,7 @@ def combine(weights: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
     """fp32 [T, k] and [T * k, H], contiguous -> [T, H]: the weighted sum over k, in its order."""
     tokens, k = weights.shape
     out = torch.empty((tokens, results.shape[1]))
-    _loaded().moestro_combine(
+    loaded().moestro_combine(
         weights.data_ptr(), results.data_ptr(), tokens, k, results.shape[1], out.data_ptr()
     )
     return out
@@ -220,7 +220,7 @@ def activate(inner: torch.Tensor, activation: Activation) -> torch.Tensor:
     kind, alpha, limit = activation
     width = inner.shape[1] // 2 if kind in GATED else inner.shape[1]
     out = torch.empty((len(inner), width))
-    _loaded().moestro_activate(
+    loaded().moestro_activate(
         kind, inner.data_ptr(), out.data_ptr(), len(inner), width, alpha, limit
     )
     return out

@@ -7,7 +7,8 @@ k is taken once, in fixed order, in fp32. So neither arrival order nor cache siz
 Shape letters: T tokens, k experts per token, E experts, H width of the experts' input and output.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.cache import ComputeBelow, ExpertCache, Phase, Routed
 from moestro.engine.facts import index_on
+from moestro.engine.formats import is_experts_module
 from moestro.engine.kernels import Activation, combine
 from moestro.engine.kernels import Routed as RoutedRows
 
@@ -52,6 +54,19 @@ def register() -> None:
 def bind(module: torch.nn.Module, function: ExpertsFunction) -> None:
     """Let `module` (an experts module) run `function`."""
     module.__dict__["moestro_experts"] = function
+
+
+@contextmanager
+def experts_aside(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the experts of `model` give half of what comes to them, and none is asked for."""
+    bound = [(each, each.moestro_experts) for each in model.modules() if is_experts_module(each)]
+    try:
+        for module, _ in bound:
+            bind(module, lambda _, hidden, *__: hidden * 0.5)
+        yield
+    finally:
+        for module, function in bound:
+            bind(module, function)  # type: ignore[arg-type]
 
 
 class StepPhase:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from moestro.engine.facts import PAGE_TOKENS
+from moestro.engine.kernels import Rows
 
 
 class KVStore:
@@ -104,6 +105,11 @@ class SequenceKV:
                     buffer[:, new].copy_(buffer[:, old])
         return twin
 
+    def rows(self, end: int) -> torch.Tensor:
+        """int32 [end]: the row of the store that each of its first tokens has."""
+        parts = [torch.arange(r.start, r.stop, dtype=torch.int32) for r in self._rows(0, end)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def _rows(self, start: int, end: int) -> Iterator[slice]:
         """Rows of the store that hold this sequence's tokens [start, end), in order."""
         passed = 0
@@ -134,6 +140,15 @@ class Span:
     tokens: int
 
 
+def _rows_of_single_tokens(spans: Sequence[Span]) -> Rows | None:
+    """None where a sequence has more new tokens than one, or another store than the first."""
+    if any(span.tokens != 1 or span.kv.store is not spans[0].kv.store for span in spans):
+        return None
+    each = [span.kv.rows(span.kv.length_tokens + 1) for span in spans]
+    ends = torch.tensor([0, *map(len, each)]).cumsum(0)
+    return Rows(each[0] if len(each) == 1 else torch.cat(each), ends)
+
+
 class PackedCache:
     """Stands where a transformers `Cache` would: `past_key_values` of a packed forward pass.
 
@@ -149,6 +164,8 @@ class PackedCache:
         self.spans: tuple[Span, ...] = ()
         self.written: tuple[int, torch.Tensor | None] = (-1, None)  # last layer and returned keys
         self.masks: dict[tuple[int, int], torch.Tensor] = {}  # (rule, span) -> mask of this pass
+        self.rows: Rows | None = None
+        """Where all tokens lie, in a pass of one new token of each sequence on the host."""
 
     def begin(self, parts: Sequence[tuple[SequenceKV, int]]) -> None:
         """Start a pass over `parts`: (sequence, new tokens) in packed order."""
@@ -158,6 +175,7 @@ class PackedCache:
             start += tokens
         self.spans = tuple(spans)
         self.masks.clear()
+        self.rows = _rows_of_single_tokens(self.spans)
 
     def end(self, *, commit: bool) -> None:
         """Close the pass; with `commit` the new rows become part of their sequences."""
@@ -167,6 +185,7 @@ class PackedCache:
         self.spans = ()
         self.written = (-1, None)
         self.masks.clear()
+        self.rows = None
 
     # What transformers calls -----------------------------------------------------------------
 

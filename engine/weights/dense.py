@@ -66,7 +66,7 @@ def replacements(
         key = f"{path}.weight"
         if type(module) is torch.nn.Linear and not f"{path}.".startswith(routers):
             stored = checkpoint.stored_dtype(key) or checkpoint.stored_dtype(ties.get(key, key))
-            if tiled and (dense_format != "native" or _is_smaller(stored, module)):
+            if tiled:
                 coarse = dense_format == "int4" and module is head
                 found.append(_in_tiles(path, module, "int8" if coarse else dense_format, stored))
             elif not tiled and dense_format != "native":

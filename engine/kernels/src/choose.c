@@ -1,11 +1,13 @@
 /* Which instruction set computes: the best that this processor has, or the one that was forced. */
 #include "moestro.h"
+#include "step.h"
 
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
 static const isa *chosen;
+static const step_isa *chosen_step;
 
 #if defined(__x86_64__)
 static int has_avx2(void)
@@ -40,11 +42,38 @@ static const isa *available(int place)
     return place < count ? found[place] : NULL;
 }
 
+static const step_isa *step_of(const isa *one)
+{
+#if defined(__x86_64__)
+    if (one == &isa_avx512)
+        return &step_avx512;
+    if (one == &isa_avxvnni)
+        return &step_avxvnni;
+    if (one == &isa_avx2)
+        return &step_avx2;
+#endif
+    (void)one;
+    return &step_plain;
+}
+
+static void choose(const isa *one)
+{
+    chosen_step = step_of(one);
+    chosen = one;
+}
+
 const isa *current_isa(void)
 {
     if (!chosen)
-        chosen = available(0);
+        choose(available(0));
     return chosen;
+}
+
+const step_isa *current_step(void)
+{
+    if (!chosen_step)
+        choose(available(0));
+    return chosen_step;
 }
 
 /* The name of the instruction set number `place` that this processor has, the best first. */
@@ -62,7 +91,7 @@ EXPORT int moestro_choose(const char *name)
     const isa *found;
     for (int place = 0; (found = available(place)); place++)
         if (!strcmp(found->name, name)) {
-            chosen = found;
+            choose(found);
             return 0;
         }
     return -1;

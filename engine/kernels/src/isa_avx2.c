@@ -8,6 +8,9 @@
 #include "moestro.h"
 #include "simd_avx2.h"
 #include "products.h"
+#include "step.h"
+#define STEP_ISA step_avx2
+#include "attention.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

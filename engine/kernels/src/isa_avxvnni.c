@@ -9,6 +9,9 @@
 #define VNNI
 #include "simd_avx2.h"
 #include "products.h"
+#include "step.h"
+#define STEP_ISA step_avxvnni
+#include "attention.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,0 +1,98 @@
+/* Attention of one new token and its norms, over one instruction set's lanes; after products.h. */
+
+enum { BLOCK_TOKENS = 64 }; /* whose scores are held at a time: where pages lie changes no bit */
+
+static void normalize(const float *x, const float *weight, float eps, int width, float *out)
+{
+    fv squares = fv_set(0);
+    int k = 0;
+    for (; k + TILE <= width; k += TILE) {
+        const fv some = fv_load(x + k);
+        squares = fv_fma(some, some, squares);
+    }
+    float sum = fv_sum(squares);
+    for (int i = k; i < width; i++)
+        sum += x[i] * x[i];
+    const float factor = 1.0f / sqrtf(sum / (float)width + eps);
+    for (k = 0; k + TILE <= width; k += TILE)
+        fv_store(out + k, fv_mul(fv_mul(fv_load(x + k), fv_set(factor)), fv_load(weight + k)));
+    for (; k < width; k++)
+        out[k] = x[k] * factor * weight[k];
+}
+
+INLINE float dot(const float *a, const float *b, int dim)
+{
+    fv sum = fv_set(0);
+    for (int k = 0; k < dim; k += TILE)
+        sum = fv_fma(fv_load(a + k), fv_load(b + k), sum);
+    return fv_sum(sum);
+}
+
+/* Scores of one query head against `count` rows -> their weights; the largest score so far, and
+   the factor for what has been summed with the one before. */
+INLINE float weigh(const float *q, const float *keys, const int64_t *at, int count, int dim,
+                   float *largest, float *sum, float *weights)
+{
+    float most = *largest;
+    for (int j = 0; j < count; j++) {
+        weights[j] = dot(q, keys + at[j], dim);
+        most = weights[j] > most ? weights[j] : most;
+    }
+    for (int j = count; j % TILE; j++)
+        weights[j] = -1e30f;
+    const float factor = expf(*largest - most);
+    fv total = fv_set(0);
+    for (int j = 0; j < count; j += TILE) {
+        const fv score = fv_sub(fv_load(weights + j), fv_set(most));
+        /* what is no number stays so; what only fills up weighs nothing */
+        const fv weight = fv_add(fv_exp(score), fv_mul(score, fv_set(0)));
+        fv_store(weights + j, weight);
+    }
+    for (int j = count; j % TILE; j++)
+        weights[j] = 0;
+    for (int j = 0; j < count; j += TILE)
+        total = fv_add(total, fv_load(weights + j));
+    *sum = *sum * factor + fv_sum(total);
+    *largest = most;
+    return factor;
+}
+
+INLINE void add_values(const float *weights, const float *values, const int64_t *at, int count,
+                       int dim, float factor, float *out)
+{
+    for (int k = 0; k < dim; k += TILE) {
+        fv sum = fv_mul(fv_load(out + k), fv_set(factor));
+        for (int j = 0; j < count; j++)
+            sum = fv_fma(fv_set(weights[j]), fv_load(values + at[j] + k), sum);
+        fv_store(out + k, sum);
+    }
+}
+
+/* q [group, dim], scaled, over one key head's rows: place i of `rows` is where token i lies.
+   dim is a multiple of 16, group at most MOST_GROUP. -> out [group, dim] */
+static void attend(const float *q, int group, int dim, const float *keys, const float *values,
+                   const int32_t *rows, int length, float *out)
+{
+    float largest[MOST_GROUP], sum[MOST_GROUP], weights[BLOCK_TOKENS];
+    int64_t at[BLOCK_TOKENS];
+    for (int g = 0; g < group; g++) {
+        largest[g] = -1e30f;
+        sum[g] = 0;
+    }
+    memset(out, 0, sizeof(float) * (size_t)(group * dim));
+    for (int start = 0; start < length; start += BLOCK_TOKENS) {
+        const int count = lesser(BLOCK_TOKENS, length - start);
+        for (int j = 0; j < count; j++)
+            at[j] = (int64_t)rows[start + j] * dim;
+        for (int g = 0; g < group; g++) {
+            const float factor =
+                weigh(q + g * dim, keys, at, count, dim, &largest[g], &sum[g], weights);
+            add_values(weights, values, at, count, dim, factor, out + g * dim);
+        }
+    }
+    for (int g = 0; g < group; g++)
+        for (int k = 0; k < dim; k += TILE)
+            fv_store(out + g * dim + k, fv_mul(fv_load(out + g * dim + k), fv_set(1 / sum[g])));
+}
+
+const step_isa STEP_ISA = {normalize, attend};

@@ -1,0 +1,127 @@
+/* A step of single tokens: one call for an attention module, one for a norm. */
+#include "step.h"
+#include "calls.h"
+#include "pool.h"
+#include "scratch.h"
+
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { SMALL_SCORES = 4096 }; /* numbers of keys: fewer are done before another thread has woken */
+
+typedef struct {
+    const attention *a;
+    const attention_call *call;
+    float *q, *k, *v, *mixed;
+} step;
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t linear_bytes(const attention *a, const attention_call *call)
+{
+    const matrix *all[] = {&a->query, &a->key, &a->value, &a->output};
+    int64_t most = 0;
+    for (int i = 0; i < 4; i++)
+        most = larger(most, moestro_linear(all[i], NULL, 0, call->count, NULL, NULL, NULL, 0));
+    return most;
+}
+
+static void norm_heads(const attention *a, const float *weight, float *x, int width)
+{
+    for (int start = 0; weight && start < width; start += a->norm_width)
+        current_step()->normalize(x + start, weight, a->eps, a->norm_width, x + start);
+}
+
+/* x cos + (its halves exchanged, the first one negative) sin, of each head's first inputs. */
+static void turn_heads(const attention *a, const float *cos, const float *sin, float *x, int heads)
+{
+    const int half = a->rotary / 2;
+    for (int h = 0; h < heads; h++) {
+        float *head = x + h * a->dim;
+        for (int i = 0; i < half; i++) {
+            const float low = head[i], high = head[i + half];
+            head[i] = low * cos[i] - high * sin[i];
+            head[i + half] = high * cos[i + half] + low * sin[i + half];
+        }
+    }
+}
+
+static void place_token(const step *s, int t)
+{
+    const attention *a = s->a;
+    const attention_call *call = s->call;
+    const int query_width = a->heads * a->dim, key_width = a->key_heads * a->dim;
+    float *q = s->q + (int64_t)t * query_width, *k = s->k + (int64_t)t * key_width;
+    const float *v = s->v + (int64_t)t * key_width;
+    const float *cos = call->cos + (int64_t)t * a->rotary, *sin = call->sin + (int64_t)t * a->rotary;
+    norm_heads(a, a->query_norm, q, query_width);
+    norm_heads(a, a->key_norm, k, key_width);
+    turn_heads(a, cos, sin, q, a->heads);
+    turn_heads(a, cos, sin, k, a->key_heads);
+    for (int i = 0; i < query_width; i++)
+        q[i] *= a->scaling;
+    const int64_t row = call->rows[call->starts[t + 1] - 1];
+    for (int h = 0; h < a->key_heads; h++) {
+        const int64_t to = (h * call->pool_rows + row) * a->dim;
+        memcpy(call->keys + to, k + h * a->dim, sizeof(float) * (size_t)a->dim);
+        memcpy(call->values + to, v + h * a->dim, sizeof(float) * (size_t)a->dim);
+    }
+}
+
+static void attend_item(void *context, int item)
+{
+    const step *s = context;
+    const attention *a = s->a;
+    const attention_call *call = s->call;
+    const int t = item / a->key_heads, h = item % a->key_heads, group = a->heads / a->key_heads;
+    const int64_t at = ((int64_t)t * a->heads + h * group) * a->dim;
+    const int64_t head = h * call->pool_rows * a->dim;
+    const int length = (int)(call->starts[t + 1] - call->starts[t]);
+    current_step()->attend(s->q + at, group, a->dim, call->keys + head, call->values + head,
+                           call->rows + call->starts[t], length, s->mixed + at);
+}
+
+static void attend_all(step *s)
+{
+    const attention_call *call = s->call;
+    const int items = call->count * s->a->key_heads;
+    for (int t = 0; t < call->count; t++)
+        place_token(s, t);
+    if (call->starts[call->count] * s->a->key_heads >= SMALL_SCORES) {
+        moestro_pool_run(items, attend_item, s);
+        return;
+    }
+    for (int item = 0; item < items; item++)
+        attend_item(s, item);
+}
+
+EXPORT int64_t moestro_attention(const attention *a, const attention_call *call)
+{
+    const int64_t query_bytes = (int64_t)call->count * a->heads * a->dim * (int64_t)sizeof(float);
+    const int64_t key_bytes = (int64_t)call->count * a->key_heads * a->dim * (int64_t)sizeof(float);
+    scratch from = {call->scratch, 0};
+    step s = {.a = a, .call = call};
+    s.q = take(&from, query_bytes);
+    s.k = take(&from, key_bytes);
+    s.v = take(&from, key_bytes);
+    s.mixed = take(&from, query_bytes);
+    const int64_t more = linear_bytes(a, call);
+    uint8_t *rest = take(&from, more);
+    if (from.used > call->scratch_bytes)
+        return from.used;
+    const int count = call->count, inputs = a->query.inputs, mixed = a->heads * a->dim;
+    moestro_linear(&a->query, call->x, inputs, count, s.q, a->query_bias, rest, more);
+    moestro_linear(&a->key, call->x, inputs, count, s.k, a->key_bias, rest, more);
+    moestro_linear(&a->value, call->x, inputs, count, s.v, a->value_bias, rest, more);
+    attend_all(&s);
+    moestro_linear(&a->output, s.mixed, mixed, count, call->out, a->output_bias, rest, more);
+    return 0;
+}
+
+EXPORT void moestro_normalize(const float *x, const float *weight, float eps, int32_t count,
+                              int32_t width, float *out)
+{
+    for (int64_t row = 0; row < count; row++)
+        current_step()->normalize(x + row * width, weight, eps, width, out + row * width);
+}

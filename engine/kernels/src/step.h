@@ -1,0 +1,52 @@
+/* What a step of single tokens does beside its products: norms, positions, attention. */
+#ifndef MOESTRO_STEP_H
+#define MOESTRO_STEP_H
+
+#include "moestro.h"
+
+enum { MOST_GROUP = 64 }; /* query heads that share a key head */
+
+typedef struct {
+    void (*normalize)(const float *x, const float *weight, float eps, int width, float *out);
+    void (*attend)(const float *q, int group, int dim, const float *keys, const float *values,
+                   const int32_t *rows, int length, float *out);
+} step_isa;
+
+extern const step_isa step_plain;
+#if defined(__x86_64__)
+extern const step_isa step_avx2, step_avxvnni, step_avx512;
+#endif
+
+const step_isa *current_step(void);
+
+/* One attention module: what does not change. */
+typedef struct {
+    matrix query, key, value, output;
+    const float *query_bias, *key_bias, *value_bias, *output_bias; /* NULL: none */
+    const float *query_norm, *key_norm;                            /* NULL: none */
+    int32_t norm_width; /* of a head, or of all of them together */
+    int32_t heads, key_heads, dim;
+    int32_t rotary; /* first inputs of a head that turn with the position */
+    float eps, scaling;
+} attention;
+
+/* One token of each of `count` sequences. */
+typedef struct {
+    const float *x;         /* [count, inputs] */
+    const float *cos, *sin; /* [count, rotary] */
+    float *keys, *values;   /* [key_heads, pool_rows, dim] */
+    const int32_t *rows;    /* those of each sequence's tokens, one behind the other */
+    const int64_t *starts;  /* [count + 1]: of each sequence in `rows`; the last is the new token */
+    float *out;             /* [count, outputs] */
+    int64_t pool_rows;
+    uint8_t *scratch;
+    int64_t scratch_bytes;
+    int32_t count;
+} attention_call;
+
+/* 0, or, having done nothing, how many bytes of scratch it needs. */
+int64_t moestro_attention(const attention *a, const attention_call *call);
+void moestro_normalize(const float *x, const float *weight, float eps, int32_t count, int32_t width,
+                       float *out);
+
+#endif

@@ -1,0 +1,126 @@
+"""What a step of single tokens does beside its products, on tensors: norms and attention.
+
+Shape letters: T tokens (one of each sequence), H inputs and outputs of the module, D width of a
+head, R its inputs that turn with the position.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .library import AttentionCall, AttentionStruct
+from .products import Scratch, TileMatrix, loaded
+
+MOST_GROUP = 64  # query heads that share a key head
+LANES = 16  # a head's width is a multiple of them
+
+
+class AttentionWeights(NamedTuple):
+    """One attention module, as it lies; valid as its tensors are."""
+
+    struct: AttentionStruct
+    held: tuple[object, ...]  # what the struct points to
+    outputs: int
+
+
+class Heads(NamedTuple):
+    """The shape of an attention module."""
+
+    heads: int
+    key_heads: int
+    dim: int
+    scaling: float
+
+
+class Norm(NamedTuple):
+    """An RMS norm: fp32 [width], and what is added to the mean of the squares."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+def tile_attention(
+    projections: Sequence[tuple[TileMatrix, torch.Tensor | None]],
+    norms: tuple[Norm, Norm] | None,
+    heads: tuple[int, int, int, float],
+    rotary: int,
+) -> AttentionWeights:
+    """Query, key, value and output, each with its bias or None; norms of queries and keys.
+
+    `heads`: how many, how many of keys, their width, the scores' factor.
+    """
+    shape = Heads(*heads)
+    biases = [None if bias is None else bias.data_ptr() for _, bias in projections]
+    query_norm, key_norm = norms or (None, None)
+    struct = AttentionStruct(
+        *(matrix.struct for matrix, _ in projections),
+        *biases,
+        None if query_norm is None else query_norm.weight.data_ptr(),
+        None if key_norm is None else key_norm.weight.data_ptr(),
+        0 if query_norm is None else len(query_norm.weight),
+        shape.heads,
+        shape.key_heads,
+        shape.dim,
+        rotary,
+        0.0 if query_norm is None else query_norm.eps,
+        shape.scaling,
+    )
+    return AttentionWeights(struct, (tuple(projections), norms), projections[3][0].outputs)
+
+
+class Rows(NamedTuple):
+    """Where the tokens of each sequence lie in the buffers of every layer."""
+
+    rows: torch.Tensor  # int32 [sum of lengths]: one sequence behind the other
+    starts: torch.Tensor  # int64 [T + 1]
+
+
+def attend(
+    weights: AttentionWeights,
+    hidden: torch.Tensor,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    rows: Rows,
+    scratch: Scratch,
+) -> torch.Tensor:
+    """fp32 [T, H] -> [T, H]. Writes each new token's key and value where `rows` ends.
+
+    `turns`: cosines and sines fp32 [T, R]; `buffers`: keys and values fp32 [heads, rows, D].
+    """
+    out = torch.empty((hidden.shape[0], weights.outputs))
+    keys, values = buffers
+    call = AttentionCall(
+        hidden.data_ptr(),
+        turns[0].data_ptr(),
+        turns[1].data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        rows.rows.data_ptr(),
+        rows.starts.data_ptr(),
+        out.data_ptr(),
+        keys.shape[1],
+        scratch.address,
+        scratch.size_bytes,
+        hidden.shape[0],
+    )
+    run, address = loaded().moestro_attention, ctypes.addressof(weights.struct)
+    while needed := run(address, call):
+        scratch.grow(needed)
+        call.scratch, call.scratch_bytes = scratch.address, scratch.size_bytes
+    return out
+
+
+def normalize(rows: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """fp32 [n, width], contiguous -> the same shape: each row by its root mean square."""
+    out = torch.empty_like(rows)
+    loaded().moestro_normalize(
+        rows.data_ptr(),
+        norm.weight.data_ptr(),
+        norm.eps,
+        rows.shape[0],
+        rows.shape[1],
+        out.data_ptr(),
+    )
+    return out
