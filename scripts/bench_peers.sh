@@ -6,6 +6,11 @@
 #   PYTHON          the interpreter for the environments (default: .venv's)
 #   MOESTRO_TORCH   the torch of the environments, as pip spells it
 #   JOBS            compilers at once (default: 2); more of them are faster and disturb others more
+#   LLAMA_CMAKE     more of cmake's arguments for llama.cpp. Where its AMX products die of an illegal
+#                   instruction (prefill; seen in a virtual machine), the same without AMX:
+#                   "-DGGML_NATIVE=OFF -DGGML_SSE42=ON -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_BMI2=ON
+#                    -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON
+#                    -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -53,7 +58,8 @@ stock() {
 
 # Built for this machine's own processor, as a user who wants speed would.
 llama.cpp() {
-    local place="$1" sources
+    local place="$1" sources more
+    read -r -d '' -a more <<<"${LLAMA_CMAKE:-}" || true
     if [[ ! -x "$place/build/bin/llama-bench" ]]; then
         mkdir -p "$place/src"
         [[ -n "$(compgen -G "$place/src/llama_cpp_python-*.tar.gz")" ]] ||
@@ -66,7 +72,7 @@ llama.cpp() {
         PATH="$PATH:$place/cmake/bin"
         cmake -S "$sources" -B "$place/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
             -DGGML_CUDA=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
-            -DLLAMA_BUILD_EXAMPLES=OFF -DBUILD_SHARED_LIBS=OFF
+            -DLLAMA_BUILD_EXAMPLES=OFF -DBUILD_SHARED_LIBS=OFF "${more[@]}"
         nice -n 15 cmake --build "$place/build" -j "$JOBS" \
             --target llama-bench llama-quantize llama-completion
     fi
