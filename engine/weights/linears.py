@@ -14,12 +14,7 @@ import torch.nn.functional as F
 
 from moestro.engine.formats import (
     Fine,
-    Int4Matrix,
-    Int4Rows,
-    encode_int4,
-    group_of,
     multiply_fine,
-    multiply_int4,
     quantize_fine,
     quantize_rows,
 )
@@ -77,30 +72,6 @@ class Int8Weights:
         return multiply_fine(rows, self._transposed, self.scale)
 
 
-class Int4Weights:
-    """Groups of int4 (formats_int4.py)."""
-
-    parts: ClassVar[tuple[str, ...]] = ("packed", "grid")
-
-    def __init__(self, packed: torch.Tensor, grid: torch.Tensor) -> None:
-        """uint8 [N, K/2] in the kernel's order, bf16 [K/g, N, 2]"""
-        self._matrix = Int4Matrix(packed, grid, group_of(2 * packed.shape[1]))
-        self.size_bytes = packed.nbytes + grid.nbytes
-
-    @classmethod
-    def encode(cls, weight: torch.Tensor) -> Self:
-        return cls(*encode_int4(weight))
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return dict(zip(self.parts, self._matrix[:2], strict=True))
-
-    def begin(self, rows: torch.Tensor) -> Int4Rows:
-        return Int4Rows(rows)
-
-    def multiply(self, rows: Int4Rows) -> torch.Tensor:
-        return multiply_int4(rows, self._matrix)
-
-
 class LastRows:
     """The rows last prepared, for the next layer that reads the very same tensor (q, k and v do).
 
@@ -142,7 +113,7 @@ class CompactLinear(torch.nn.Module):
         return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
 
 
-ROW_GROUPS = (64, 32)
+ROW_GROUP = 32
 """Inputs whose activations share a scale, with int8: a few very large ones coarsen only these."""
 
 
@@ -156,9 +127,7 @@ class TileLinear(torch.nn.Module):
         super().__init__()
         self.out_features, self.in_features = like.out_features, like.in_features
         self.tiles, self.form = tiles, form
-        padded = form.padded(self.in_features)
-        group = next(group for group in ROW_GROUPS if padded % group == 0 or group == 32)
-        self.matrix = tile_matrix(tiles, form, self.out_features, self.in_features, group)
+        self.matrix = tile_matrix(tiles, form, self.out_features, self.in_features, ROW_GROUP)
         self.bias_row = None if like.bias is None else like.bias.detach()
         self._scratch = scratch
 
