@@ -15,7 +15,18 @@ from .products import (
     multiply_experts,
     tile_matrix,
 )
-from .step import LANES, MOST_GROUP, AttentionWeights, Norm, Rows, attend, normalize, tile_attention
+from .step import (
+    LANES,
+    MOST_GROUP,
+    AttentionWeights,
+    Norm,
+    Router,
+    Rows,
+    attend,
+    normalize,
+    route,
+    tile_attention,
+)
 
 __all__ = [
     "Activation",
@@ -25,6 +36,7 @@ __all__ = [
     "MOST_GROUP",
     "Norm",
     "Routed",
+    "Router",
     "Rows",
     "Scratch",
     "TILE16",
@@ -40,6 +52,7 @@ __all__ = [
     "linear",
     "multiply_experts",
     "normalize",
+    "route",
     "tile_attention",
     "tile_matrix",
 ]

@@ -18,7 +18,7 @@ from moestro.engine.formats import (
     quantize_fine,
     quantize_rows,
 )
-from moestro.engine.kernels import Scratch, TileFormat, encode, linear, tile_matrix
+from moestro.engine.kernels import Scratch, TileFormat, TileMatrix, encode, linear, tile_matrix
 
 ROWS_AT_ONCE = 128  # of a matrix, encoded together: their fp32 copies stay in the caches
 BLOCK_ROWS = 128
@@ -126,10 +126,15 @@ class TileLinear(torch.nn.Module):
         """`tiles` uint8 [T, tile_bytes], as `form` says."""
         super().__init__()
         self.out_features, self.in_features = like.out_features, like.in_features
-        self.tiles, self.form = tiles, form
-        self.matrix = tile_matrix(tiles, form, self.out_features, self.in_features, ROW_GROUP)
+        self.form = form
+        self.lie_in(tiles)
         self.bias_row = None if like.bias is None else like.bias.detach()
         self._scratch = scratch
+
+    def lie_in(self, tiles: torch.Tensor) -> None:
+        """The same bytes in other memory."""
+        self.tiles = tiles
+        self.matrix = tile_matrix(tiles, self.form, self.out_features, self.in_features, ROW_GROUP)
 
     @classmethod
     def encode(cls, like: torch.nn.Linear, form: TileFormat, scratch: Scratch) -> Self:
@@ -139,6 +144,18 @@ class TileLinear(torch.nn.Module):
         flat = rows.reshape(-1, self.in_features).float().contiguous()
         out = linear(flat, self.matrix, self.bias_row, self._scratch)
         return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+
+
+def beside(one: TileLinear, other: TileLinear) -> TileMatrix:
+    """One matrix whose outputs are those of `one` and then of `other`, which lie in it from now on.
+
+    Of the same format and inputs; the first one's outputs are whole tiles.
+    """
+    both = torch.cat([one.tiles, other.tiles])
+    one.lie_in(both[: len(one.tiles)])
+    other.lie_in(both[len(one.tiles) :])
+    outputs = one.out_features + other.out_features
+    return tile_matrix(both, one.form, outputs, one.in_features, ROW_GROUP)
 
 
 @dataclass(frozen=True, slots=True)
