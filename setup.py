@@ -26,10 +26,13 @@ setup(
             depends=[
                 f"{SOURCES}/{name}.h"
                 for name in (
+                    "amx",
                     "calls",
                     "moestro",
+                    "panels",
                     "pool",
                     "products",
+                    "rowwise",
                     "scratch",
                     "simd_avx2",
                     "simd_avx512",

@@ -8,6 +8,11 @@
 #include "moestro.h"
 #include "simd_avx2.h"
 #include "products.h"
+#include "panels.h"
+#include "rowwise.h"
+
+const isa ISA = {ISA_NAME, FEW_ROWS, PANEL, multiply, panel_bytes, pack, multiply_panels, quantize,
+                 activate, combine};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

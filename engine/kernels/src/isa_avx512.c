@@ -8,7 +8,23 @@
 #include "moestro.h"
 #include "simd_avx512.h"
 #include "products.h"
+#include "panels.h"
+#include "rowwise.h"
+
+const isa ISA = {ISA_NAME, FEW_ROWS, PANEL, multiply, panel_bytes, pack, multiply_panels, quantize,
+                 activate, combine};
+
 #if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-int8"))), apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-int8")
+#endif
+#include "amx.h"
+
+const isa isa_amx = {"amx-int8", FEW_ROWS, PANEL, multiply, panel_bytes, pack, amx_multiply_panels,
+                     quantize, activate, combine};
+#if defined(__clang__)
+#pragma clang attribute pop
 #pragma clang attribute pop
 #endif
 #else
