@@ -78,7 +78,7 @@ INLINE void amx_blocks(const step *s, iv *sums, const int T)
         const uint8_t *x = s->panels + r / PANEL * s->panel_bytes;
         if (s->count - r <= PANEL)
             amx_block(s, inputs, x, sums + r, T, 1, 1);
-        else if (s->fetch && !r)
+        else if (s->direct && !r)
             amx_block(s, inputs, x, sums + r, T, 2, 1);
         else
             amx_block(s, inputs, x, sums + r, T, 2, 0);

@@ -111,7 +111,7 @@ static int tiles_of(const matrix *m) { return (m->outputs + TILE - 1) / TILE; }
 static int panels_of(const product *p)
 {
     const isa *with = current_isa();
-    return with->panel && p->count > with->few ? (p->count - 1) / with->panel + 1 : 0;
+    return with->panel && p->count > with->few(p->m) ? (p->count - 1) / with->panel + 1 : 0;
 }
 
 /* Where `p` has its rows in panels. */

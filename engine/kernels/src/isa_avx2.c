@@ -11,7 +11,7 @@
 #include "panels.h"
 #include "rowwise.h"
 
-const isa ISA = {ISA_NAME, FEW_ROWS, PANEL, multiply, panel_bytes, pack, multiply_panels, quantize,
+const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, quantize,
                  activate, combine};
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -11,7 +11,7 @@
 #include "panels.h"
 #include "rowwise.h"
 
-const isa ISA = {ISA_NAME, FEW_ROWS, PANEL, multiply, panel_bytes, pack, multiply_panels, quantize,
+const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, quantize,
                  activate, combine};
 
 #if defined(__clang__)
@@ -21,7 +21,7 @@ const isa ISA = {ISA_NAME, FEW_ROWS, PANEL, multiply, panel_bytes, pack, multipl
 #endif
 #include "amx.h"
 
-const isa isa_amx = {"amx-int8", FEW_ROWS, PANEL, multiply, panel_bytes, pack, amx_multiply_panels,
+const isa isa_amx = {"amx-int8", PANEL, few, multiply, panel_bytes, pack, amx_multiply_panels,
                      quantize, activate, combine};
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -43,7 +43,8 @@ typedef struct {
    and a row's the same of `multiply` and of `multiply_panels`. */
 typedef struct {
     const char *name;
-    int few, panel; /* more rows than `few` go in panels of so many; panel 0: any go as they are */
+    int panel; /* rows of a panel; 0: there are none */
+    int (*few)(const matrix *m); /* more rows than this go in panels */
     /* Tiles [tile, end) of m times rows which[0..count) of x -> out[i][outputs]; += bias. */
     void (*multiply)(const matrix *m, int tile, int end, const rows *x, const int32_t *which,
                      int count, float *const *out, const float *bias);

@@ -12,7 +12,7 @@
 
 enum {
     PANEL_INPUTS = 64,
-    ROW_BYTES = PANEL_INPUTS * VALUE_BYTES, /* of a row's values that lie together */
+    ROW_BYTES = PANEL_INPUTS, /* of a row's values that lie together */
     BLOCK_ROWS = PANEL * (64 / PANEL),
     DIRECT_BLOCK = 1024, /* inputs: integers as they are stored, */
     INT_BLOCK = 256,     /* widened ones, */
@@ -52,8 +52,8 @@ static void pack_ints(const matrix *m, const rows *x, const int32_t *which, int 
         for (int k = 0; k < m->padded; k += PANEL_INPUTS) {
             const int some = lesser(PANEL_INPUTS, m->padded - k);
             uint8_t *to = panel + (int64_t)(k / PANEL_INPUTS * PANEL + u) * ROW_BYTES;
-            put_values(to, from.values + k, some);
-            memset(to + some * VALUE_BYTES, 0, (size_t)((PANEL_INPUTS - some) * VALUE_BYTES));
+            memcpy(to, from.values + k, (size_t)some);
+            memset(to + some, 0, (size_t)(PANEL_INPUTS - some));
         }
         for (int g = 0; g < groups; g++) {
             const float product = from.scales[g] * (float)from.sums[g];
@@ -90,27 +90,56 @@ typedef struct {
     const uint8_t *panels;
     int64_t panel_bytes;
     int count, tiles, group, k, inputs;
-    int fresh, fetch; /* nothing has been summed yet; the lines come from memory */
+    int fresh, direct; /* nothing has been summed yet; the lines are the stored ones */
     const uint8_t *lines[STRIPE];
 } step;
 
 /* sums[tile][BLOCK_ROWS] += lines times rows */
 typedef void int_kernel(const step *s, iv *sums);
 
-INLINE void int_chunk(const step *s, const uint8_t *x, iv *sums, const int T, const int R,
-                      const int fetches)
+#ifdef DEEP
+/* 7-bit weights, DEEP lines at a time. Returns where the next lines are. */
+INLINE const uint8_t *deep_words(const uint8_t *w, const uint8_t *x, const uint8_t *end, iv *a,
+                                 const int R)
 {
-    iv a[STRIPE * CHUNK];
+    for (; x < end; x += 4 * DEEP) {
+        iv halves[INT_CHUNK];
+        UNROLL for (int j = 0; j < DEEP; j++)
+        {
+            const bv line = bv_load(w + j * 4 * TILE);
+            UNROLL for (int u = 0; u < R; u++)
+            {
+                const iv pairs = pairs7(line, bv_word(x + u * ROW_BYTES + 4 * j));
+                halves[u] = j ? add_halves(halves[u], pairs) : pairs;
+            }
+        }
+        UNROLL for (int u = 0; u < R; u++) a[u] = add_pairs(a[u], halves[u]);
+        w += DEEP * 4 * TILE;
+    }
+    return w;
+}
+#endif
+
+INLINE void int_chunk(const step *s, const uint8_t *x, iv *sums, const int T, const int R,
+                      const int direct)
+{
+    iv a[STRIPE * INT_CHUNK];
     const uint8_t *w = s->lines[0], *v = s->lines[T - 1];
     UNROLL for (int u = 0; u < T * R; u++) a[u] =
         s->fresh ? iv_set(0) : sums[u / R * BLOCK_ROWS + u % R];
     for (int k = s->k, next; k < s->k + s->inputs; k = next) {
         const int within = k % PANEL_INPUTS;
-        const uint8_t *from = x + (int64_t)(k / PANEL_INPUTS) * PANEL * ROW_BYTES;
+        const uint8_t *from = x + (int64_t)(k / PANEL_INPUTS) * PANEL * ROW_BYTES + within;
         next = lesser(k - within + PANEL_INPUTS, s->k + s->inputs);
-        const uint8_t *end = from + (next - k + within) * VALUE_BYTES;
-        for (from += within * VALUE_BYTES; from < end; from += 4) {
-            if (fetches)
+        const uint8_t *end = from + (next - k);
+#ifdef DEEP
+        if (!direct) {
+            w = deep_words(w, from, end, a, R);
+            continue;
+        }
+#endif
+        for (; from < end; from += 4) {
+            if (direct)
                 fetch(w + AHEAD_BYTES), fetch(v + AHEAD_BYTES);
             const bv first = bv_load(w), second = T > 1 ? bv_load(v) : first;
             UNROLL for (int u = 0; u < R; u++)
@@ -126,47 +155,37 @@ INLINE void int_chunk(const step *s, const uint8_t *x, iv *sums, const int T, co
     UNROLL for (int u = 0; u < T * R; u++) sums[u / R * BLOCK_ROWS + u % R] = a[u];
 }
 
-INLINE void int_chunks(const step *s, iv *sums, const int T)
+INLINE void int_chunks(const step *s, iv *sums, const int T, const int direct)
 {
-    for (int r = 0; r < s->count; r += CHUNK) {
+    for (int r = 0; r < s->count; r += INT_CHUNK) {
         const uint8_t *x = s->panels + r / PANEL * s->panel_bytes + r % PANEL * ROW_BYTES;
-        if (s->count - r <= CHUNK / 2)
-            int_chunk(s, x, sums + r, T, CHUNK / 2, 1);
-        else if (s->fetch && !r)
-            int_chunk(s, x, sums + r, T, CHUNK, 1);
+        if (s->count - r <= INT_CHUNK / 2)
+            int_chunk(s, x, sums + r, T, INT_CHUNK / 2, direct);
         else
-            int_chunk(s, x, sums + r, T, CHUNK, 0);
+            int_chunk(s, x, sums + r, T, INT_CHUNK, direct);
     }
 }
 
 static void int_lines(const step *s, iv *sums)
 {
     if (s->tiles == STRIPE)
-        int_chunks(s, sums, STRIPE);
+        s->direct ? int_chunks(s, sums, STRIPE, 1) : int_chunks(s, sums, STRIPE, 0);
     else
-        int_chunks(s, sums, 1);
+        s->direct ? int_chunks(s, sums, 1, 1) : int_chunks(s, sums, 1, 0);
 }
 
-/* The lines of `inputs` weights at w as the kernels take them: there, or widened into `to`. */
-static const uint8_t *widened_ints(const matrix *m, const uint8_t *w, int inputs, uint8_t *to)
+/* The halves of bytes at w as lines of bytes. */
+static void widen_ints(const matrix *m, const uint8_t *w, int inputs, uint8_t *to)
 {
-    if (m->format == INT8) {
-        if (VALUE_BYTES == 1)
-            return w;
-        for (int k = 0; k < inputs; k += 4, w += 4 * TILE)
-            fetch(w + AHEAD_BYTES), put_signed(to + k * VALUE_BYTES * TILE, bv_load(w));
-        return to;
-    }
-    for (int k = 0; k < inputs; k += 8, w += 4 * TILE) {
+    for (int k = 0; k < inputs; k += 8, w += 4 * TILE, to += 8 * TILE) {
         fetch(w + AHEAD_BYTES);
         const bv both = bv_load(w);
         bv low = bv_low(both), high = bv_high(both);
         if (m->format == MXFP4)
             low = bv_look_up(low, MXFP4_HALVES), high = bv_look_up(high, MXFP4_HALVES);
-        put_bytes(to + k * VALUE_BYTES * TILE, low);
-        put_bytes(to + (k + 4) * VALUE_BYTES * TILE, high);
+        bv_store(to, low);
+        bv_store(to + 4 * TILE, high);
     }
-    return to;
 }
 
 /* f += sums of group g, each in its row's and its outputs' scale. */
@@ -191,33 +210,29 @@ INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv 
     }
 }
 
-/* The same with what stands after a group's lines at w. Returns where the next group begins. */
-static const uint8_t *finish_group(const step *s, const matrix *m, const uint8_t *w, int g,
-                                   const iv *sums, fv *f)
+/* The same with what stands after a group's lines at w. */
+static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g, const iv *sums,
+                         fv *f)
 {
     const fv none = fv_set(0);
     if (m->format == INT8) {
         add_group(s, m, g, sums, f, none, none, iv_set(0), INT8, ZERO_NONE);
-        return w;
+        return;
     }
     if (m->format == MXFP4) {
         const fv scales = fv_mul(fv_bits(iv_left(iv_load_u8(w), 23)), fv_set(0.5f));
         add_group(s, m, g, sums, f, scales, none, iv_set(0), MXFP4, ZERO_NONE);
-        return w + TILE;
+        return;
     }
     const fv scales = load_scales(w, m->scale_type);
-    w += scale_bytes(m->scale_type);
-    if (m->zero_kind == ZERO_FLOAT) {
-        const fv zeros = load_scales(w, m->scale_type);
-        add_group(s, m, g, sums, f, scales, zeros, iv_set(0), INT4, ZERO_FLOAT);
-        return w + scale_bytes(m->scale_type);
-    }
-    if (m->zero_kind == ZERO_INTEGER) {
-        add_group(s, m, g, sums, f, scales, none, iv_load_u8(w), INT4, ZERO_INTEGER);
-        return w + TILE;
-    }
-    add_group(s, m, g, sums, f, scales, none, iv_set(0), INT4, ZERO_NONE);
-    return w;
+    const uint8_t *zeros = w + scale_bytes(m->scale_type);
+    if (m->zero_kind == ZERO_FLOAT)
+        add_group(s, m, g, sums, f, scales, load_scales(zeros, m->scale_type), iv_set(0), INT4,
+                  ZERO_FLOAT);
+    else if (m->zero_kind == ZERO_INTEGER)
+        add_group(s, m, g, sums, f, scales, none, iv_load_u8(zeros), INT4, ZERO_INTEGER);
+    else
+        add_group(s, m, g, sums, f, scales, none, iv_set(0), INT4, ZERO_NONE);
 }
 
 static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int count,
@@ -228,39 +243,69 @@ static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int 
             write_tile(m, tile + t, f[t * BLOCK_ROWS + r], out[r], bias);
 }
 
-static void int_stripe(step *s, const matrix *m, int tile, float *const *out, const float *bias,
-                       int_kernel *kernel)
+/* int8: groups as long as they like, multiplied as they are stored. */
+static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
 {
-    _Alignas(64) uint8_t buffer[STRIPE][INT_BLOCK * TILE * VALUE_BYTES];
-    const uint8_t *w[STRIPE];
     iv sums[STRIPE * BLOCK_ROWS];
-    fv f[STRIPE * BLOCK_ROWS];
-    const int whole = m->format == INT8, group = m->row_group;
-    const int most = whole && VALUE_BYTES == 1 ? DIRECT_BLOCK : INT_BLOCK;
-    for (int t = 0; t < s->tiles; t++)
-        w[t] = m->tiles + (tile + t) * m->tile_bytes;
-    for (int r = 0; r < STRIPE * BLOCK_ROWS; r++)
-        f[r] = fv_set(0);
-    s->fetch = most == DIRECT_BLOCK;
+    const int group = m->row_group;
+    s->direct = 1;
     for (int g = 0; g < m->padded / group; g++) {
         for (s->k = g * group; s->k < (g + 1) * group; s->k += s->inputs) {
-            s->inputs = lesser(most, (g + 1) * group - s->k);
+            s->inputs = lesser(DIRECT_BLOCK, (g + 1) * group - s->k);
             s->fresh = s->k == g * group;
-            for (int t = 0; t < s->tiles; t++) {
-                s->lines[t] = widened_ints(m, w[t], s->inputs, buffer[t]);
-                w[t] += s->inputs * (whole ? TILE : TILE / 2);
-            }
+            for (int t = 0; t < s->tiles; t++)
+                s->lines[t] = w[t] + s->k * TILE;
             kernel(s, sums);
         }
         for (int t = 0; t < s->tiles; t++)
-            w[t] = finish_group(s, m, w[t], g, sums + t * BLOCK_ROWS, f + t * BLOCK_ROWS);
+            finish_group(s, m, NULL, g, sums + t * BLOCK_ROWS, f + t * BLOCK_ROWS);
     }
-    for (int t = 0; whole && t < s->tiles; t++) {
-        const fv scales = load_scales(w[t], m->scale_type);
-        for (int r = 0; r < s->count; r++)
-            f[t * BLOCK_ROWS + r] = fv_mul(f[t * BLOCK_ROWS + r], scales);
+    for (int t = 0; t < s->tiles; t++) {
+        const fv scales = load_scales(w[t] + m->padded * TILE, m->scale_type);
+        for (int r = t * BLOCK_ROWS; r < t * BLOCK_ROWS + s->count; r++)
+            f[r] = fv_mul(f[r], scales);
     }
-    write_stripe(m, tile, s->tiles, f, s->count, out, bias);
+}
+
+/* Half bytes, INT_BLOCK inputs at a time: whole groups, or a part of one. What has been stored is
+   read later than at once: it is in the cache by then. */
+static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
+                          int_kernel *kernel)
+{
+    _Alignas(64) uint8_t buffer[STRIPE][INT_BLOCK * TILE];
+    iv sums[2][STRIPE * BLOCK_ROWS];
+    const int group = m->row_group, groups = m->padded / group, lines = group * TILE / 2;
+    const int64_t stride = m->tile_bytes / groups; /* from group to group */
+    s->direct = 0;
+    for (int start = 0, end; start < m->padded; start = end) {
+        const int left = group - start % group;
+        end = start + (group <= INT_BLOCK ? lesser(INT_BLOCK / group * group, m->padded - start)
+                                          : lesser(INT_BLOCK, left));
+        for (int k = start; k < end; k += group)
+            for (int t = 0; t < s->tiles; t++)
+                widen_ints(m, w[t] + k / group * stride + k % group * (TILE / 2),
+                           lesser(group, end - k), buffer[t] + (k - start) * TILE);
+        for (int k = start; k < end; k += s->inputs) {
+            const int g = k / group;
+            s->k = k;
+            s->inputs = lesser(group, end - k);
+            s->fresh = k % group == 0;
+            for (int t = 0; t < s->tiles; t++)
+                s->lines[t] = buffer[t] + (k - start) * TILE;
+            kernel(s, sums[g % 2]);
+            for (int t = 0; t < s->tiles && (k + s->inputs) % group == 0; t++)
+                finish_group(s, m, w[t] + g * stride + lines, g, sums[g % 2] + t * BLOCK_ROWS,
+                             f + t * BLOCK_ROWS);
+        }
+    }
+}
+
+static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
+{
+    if (m->format == INT8)
+        int8_stripe(s, m, w, f, kernel);
+    else
+        nibble_stripe(s, m, w, f, kernel);
 }
 
 /* Every second input: sums of even and of odd ones are apart. */
@@ -284,24 +329,27 @@ INLINE void float_chunk(const step *s, int odd, const float *x, fv *sums, const 
     UNROLL for (int u = 0; u < T * R; u++) sums[u / R * BLOCK_ROWS + u % R] = a[u];
 }
 
-INLINE void float_chunks(const step *s, int odd, fv *sums, const int T)
+INLINE void float_chunks(const step *s, fv *even, fv *odd, const int T)
 {
     for (int r = 0; r < s->count; r += CHUNK) {
         const float *x = (const float *)(s->panels + r / PANEL * s->panel_bytes) + r % PANEL;
-        x += (int64_t)(s->k + odd) * PANEL;
-        if (s->count - r <= CHUNK / 2)
-            float_chunk(s, odd, x, sums + r, T, CHUNK / 2);
-        else
-            float_chunk(s, odd, x, sums + r, T, CHUNK);
+        x += (int64_t)s->k * PANEL;
+        if (s->count - r <= CHUNK / 2) {
+            float_chunk(s, 0, x, even + r, T, CHUNK / 2);
+            float_chunk(s, 1, x + PANEL, odd + r, T, CHUNK / 2);
+        } else {
+            float_chunk(s, 0, x, even + r, T, CHUNK);
+            float_chunk(s, 1, x + PANEL, odd + r, T, CHUNK);
+        }
     }
 }
 
-static void float_lines(const step *s, int odd, fv *sums)
+static void float_lines(const step *s, fv *even, fv *odd)
 {
     if (s->tiles == STRIPE)
-        float_chunks(s, odd, sums, STRIPE);
+        float_chunks(s, even, odd, STRIPE);
     else
-        float_chunks(s, odd, sums, 1);
+        float_chunks(s, even, odd, 1);
 }
 
 INLINE int line_inputs(const matrix *m) { return m->format == F32 ? 1 : m->format == FP8 ? 4 : 2; }
@@ -326,16 +374,11 @@ static const uint8_t *widened_floats(const matrix *m, const uint8_t *w, int inpu
     return (const uint8_t *)(to - inputs * TILE);
 }
 
-static void float_stripe(step *s, const matrix *m, int tile, float *const *out, const float *bias)
+static void float_stripe(step *s, const matrix *m, const uint8_t **w, fv *f)
 {
     _Alignas(64) float buffer[STRIPE][FLOAT_BLOCK * TILE];
-    const uint8_t *w[STRIPE];
-    fv sums[2][STRIPE * BLOCK_ROWS], f[STRIPE * BLOCK_ROWS];
+    fv sums[2][STRIPE * BLOCK_ROWS];
     const int group = m->format == FP8 ? m->group : m->padded, fp8 = m->format == FP8;
-    for (int t = 0; t < s->tiles; t++)
-        w[t] = m->tiles + (tile + t) * m->tile_bytes;
-    for (int r = 0; r < STRIPE * BLOCK_ROWS; r++)
-        f[r] = fv_set(0);
     for (int start = 0; start < m->padded; start += group) {
         for (s->k = start; s->k < start + group; s->k += s->inputs) {
             s->inputs = lesser(FLOAT_BLOCK, start + group - s->k);
@@ -344,8 +387,7 @@ static void float_stripe(step *s, const matrix *m, int tile, float *const *out, 
                 s->lines[t] = widened_floats(m, w[t], s->inputs, buffer[t]);
                 w[t] += s->inputs / line_inputs(m) * 4 * TILE;
             }
-            float_lines(s, 0, sums[0]);
-            float_lines(s, 1, sums[1]);
+            float_lines(s, sums[0], sums[1]);
         }
         for (int t = 0; t < s->tiles; t++) {
             fv scales = fv_set(0);
@@ -359,22 +401,28 @@ static void float_stripe(step *s, const matrix *m, int tile, float *const *out, 
             }
         }
     }
-    write_stripe(m, tile, s->tiles, f, s->count, out, bias);
 }
 
 static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *panels, int count,
                              float *const *out, const float *bias, int_kernel *kernel)
 {
     step s = {.panel_bytes = panel_bytes(m), .group = m->row_group};
+    const uint8_t *w[STRIPE];
+    fv f[STRIPE * BLOCK_ROWS];
     for (int since = 0; since < count; since += BLOCK_ROWS) {
         s.panels = panels + since / PANEL * s.panel_bytes;
         s.count = lesser(BLOCK_ROWS, count - since);
         for (int t = tile; t < end; t += s.tiles) {
             s.tiles = end - t < STRIPE ? 1 : STRIPE;
+            for (int u = 0; u < s.tiles; u++)
+                w[u] = m->tiles + (t + u) * m->tile_bytes;
+            for (int r = 0; r < STRIPE * BLOCK_ROWS; r++)
+                f[r] = fv_set(0);
             if (m->row_group)
-                int_stripe(&s, m, t, out + since, bias, kernel);
+                int_stripe(&s, m, w, f, kernel);
             else
-                float_stripe(&s, m, t, out + since, bias);
+                float_stripe(&s, m, w, f);
+            write_stripe(m, t, s.tiles, f, s.count, out + since, bias);
         }
     }
 }

@@ -1,4 +1,4 @@
-/* The products with one or two rows over one instruction set's lanes: as fast as the weights come.
+/* The products with few rows over one instruction set's lanes: as fast as the weights come.
    Included by each isa_*.c after its simd_*.h.
 
    A row's result is one sequence of operations, whatever rows share the load with it: integers are
@@ -6,7 +6,7 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { FEW_ROWS = 2, AHEAD_BYTES = 2048 };
+enum { AHEAD_BYTES = 2048 };
 
 static const uint8_t MXFP4_HALVES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 enum { MXFP4_OFFSET = 12 }; /* of the table's entries, which are half steps */
@@ -40,7 +40,7 @@ INLINE void int8_tile(const uint8_t *w, const matrix *m, const rows *all, const 
     const int group = all->group, groups = m->padded / group;
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
     for (int g = 0; g < groups; g++) {
-        iv a[FEW_ROWS * CHAINS];
+        iv a[2 * CHAINS];
         UNROLL for (int u = 0; u < R; u++)
         {
             a[u * chains] = iv_set(-INT8_OFFSET * x[u].sums[g]);
@@ -76,7 +76,7 @@ INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, 
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
     for (int g = 0; g < groups; g++) {
         const uint8_t *after = w + group * (TILE / 2);
-        iv a[2 * FEW_ROWS];
+        iv a[2 * MOST_ROWS];
         fv scales, zeros = fv_set(0);
         if (mx) {
             /* 2^(e - 127) by its bits, half of it for the half steps */
@@ -127,7 +127,7 @@ INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, 
 
 INLINE void f32_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R)
 {
-    fv a[2 * FEW_ROWS];
+    fv a[2 * MOST_ROWS];
     UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
     for (int k = 0; k + 2 <= m->padded; k += 2) {
         if (R == 1)
@@ -149,7 +149,7 @@ INLINE void f32_tile(const uint8_t *w, const matrix *m, const float *const *x, f
 INLINE void half_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R,
                       const int bf16)
 {
-    fv a[2 * FEW_ROWS];
+    fv a[2 * MOST_ROWS];
     UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
     for (int k = 0; k < m->padded; k += 2) {
         if (R == 1)
@@ -171,7 +171,7 @@ INLINE void fp8_tile(const uint8_t *w, const matrix *m, const float *const *x, f
 {
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
     for (int g = 0; g < m->padded; g += m->group) {
-        fv a[2 * FEW_ROWS];
+        fv a[2 * MOST_ROWS];
         UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
         for (int k = g; k < g + m->group; k += 4) {
             if (R == 1)
@@ -195,8 +195,8 @@ INLINE void fp8_tile(const uint8_t *w, const matrix *m, const float *const *x, f
 INLINE void int_rows(const uint8_t *w, const matrix *m, const rows *all, const row *x, fv *f,
                      const int R)
 {
-    if (m->format == INT8)
-        int8_tile(w, m, all, x, f, R, R == 1 ? CHAINS : R == 2 ? (CHAINS + 1) / 2 : 1);
+    if (m->format == INT8 && R <= 2)
+        int8_tile(w, m, all, x, f, R, R == 1 ? CHAINS : (CHAINS + 1) / 2);
     else if (m->format == MXFP4)
         nibble_tile(w, m, x, f, R, SCALE_F32, ZERO_NONE, 1);
     else if (m->scale_type == SCALE_F16 && m->zero_kind == ZERO_FLOAT)
@@ -232,43 +232,69 @@ INLINE void write_tile(const matrix *m, int tile, fv f, float *out, const float 
         out[first + i] = bias ? last[i] + bias[first + i] : last[i];
 }
 
-INLINE void int_block(const uint8_t *w, const matrix *m, const rows *x, const int32_t *which, fv *f,
-                      const int R)
+/* How many rows the kernel for `left` rows takes: those beyond `left` repeat the last. */
+INLINE int kernel_rows(int left, int most)
 {
-    row some[FEW_ROWS];
-    UNROLL for (int u = 0; u < R; u++) some[u] = row_of(x, which[u]);
-    int_rows(w, m, x, some, f, R);
+    int count = 1;
+    while (count < left && count < most)
+        count *= 2;
+    return count;
 }
 
-INLINE void float_block(const uint8_t *w, const matrix *m, const rows *x, const int32_t *which,
-                        fv *f, const int R)
+static void int_block(const uint8_t *w, const matrix *m, const rows *x, const int32_t *which,
+                      int left, int taken, fv *f)
 {
-    const float *some[FEW_ROWS];
-    UNROLL for (int u = 0; u < R; u++) some[u] = x->floats + which[u] * x->stride;
-    float_rows(w, m, some, f, R);
+    row some[MOST_ROWS];
+    for (int u = 0; u < taken; u++)
+        some[u] = row_of(x, which[lesser(u, left - 1)]);
+    switch (taken) {
+    case 1: int_rows(w, m, x, some, f, 1); break;
+    case 2: int_rows(w, m, x, some, f, 2); break;
+#if MOST_ROWS > 2
+    case 4: int_rows(w, m, x, some, f, 4); break;
+#endif
+#if MOST_ROWS > 4
+    case 8: int_rows(w, m, x, some, f, 8); break;
+#endif
+    }
 }
 
-INLINE void block(const uint8_t *w, const matrix *m, const rows *x, const int32_t *which, fv *f,
-                  const int R)
+static void float_block(const uint8_t *w, const matrix *m, const rows *x, const int32_t *which,
+                        int left, int taken, fv *f)
 {
-    if (m->row_group)
-        int_block(w, m, x, which, f, R);
-    else
-        float_block(w, m, x, which, f, R);
+    const float *some[MOST_ROWS];
+    for (int u = 0; u < taken; u++)
+        some[u] = x->floats + which[lesser(u, left - 1)] * x->stride;
+    switch (taken) {
+    case 1: float_rows(w, m, some, f, 1); break;
+    case 2: float_rows(w, m, some, f, 2); break;
+#if MOST_FLOAT_ROWS > 2
+    case 4: float_rows(w, m, some, f, 4); break;
+    case 8: float_rows(w, m, some, f, 8); break;
+#endif
+    }
+}
+
+/* Rows that are faster as they are than in panels. */
+static int few(const matrix *m)
+{
+    return m->format == INT8 ? 2 : m->row_group ? MOST_ROWS : MOST_FLOAT_ROWS;
 }
 
 static void multiply(const matrix *m, int tile, int end, const rows *x, const int32_t *which,
                      int count, float *const *out, const float *bias)
 {
+    const int most = few(m);
     for (int t = tile; t < end; t++) {
         const uint8_t *w = m->tiles + t * m->tile_bytes;
-        for (int i = 0; i < count; i += FEW_ROWS) {
-            fv f[FEW_ROWS];
-            if (count - i == 1)
-                block(w, m, x, which + i, f, 1);
+        for (int i = 0, taken; i < count; i += taken) {
+            fv f[MOST_ROWS];
+            taken = kernel_rows(count - i, most);
+            if (m->row_group)
+                int_block(w, m, x, which + i, count - i, taken, f);
             else
-                block(w, m, x, which + i, f, 2);
-            for (int u = 0; u < lesser(FEW_ROWS, count - i); u++)
+                float_block(w, m, x, which + i, count - i, taken, f);
+            for (int u = 0; u < lesser(taken, count - i); u++)
                 write_tile(m, t, f[u], out[i + u], bias);
         }
     }

@@ -7,13 +7,16 @@
 #define ISA isa_avxvnni
 #define ISA_NAME "avx-vnni"
 #define INT8_OFFSET 128
-#define VALUE_BYTES 1
+#define INT_CHUNK 6
 #else
 #define ISA isa_avx2
 #define ISA_NAME "avx2"
 #define INT8_OFFSET 0
-#define VALUE_BYTES 2 /* with many rows, 16-bit products: two at once, as fast, without a sign */
+#define INT_CHUNK 4
+#define DEEP 4 /* lines of 7-bit weights whose products are summed in 16 bits: below 4 * 2 * 24 * 127 */
 #endif
+#define MOST_ROWS 4
+#define MOST_FLOAT_ROWS 2
 #define PANEL 12
 #define CHUNK 6 /* 12 sums, and two registers of weights */
 #define STRIPE 1
@@ -203,7 +206,7 @@ INLINE bv bv_word(const uint8_t *x)
 }
 INLINE iv iv_word(const uint8_t *x) { return bv_word(x); }
 INLINE fv fv_word(const uint8_t *x) { return fv_bits(bv_word(x)); }
-INLINE void put(uint8_t *to, bv x)
+INLINE void bv_store(uint8_t *to, bv x)
 {
     _mm256_storeu_si256((void *)to, x.a);
     _mm256_storeu_si256((void *)(to + 32), x.b);
@@ -213,34 +216,24 @@ INLINE iv dot_words(iv a, bv w, bv x)
 {
     EACH(iv, _mm256_dpbusd_avx_epi32(a.a, w.a, x.a), _mm256_dpbusd_avx_epi32(a.b, w.b, x.b));
 }
-INLINE void put_bytes(uint8_t *to, bv x) { put(to, x); }
-INLINE void put_signed(uint8_t *to, bv x) { put(to, x); }
-INLINE void put_values(uint8_t *to, const int8_t *x, int count) { memcpy(to, x, (size_t)count); }
 #else
 INLINE iv dot_words(iv a, bv w, bv x)
 {
-    EACH(iv, _mm256_add_epi32(a.a, _mm256_madd_epi16(w.a, x.a)),
-         _mm256_add_epi32(a.b, _mm256_madd_epi16(w.b, x.b)));
+    EACH(iv, half_dot8(a.a, w.a, x.a), half_dot8(a.b, w.b, x.b));
 }
-/* Of four bytes the first and the third, widened, then the second and the fourth: two lines. */
-INLINE void put_bytes(uint8_t *to, bv x)
+INLINE iv pairs7(bv w, bv x)
 {
-    const __m256i mask = _mm256_set1_epi16(0xff);
-    put(to, (bv){_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)});
-    put(to + 64, (bv){_mm256_srli_epi16(x.a, 8), _mm256_srli_epi16(x.b, 8)});
+    EACH(iv, _mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b));
 }
-INLINE __m256i even_signed(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
-INLINE void put_signed(uint8_t *to, bv x)
+INLINE iv add_halves(iv x, iv y)
 {
-    const __m256i sign = _mm256_set1_epi8((char)0x80);
-    const bv w = {_mm256_xor_si256(x.a, sign), _mm256_xor_si256(x.b, sign)};
-    put(to, (bv){even_signed(w.a), even_signed(w.b)});
-    put(to + 64, (bv){_mm256_srai_epi16(w.a, 8), _mm256_srai_epi16(w.b, 8)});
+    EACH(iv, _mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b));
 }
-INLINE void put_values(uint8_t *to, const int8_t *x, int count)
+INLINE iv add_pairs(iv a, iv halves)
 {
-    for (int k = 0; k < count; k += 4, to += 8)
-        memcpy(to, (int16_t[]){x[k], x[k + 2], x[k + 1], x[k + 3]}, 8);
+    const __m256i one = _mm256_set1_epi16(1);
+    EACH(iv, _mm256_add_epi32(a.a, _mm256_madd_epi16(halves.a, one)),
+         _mm256_add_epi32(a.b, _mm256_madd_epi16(halves.b, one)));
 }
 #endif
 INLINE void fetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }

@@ -8,6 +8,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define INT8_OFFSET 0
+#define MOST_ROWS 2 /* at once, */
+#define MOST_FLOAT_ROWS 2
 #define CHAINS 1
 
 typedef float fv __attribute__((vector_size(64)));
