@@ -76,8 +76,10 @@ INLINE void amx_blocks(const step *s, iv *sums, const int T)
     const int inputs = s->group % PANEL_INPUTS ? HALF_INPUTS : PANEL_INPUTS;
     for (int r = 0; r < s->count; r += 2 * PANEL) {
         const uint8_t *x = s->panels + r / PANEL * s->panel_bytes;
+        if (!s->direct)
+            fetch_part(s, r, 2 * PANEL);
         if (s->count - r <= PANEL)
-            amx_block(s, inputs, x, sums + r, T, 1, 1);
+            amx_block(s, inputs, x, sums + r, T, 1, s->direct);
         else if (s->direct && !r)
             amx_block(s, inputs, x, sums + r, T, 2, 1);
         else

@@ -49,11 +49,13 @@ static void pack_ints(const matrix *m, const rows *x, const int32_t *which, int 
     int32_t *corrections = (int32_t *)(scales + groups * PANEL);
     for (int u = 0; u < count; u++) {
         const row from = row_of(x, which[u]);
-        for (int k = 0; k < m->padded; k += PANEL_INPUTS) {
-            const int some = lesser(PANEL_INPUTS, m->padded - k);
-            uint8_t *to = panel + (int64_t)(k / PANEL_INPUTS * PANEL + u) * ROW_BYTES;
-            memcpy(to, from.values + k, (size_t)some);
-            memset(to + some, 0, (size_t)(PANEL_INPUTS - some));
+        uint8_t *to = panel + u * ROW_BYTES;
+        int k = 0;
+        for (; k + PANEL_INPUTS <= m->padded; k += PANEL_INPUTS, to += PANEL * ROW_BYTES)
+            memcpy(to, from.values + k, PANEL_INPUTS);
+        if (k < m->padded) {
+            memset(to, 0, PANEL_INPUTS);
+            memcpy(to, from.values + k, (size_t)(m->padded - k));
         }
         for (int g = 0; g < groups; g++) {
             const float product = from.scales[g] * (float)from.sums[g];
@@ -65,10 +67,28 @@ static void pack_ints(const matrix *m, const rows *x, const int32_t *which, int 
     }
 }
 
+/* Four rows at a time: a panel is wider than the cache is deep. */
 static void pack_floats(const matrix *m, const rows *x, const int32_t *which, int count,
                         float *panel)
 {
-    for (int u = 0; u < count; u++) {
+    int u = 0;
+    for (; u + 4 <= count; u += 4) {
+        const float *from[4];
+        for (int i = 0; i < 4; i++)
+            from[i] = x->floats + which[u + i] * x->stride;
+        int k = 0;
+        for (; k + 4 <= m->padded; k += 4) {
+            __m128 four[4];
+            UNROLL for (int i = 0; i < 4; i++) four[i] = _mm_loadu_ps(from[i] + k);
+            _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+            UNROLL for (int i = 0; i < 4; i++)
+                _mm_storeu_ps(panel + (int64_t)(k + i) * PANEL + u, four[i]);
+        }
+        for (; k < m->padded; k++)
+            for (int i = 0; i < 4; i++)
+                panel[(int64_t)k * PANEL + u + i] = from[i][k];
+    }
+    for (; u < count; u++) {
         const float *from = x->floats + which[u] * x->stride;
         for (int k = 0; k < m->padded; k++)
             panel[(int64_t)k * PANEL + u] = from[k];
@@ -92,7 +112,18 @@ typedef struct {
     int count, tiles, group, k, inputs;
     int fresh, direct; /* nothing has been summed yet; the lines are the stored ones */
     const uint8_t *lines[STRIPE];
+    const uint8_t *ahead[STRIPE]; /* what is widened next, */
+    int ahead_bytes;              /* of each tile */
 } step;
+
+/* A kernel's part of what comes ahead, while it has rows from r on: memory never waits for it. */
+INLINE void fetch_part(const step *s, int r, int some)
+{
+    const int start = s->ahead_bytes / s->count * r / 64 * 64, end = s->ahead_bytes / s->count * (r + some);
+    for (int t = 0; t < s->tiles; t++)
+        for (int at = start; at < end; at += 64)
+            fetch(s->ahead[t] + at);
+}
 
 /* sums[tile][BLOCK_ROWS] += lines times rows */
 typedef void int_kernel(const step *s, iv *sums);
@@ -159,6 +190,8 @@ INLINE void int_chunks(const step *s, iv *sums, const int T, const int direct)
 {
     for (int r = 0; r < s->count; r += INT_CHUNK) {
         const uint8_t *x = s->panels + r / PANEL * s->panel_bytes + r % PANEL * ROW_BYTES;
+        if (!direct)
+            fetch_part(s, r, INT_CHUNK);
         if (s->count - r <= INT_CHUNK / 2)
             int_chunk(s, x, sums + r, T, INT_CHUNK / 2, direct);
         else
@@ -178,7 +211,6 @@ static void int_lines(const step *s, iv *sums)
 static void widen_ints(const matrix *m, const uint8_t *w, int inputs, uint8_t *to)
 {
     for (int k = 0; k < inputs; k += 8, w += 4 * TILE, to += 8 * TILE) {
-        fetch(w + AHEAD_BYTES);
         const bv both = bv_load(w);
         bv low = bv_low(both), high = bv_high(both);
         if (m->format == MXFP4)
@@ -189,24 +221,28 @@ static void widen_ints(const matrix *m, const uint8_t *w, int inputs, uint8_t *t
 }
 
 /* f += sums of group g, each in its row's and its outputs' scale. */
-INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv *f, fv scales,
-                      fv zeros, iv integers, const int format, const int zero_kind)
+INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv *f, const fv scales,
+                      const fv zeros, const iv integers, const int format, const int zero_kind)
 {
-    const int64_t at = values_bytes(m) + (int64_t)g * PANEL * 4;
+    const int64_t at = values_bytes(m) + (int64_t)g * PANEL * 4, panel = s->panel_bytes;
     const int64_t apart = (int64_t)m->padded / m->row_group * PANEL * 4;
-    for (int r = 0; r < s->count; r++) {
-        const uint8_t *mine = s->panels + r / PANEL * s->panel_bytes + at + r % PANEL * 4;
-        const fv scale = fv_word(mine);
-        if (format == INT4 && zero_kind == ZERO_FLOAT) {
-            f[r] = fv_fma(fv_of(sums[r]), fv_mul(scales, scale), f[r]);
-            f[r] = fv_fma(zeros, fv_word(mine + apart), f[r]);
-            continue;
+    const uint8_t *from = s->panels + at;
+    for (int left = s->count; left > 0; left -= PANEL, from += panel, sums += PANEL, f += PANEL) {
+        const int count = lesser(left, PANEL);
+        for (int u = 0; u < count; u++) {
+            const fv scale = fv_word(from + 4 * u);
+            const uint8_t *correct = from + apart + 4 * u;
+            if (format == INT4 && zero_kind == ZERO_FLOAT) {
+                const fv sum = fv_fma(fv_of(sums[u]), fv_mul(scales, scale), f[u]);
+                f[u] = fv_fma(zeros, fv_word(correct), sum);
+                continue;
+            }
+            iv correction = iv_word(correct);
+            if (format == INT4 && zero_kind == ZERO_INTEGER)
+                correction = iv_mul(integers, correction);
+            const fv sum = fv_of(iv_add(sums[u], correction));
+            f[u] = fv_fma(sum, format == INT8 ? scale : fv_mul(scales, scale), f[u]);
         }
-        iv correction = iv_word(mine + apart);
-        if (format == INT4 && zero_kind == ZERO_INTEGER)
-            correction = iv_mul(integers, correction);
-        const fv sum = fv_of(iv_add(sums[r], correction));
-        f[r] = fv_fma(sum, format == INT8 ? scale : fv_mul(scales, scale), f[r]);
     }
 }
 
@@ -290,8 +326,11 @@ static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv 
             s->k = k;
             s->inputs = lesser(group, end - k);
             s->fresh = k % group == 0;
-            for (int t = 0; t < s->tiles; t++)
+            s->ahead_bytes = (int)stride;
+            for (int t = 0; t < s->tiles; t++) {
                 s->lines[t] = buffer[t] + (k - start) * TILE;
+                s->ahead[t] = w[t] + g * stride + (end - start) / s->inputs * stride;
+            }
             kernel(s, sums[g % 2]);
             for (int t = 0; t < s->tiles && (k + s->inputs) % group == 0; t++)
                 finish_group(s, m, w[t] + g * stride + lines, g, sums[g % 2] + t * BLOCK_ROWS,
@@ -334,6 +373,7 @@ INLINE void float_chunks(const step *s, fv *even, fv *odd, const int T)
     for (int r = 0; r < s->count; r += CHUNK) {
         const float *x = (const float *)(s->panels + r / PANEL * s->panel_bytes) + r % PANEL;
         x += (int64_t)s->k * PANEL;
+        fetch_part(s, r, CHUNK);
         if (s->count - r <= CHUNK / 2) {
             float_chunk(s, 0, x, even + r, T, CHUNK / 2);
             float_chunk(s, 1, x + PANEL, odd + r, T, CHUNK / 2);
@@ -358,7 +398,6 @@ static const uint8_t *widened_floats(const matrix *m, const uint8_t *w, int inpu
 {
     const int each = line_inputs(m);
     for (int k = 0; k < inputs; k += each, w += 4 * TILE, to += each * TILE) {
-        fetch(w + AHEAD_BYTES);
         if (m->format == F32) {
             fv_store(to, fv_load(w));
             continue;
@@ -386,7 +425,9 @@ static void float_stripe(step *s, const matrix *m, const uint8_t **w, fv *f)
             for (int t = 0; t < s->tiles; t++) {
                 s->lines[t] = widened_floats(m, w[t], s->inputs, buffer[t]);
                 w[t] += s->inputs / line_inputs(m) * 4 * TILE;
+                s->ahead[t] = w[t];
             }
+            s->ahead_bytes = FLOAT_BLOCK / line_inputs(m) * 4 * TILE;
             float_lines(s, sums[0], sums[1]);
         }
         for (int t = 0; t < s->tiles; t++) {
