@@ -28,6 +28,8 @@ setup(
                 for name in (
                     "amx",
                     "calls",
+                    "float_stripe",
+                    "int_stripe",
                     "moestro",
                     "panels",
                     "pool",
@@ -37,6 +39,7 @@ setup(
                     "simd_avx2",
                     "simd_avx512",
                     "simd_plain",
+                    "stripes",
                 )
             ],
             # Contraction off: which sums are fused is written in the source, not the compiler's.

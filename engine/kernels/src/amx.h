@@ -1,5 +1,5 @@
 /* Sums of integers in AMX's tiles of 16 lines by 64 bytes: a panel's block is one (16 rows times 64
-   inputs), 16 lines of weights are one (64 inputs times 16 outputs). After panels.h.
+   inputs), 16 lines of weights are one (64 inputs times 16 outputs). After stripes.h.
 
    Two panels times two tiles of weights fill the eight registers: sums in 0 to 3, rows in 4 and 5,
    weights in 6 and 7. Groups that are no multiple of 64 take half as many inputs at once. */

@@ -8,7 +8,7 @@
 #include "moestro.h"
 #include "simd_avx512.h"
 #include "products.h"
-#include "panels.h"
+#include "stripes.h"
 #include "rowwise.h"
 
 const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, quantize,

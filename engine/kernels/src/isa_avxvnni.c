@@ -9,7 +9,7 @@
 #define VNNI
 #include "simd_avx2.h"
 #include "products.h"
-#include "panels.h"
+#include "stripes.h"
 #include "rowwise.h"
 
 const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, quantize,
