@@ -147,7 +147,8 @@ static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g
 }
 
 /* int8: groups as long as they like, multiplied as they are stored. */
-static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
+static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
+                        int_kernel *kernel)
 {
     iv sums[STRIPE * BLOCK_ROWS];
     const int group = m->row_group;

@@ -275,16 +275,11 @@ static void float_block(const uint8_t *w, const matrix *m, const rows *x, const 
     }
 }
 
-/* Rows that are faster as they are than in panels. */
-static int few(const matrix *m)
-{
-    return m->format == INT8 ? 2 : m->row_group ? MOST_ROWS : MOST_FLOAT_ROWS;
-}
-
 static void multiply(const matrix *m, int tile, int end, const rows *x, const int32_t *which,
                      int count, float *const *out, const float *bias)
 {
-    const int most = few(m);
+    const int ints = m->format == INT8 ? 2 : MOST_ROWS;
+    const int most = m->row_group ? ints : MOST_FLOAT_ROWS;
     for (int t = tile; t < end; t++) {
         const uint8_t *w = m->tiles + t * m->tile_bytes;
         for (int i = 0, taken; i < count; i += taken) {

@@ -13,7 +13,7 @@
 #define ISA_NAME "avx2"
 #define INT8_OFFSET 0
 #define INT_CHUNK 4
-#define DEEP 4 /* lines of 7-bit weights whose products are summed in 16 bits: below 4 * 2 * 24 * 127 */
+#define DEEP 4 /* lines whose products are summed in 16 bits: at most 4 * 2 * 24 * 127 */
 #endif
 #define MOST_ROWS 4
 #define MOST_FLOAT_ROWS 2

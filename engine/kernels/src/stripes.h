@@ -4,6 +4,9 @@
 #include "int_stripe.h"
 #include "float_stripe.h"
 
+/* Rows that are faster as they are than in panels. */
+static int few(const matrix *m) { return m->format == INT8 ? 2 : MOST_ROWS; }
+
 static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int count,
                          float *const *out, const float *bias)
 {
