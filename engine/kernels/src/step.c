@@ -55,7 +55,8 @@ static void place_token(const step *s, int t)
     const int query_width = a->heads * a->dim, key_width = a->key_heads * a->dim;
     float *q = s->q + (int64_t)t * query_width, *k = s->k + (int64_t)t * key_width;
     const float *v = s->v + (int64_t)t * key_width;
-    const float *cos = call->cos + (int64_t)t * a->rotary, *sin = call->sin + (int64_t)t * a->rotary;
+    const float *cos = call->cos + (int64_t)t * a->rotary;
+    const float *sin = call->sin + (int64_t)t * a->rotary;
     norm_heads(a, a->query_norm, q, query_width);
     norm_heads(a, a->key_norm, k, key_width);
     turn_heads(a, cos, sin, q, a->heads);
