@@ -1,5 +1,6 @@
 """Products with matrices in tiles of 16 rows, by a C library. Knows pointers, no model."""
 
+from .layer import LayerParts, LayerStep, StepRoom
 from .layout import TILE16, TileFormat
 from .library import MISSING, instruction_sets, library
 from .pack import encode
@@ -32,6 +33,8 @@ __all__ = [
     "Activation",
     "AttentionWeights",
     "LANES",
+    "LayerParts",
+    "LayerStep",
     "MISSING",
     "MOST_GROUP",
     "Norm",
@@ -39,6 +42,7 @@ __all__ = [
     "Router",
     "Rows",
     "Scratch",
+    "StepRoom",
     "TILE16",
     "TileExpert",
     "TileFormat",

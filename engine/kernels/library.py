@@ -131,6 +131,53 @@ class RouteCall(ctypes.Structure):
     )
 
 
+class LayerStruct(ctypes.Structure):
+    """`layer_head` of src/layer.h."""
+
+    _fields_ = (
+        ("attention", AttentionStruct),
+        ("first_norm", c_void_p),
+        ("second_norm", c_void_p),
+        ("router", c_void_p),
+        ("router_bias", c_void_p),
+        ("first_eps", c_float),
+        ("second_eps", c_float),
+        ("residual", c_float),
+        ("width", c_int32),
+        ("experts", c_int32),
+        ("k", c_int32),
+        ("normalized", c_int32),
+    )
+
+
+class LayerCall(ctypes.Structure):
+    """`layer_call` of src/layer.h."""
+
+    _fields_ = (
+        ("attention", AttentionCall),
+        ("hidden", c_void_p),
+        ("stream", c_void_p),
+        ("normed", c_void_p),
+        ("logits", c_void_p),
+        ("shares", c_void_p),
+        ("room", c_void_p),
+        ("chosen", c_void_p),
+    )
+
+
+class TailCall(ctypes.Structure):
+    """`tail_call` of src/layer.h."""
+
+    _fields_ = (
+        ("shared", c_void_p),
+        ("experts", c_void_p),
+        ("stream", c_void_p),
+        ("residual", c_float),
+        ("count", c_int32),
+        ("width", c_int32),
+    )
+
+
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_available": (c_char_p, (c_int,)),
     "moestro_chosen": (c_char_p, ()),
@@ -145,6 +192,8 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int64),
     ),
     "moestro_attention": (c_int64, (c_void_p, POINTER(AttentionCall))),
+    "moestro_layer_head": (c_int64, (c_void_p, POINTER(LayerCall))),
+    "moestro_layer_tail": (c_int64, (POINTER(TailCall),)),
     "moestro_route": (None, (POINTER(RouteCall),)),
     "moestro_normalize": (None, (c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p)),
     "moestro_combine": (None, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)),

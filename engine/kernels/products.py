@@ -188,15 +188,32 @@ def _run(
     inner: torch.Tensor | None = None,
 ) -> None:
     pointers = (ctypes.c_void_p * len(experts))(*[expert.address for expert in experts])
+    call = expert_call(pointers, routed, hidden, results, scratch, activation, inner)
+    run = getattr(loaded(), name)
+    while needed := run(call):
+        scratch.grow(needed)
+        call.scratch, call.scratch_bytes = scratch.address, scratch.size_bytes
+
+
+def expert_call(
+    pointers: ctypes.Array[ctypes.c_void_p],
+    routed: Routed,
+    hidden: torch.Tensor,
+    results: torch.Tensor,
+    scratch: Scratch,
+    activation: Activation,
+    inner: torch.Tensor | None = None,
+) -> ExpertCall:
+    """Valid as all of these are; `pointers` are the addresses of the experts."""
     kind, alpha, limit = activation
-    call = ExpertCall(
+    return ExpertCall(
         ctypes.addressof(pointers),
         *routed.addresses,
         hidden.data_ptr(),
         results.data_ptr(),
         None if inner is None else inner.data_ptr(),
         0 if inner is None else inner.shape[1],
-        len(experts),
+        len(pointers),
         hidden.shape[0],
         hidden.shape[1],
         results.shape[1],
@@ -206,10 +223,6 @@ def _run(
         scratch.address,
         scratch.size_bytes,
     )
-    run = getattr(loaded(), name)
-    while needed := run(call):
-        scratch.grow(needed)
-        call.scratch, call.scratch_bytes = scratch.address, scratch.size_bytes
 
 
 def combine(weights: torch.Tensor, results: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from .meta_model import build_meta_model
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
 from .scoring import HeldStates
-from .thin import Thinner
+from .thinner import Thinner
 from .topology import Topology, run_packed, trace
 
 __all__ = [

@@ -4,7 +4,7 @@ Shape letters: H heads, S tokens of one sequence so far, T tokens of the packed 
 Knows no scheduling: whose a page is, and how long, is decided elsewhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +164,7 @@ class PackedCache:
         self.spans: tuple[Span, ...] = ()
         self.written: tuple[int, torch.Tensor | None] = (-1, None)  # last layer and returned keys
         self.masks: dict[tuple[int, int], torch.Tensor] = {}  # (rule, span) -> mask of this pass
+        self.forgets: list[Callable[[], None]] = []  # called when a pass begins
         self.rows: Rows | None = None
         """Where all tokens lie, in a pass of one new token of each sequence on the host."""
 
@@ -176,6 +177,8 @@ class PackedCache:
         self.spans = tuple(spans)
         self.masks.clear()
         self.rows = _rows_of_single_tokens(self.spans)
+        for forget in self.forgets:
+            forget()
 
     def end(self, *, commit: bool) -> None:
         """Close the pass; with `commit` the new rows become part of their sequences."""

@@ -2,15 +2,13 @@
 
 A norm, a router or a gated MLP is replaced when it agrees with the stock module on random rows. An
 attention module is replaced for steps of single tokens, when it agreed with the stock one in a step
-that ran both (`Thinner.compare`); whatever else comes to it (prompts, windows, sinks) goes the
+that ran both (thinner.py); whatever else comes to it (prompts, windows, sinks) goes the
 general way. No family is named here: what agrees is replaced.
 
 Shape letters: T tokens of the packed row, H width, D width of a head.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,8 +33,6 @@ from moestro.engine.kernels import (
 from moestro.engine.weights import TileLinear, beside
 
 from .kv import PackedCache
-
-log = logging.getLogger("moestro.engine")
 
 FEW_ROWS = 16  # of a router: with more, torch's product is faster
 AGREE = 1e-5  # of the largest number: how far a replaced module may be from the stock one
@@ -86,13 +82,13 @@ class ThinRouter:
     """In place of the `forward` of a router by softmax, for few rows."""
 
     def __init__(self, stock: Callable[..., Any], router: Router) -> None:
-        self._stock, self._router = stock, router
+        self._stock, self.router = stock, router
 
     def __call__(self, hidden: torch.Tensor) -> Any:
         flat = hidden.reshape(-1, hidden.shape[-1])
         if flat.shape[0] > FEW_ROWS or flat.dtype != torch.float32:
             return self._stock(hidden)
-        return route(flat.contiguous(), self._router)
+        return route(flat.contiguous(), self.router)
 
 
 def router_of(module: torch.nn.Module) -> ThinRouter | None:
@@ -122,7 +118,7 @@ class ThinMlp:
     """In place of the `forward` of an MLP with a gate, as one expert that every row goes to."""
 
     def __init__(self, expert: TileExpert, activation: Activation, scratch: Scratch) -> None:
-        self._expert, self._activation, self._scratch = expert, activation, scratch
+        self.expert, self.activation, self._scratch = expert, activation, scratch
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
@@ -131,8 +127,8 @@ class ThinMlp:
             routed = Routed.of_one_token(1)
         else:
             routed = Routed((0, rows), range(rows), range(rows))
-        out = torch.empty((rows, self._expert.down.outputs))
-        multiply_experts([self._expert], routed, flat, out, self._activation, self._scratch)
+        out = torch.empty((rows, self.expert.down.outputs))
+        multiply_experts([self.expert], routed, flat, out, self.activation, self._scratch)
         return out.view(*hidden.shape[:-1], out.shape[1])
 
 
@@ -170,6 +166,12 @@ def mlp_of(module: torch.nn.Module, scratch: Scratch) -> ThinMlp | None:
     return thin if agrees(thin(rows), module(rows), coarse=coarse) else None
 
 
+def flat_turns(turns: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of a pass, [T, R]."""
+    cosines, sines = (each.reshape(-1, each.shape[-1]).contiguous() for each in turns)
+    return cosines, sines
+
+
 class ThinAttention:
     """In place of an attention module's `forward`."""
 
@@ -178,7 +180,7 @@ class ThinAttention:
     ) -> None:
         self._stock, self._cache, self._scratch = module.forward, cache, scratch
         self._module, self._norms = module, norms
-        self._layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self.layer = int(module.layer_idx)  # type: ignore[arg-type]
         self._dim = int(module.head_dim)  # type: ignore[arg-type]
         self._weights: AttentionWeights | None = None
         self.comparing, self.trusted = False, False
@@ -213,7 +215,7 @@ class ThinAttention:
         )
         if self.comparing and found is not None:
             wanted = out[0] if isinstance(out, tuple) and len(out) == 2 else None
-            coarse = not self._module.q_proj.form.is_float  # type: ignore[union-attr]
+            coarse = not self.is_float
             self.trusted = wanted is not None and agrees(found, wanted, coarse=coarse)
         return out
 
@@ -222,16 +224,30 @@ class ThinAttention:
     ) -> torch.Tensor:
         rows = self._cache.rows
         assert rows is not None
-        cosines, sines = (each.reshape(-1, each.shape[-1]).contiguous() for each in turns)
-        if self._weights is None:
-            self._weights = self._found(cosines.shape[1])
+        cosines, sines = flat_turns(turns)
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-        heads = self._weights.struct.key_heads
-        like = flat.new_empty((heads, 0, self._dim))
-        store = self._cache.spans[0].kv.store
-        buffers = store.layer(self._layer, like, like)
-        out = attend(self._weights, flat, (cosines, sines), buffers, rows, self._scratch)
+        weights, buffers = self.weights(cosines.shape[1]), self.buffers()
+        out = attend(weights, flat, (cosines, sines), buffers, rows, self._scratch)
         return out.view(1, *out.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Its weights are multiplied with as floats."""
+        return bool(self._module.q_proj.form.is_float)  # type: ignore[union-attr]
+
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, rows, D] of this layer."""
+        store = self._cache.spans[0].kv.store
+        if self.layer in store.layers:
+            return store.layers[self.layer]
+        like = torch.empty((self._module.k_proj.out_features // self._dim, 0, self._dim))  # type: ignore[union-attr,operator,arg-type]
+        return store.layer(self.layer, like, like)
+
+    def weights(self, rotary: int) -> AttentionWeights:
+        """With so many inputs of a head that turn."""
+        if self._weights is None:
+            self._weights = self._found(rotary)
+        return self._weights
 
     def _found(self, rotary: int) -> AttentionWeights:
         parts = [getattr(self._module, name) for name in PROJECTIONS]
@@ -265,46 +281,3 @@ def attention_of(
     if norms and norms[0].eps != norms[1].eps:  # type: ignore[union-attr]
         return None
     return ThinAttention(module, cache, scratch, tuple(norms) or None)
-
-
-class Thinner:
-    """All replacements of one model."""
-
-    def __init__(self, model: torch.nn.Module, cache: PackedCache) -> None:
-        """`model` has its weights. Norms are replaced at once."""
-        scratch = Scratch()
-        self.attentions = []
-        with torch.inference_mode():
-            for module in model.modules():
-                if (found := attention_of(module, cache, scratch)) is not None:
-                    module.__dict__["forward"] = found
-                    self.attentions.append(found)
-            norms = [(module, norm_of(module)) for module in model.modules()]
-            routers = [(module, router_of(module)) for module in model.modules()]
-            mlps = [(module, mlp_of(module, scratch)) for module in model.modules()]
-        self.norms = [(module, ThinNorm(norm)) for module, norm in norms if norm is not None]
-        self.mlps = [(module, thin) for module, thin in mlps if thin is not None]
-        self.routers = [(module, thin) for module, thin in routers if thin is not None]
-        for module, thin in (*self.norms, *self.mlps, *self.routers):
-            module.__dict__["forward"] = thin
-
-    @contextmanager
-    def compare(self) -> Iterator[None]:
-        """Steps of single tokens inside run both ways; who agrees is trusted from then on."""
-        for each in self.attentions:
-            each.comparing = True
-        try:
-            yield
-        finally:
-            for each in self.attentions:
-                each.comparing = False
-            trusted = sum(each.trusted for each in self.attentions)
-            log.info(
-                "one call each: %d norms, %d routers, %d MLPs, attention of %d layers (%d look"
-                " like it)",
-                len(self.norms),
-                len(self.routers),
-                len(self.mlps),
-                trusted,
-                len(self.attentions),
-            )

@@ -1,0 +1,140 @@
+"""A whole decoder layer with experts in two calls of the library, for steps of single tokens.
+
+norm, attention, sum, norm, router | experts, wherever they are | sum, with a shared expert's
+
+A layer is a candidate when its parts have been replaced (thin.py) and stand where they stand in
+most families. It is trusted when it agreed with the stock layer in a step that ran both.
+
+Shape letters: T tokens of the packed row, H width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moestro.engine.formats import is_experts_module
+from moestro.engine.kernels import LayerParts, LayerStep, Scratch, StepRoom
+
+from .kv import PackedCache
+from .thin import ThinAttention, ThinMlp, ThinNorm, ThinRouter, agrees, flat_turns
+
+
+class StepMemory:
+    """What the layers of one model hand on during a step."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[int, int, int], StepRoom] = {}
+        self._of: object = None
+        self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._addresses = (0, 0)
+
+    def room(self, tokens: int, parts: LayerParts) -> StepRoom:
+        """For layers of the same shape, the same."""
+        key = (tokens, parts.router.k, len(parts.router.matrix))
+        if key not in self._rooms:
+            self._rooms[key] = StepRoom(tokens, parts)
+        return self._rooms[key]
+
+    def turns(self, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
+        """Addresses of cosines and sines [T, R]; all layers of a pass are given the same ones."""
+        if self._of is not given or self._turns is None:
+            self._of, self._turns = given, flat_turns(given)
+            self._addresses = (self._turns[0].data_ptr(), self._turns[1].data_ptr())
+        return self._addresses
+
+    @property
+    def rotary(self) -> int:
+        assert self._turns is not None
+        return self._turns[0].shape[1]
+
+    def forget(self) -> None:
+        """A new pass begins."""
+        self._of = None
+
+
+class ThinLayer:
+    """In place of a decoder layer's `forward`."""
+
+    def __init__(
+        self,
+        stock: Callable[..., Any],
+        parts: Callable[[int], LayerParts],
+        attention: ThinAttention,
+        experts: torch.nn.Module,
+        cache: PackedCache,
+        memory: StepMemory,
+        scratch: Scratch,
+    ) -> None:
+        """`parts` tells them once it is known how many inputs of a head turn."""
+        self._stock, self._made = stock, parts
+        self._attention, self._experts, self._cache = attention, experts, cache
+        self._memory, self._scratch = memory, scratch
+        self._parts: LayerParts | None = None
+        self._step: LayerStep | None = None
+        self.comparing, self.trusted = False, False
+
+    def __call__(self, hidden_states: torch.Tensor, *others: Any, **keywords: Any) -> Any:
+        """[1, T, H] -> [1, T, H]"""
+        turns = keywords.get("position_embeddings")
+        if (
+            not (self.trusted or self.comparing)
+            or others
+            or self._cache.rows is None
+            or turns is None
+            or keywords.get("attention_mask") is not None
+            or keywords.get("past_key_values") is not self._cache
+        ):
+            return self._stock(hidden_states, *others, **keywords)
+        if not self.comparing:
+            return self._run(hidden_states, turns)
+        found = self._run(hidden_states.clone(), turns)
+        out = self._stock(hidden_states, **keywords)
+        coarse = not self._attention.is_float
+        self.trusted = isinstance(out, torch.Tensor) and agrees(found, out, coarse=coarse)
+        return out
+
+    def _run(self, hidden: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        addresses, rows = self._memory.turns(turns), self._cache.rows
+        assert rows is not None
+        flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        if self._step is None or self._parts is None:
+            self._parts = self._made(self._memory.rotary)
+            self._step = LayerStep(self._parts, self._scratch)
+        room = self._memory.room(flat.shape[0], self._parts)
+        stream = self._step.head(flat, addresses, self._attention.buffers(), rows, room)
+        experts = self._experts.__dict__["moestro_experts"]
+        routed = experts(self._experts, room.normed, room.chosen, room.shares)
+        self._step.tail(stream, routed.contiguous())
+        return stream.view(hidden.shape)
+
+
+def layer_of(
+    layer: torch.nn.Module, cache: PackedCache, memory: StepMemory, scratch: Scratch
+) -> ThinLayer | None:
+    """A candidate for `layer`, whose parts have been replaced."""
+    thin = {name: each.__dict__.get("forward") for name, each in layer.named_modules()}
+    kinds: dict[type, list[Any]] = {
+        kind: [each for each in thin.values() if isinstance(each, kind)]
+        for kind in (ThinNorm, ThinAttention, ThinRouter, ThinMlp)
+    }
+    own = [thin.get(name) for name, _ in layer.named_children()]
+    norms = [each for each in own if isinstance(each, ThinNorm)]
+    experts = [each for each in layer.modules() if is_experts_module(each)]
+    attentions, routers, mlps = (kinds[kind] for kind in (ThinAttention, ThinRouter, ThinMlp))
+    if [len(norms), len(attentions), len(routers), len(experts)] != [2, 1, 1, 1] or len(mlps) > 1:
+        return None
+    shared = (mlps[0].expert, mlps[0].activation) if mlps else None
+    residual = getattr(layer, "residual_multiplier", 1.0)
+
+    def parts(rotary: int) -> LayerParts:
+        return LayerParts(
+            norms[0].norm,
+            attentions[0].weights(rotary),
+            norms[1].norm,
+            routers[0].router,
+            shared,
+            float(residual),
+        )
+
+    return ThinLayer(layer.forward, parts, attentions[0], experts[0], cache, memory, scratch)

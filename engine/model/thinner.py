@@ -1,0 +1,66 @@
+"""Which modules of a model the library computes in one call: found, compared, trusted."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moestro.engine.kernels import Scratch
+
+from .kv import PackedCache
+from .thin import ThinAttention, ThinNorm, attention_of, mlp_of, norm_of, router_of
+from .thin_layer import StepMemory, ThinLayer, layer_of
+
+log = logging.getLogger("moestro.engine")
+
+
+class Thinner:
+    """All replacements of one model."""
+
+    def __init__(self, model: torch.nn.Module, cache: PackedCache) -> None:
+        """`model` has its weights. What can be compared at once is replaced at once."""
+        scratch, memory = Scratch(), StepMemory()
+        self.counts = {"norms": 0, "routers": 0, "MLPs": 0}
+        self.attentions: list[ThinAttention] = []
+        self.layers: list[ThinLayer] = []
+        with torch.inference_mode():
+            for module in list(model.modules()):
+                self._replace(module, scratch)
+                if (found := attention_of(module, cache, scratch)) is not None:
+                    module.__dict__["forward"] = found
+                    self.attentions.append(found)
+        for module in list(model.modules()):
+            if (layer := layer_of(module, cache, memory, scratch)) is not None:
+                module.__dict__["forward"] = layer
+                self.layers.append(layer)
+        cache.forgets.append(memory.forget)
+
+    def _replace(self, module: torch.nn.Module, scratch: Scratch) -> None:
+        if (norm := norm_of(module)) is not None:
+            module.__dict__["forward"] = ThinNorm(norm)
+            self.counts["norms"] += 1
+        elif (router := router_of(module)) is not None:
+            module.__dict__["forward"] = router
+            self.counts["routers"] += 1
+        elif (mlp := mlp_of(module, scratch)) is not None:
+            module.__dict__["forward"] = mlp
+            self.counts["MLPs"] += 1
+
+    @contextmanager
+    def compare(self) -> Iterator[None]:
+        """Steps of single tokens inside run both ways; who agrees is trusted from then on."""
+        both: list[ThinAttention | ThinLayer] = [*self.attentions, *self.layers]
+        for each in both:
+            each.comparing = True
+        try:
+            yield
+        finally:
+            for each in both:
+                each.comparing = False
+            log.info(
+                "one call each: %s, attention of %d layers, %d whole layers but their experts",
+                ", ".join(f"{count} {name}" for name, count in self.counts.items()),
+                sum(each.trusted for each in self.attentions),
+                sum(each.trusted for each in self.layers),
+            )
