@@ -1,7 +1,7 @@
 """Products with matrices in tiles of 16 rows, by a C library. Knows pointers, no model."""
 
 from .layout import TILE16, TileFormat
-from .library import MISSING, instruction_sets, library
+from .library import MISSING, chosen, instruction_sets, library, set_pool_threads
 from .pack import encode
 from .products import (
     Activation,
@@ -32,6 +32,7 @@ __all__ = [
     "TileFormat",
     "TileMatrix",
     "attend",
+    "chosen",
     "combine",
     "encode",
     "instruction_sets",
@@ -40,6 +41,7 @@ __all__ = [
     "linear",
     "multiply_experts",
     "normalize",
+    "set_pool_threads",
     "tile_attention",
     "tile_matrix",
 ]
