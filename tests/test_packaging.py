@@ -87,18 +87,19 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return installed(wheel, tmp_path_factory.mktemp("venv"))
 
 
-def installed(wheel: Path, venv: Path) -> Path:
-    """An interpreter that has the wheel, and the third parties of the development environment."""
+def installed(what: Path, venv: Path, *options: str, **variables: str) -> Path:
+    """An interpreter that has it, and the third parties of the development environment."""
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=venv)
     python = venv / "bin" / "python"
-    run(
-        *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet"),
-        *("--no-deps", "--no-index", wheel),
-        cwd=venv,
-    )
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=venv)
     # addsitedir would run the editable install's own .pth; a plain path line adds the folder only.
     Path(site.strip(), "third_parties.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    run(
+        *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet"),
+        *("--no-deps", "--no-index", "--force-reinstall", *options, what),
+        cwd=venv,
+        **variables,
+    )
     return python
 
 
@@ -182,19 +183,16 @@ def test_a_wheel_out_of_the_sdist_has_a_library_that_computes(sdist: Path, tmp_p
     assert said.split()[-1] not in ("", "None")
 
 
-@pytest.mark.slow
-def test_an_editable_install_builds_in_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", ["/bin/false", pytest.param("cc", marks=pytest.mark.slow)])
+def test_an_editable_install_builds_in_place(compiler: str, tmp_path: Path) -> None:
     source, venv = tmp_path / "source", tmp_path / "venv"
     source.mkdir()
+    venv.mkdir()
     copy_sources(source)
-    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
-    run(
-        *(sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--quiet"),
-        *("--no-deps", "--no-index", "--no-build-isolation", "--editable", source),
-        cwd=tmp_path,
-    )
-    assert (source / LIBRARY).stat().st_size > 0
-    assert not list((source / LIBRARY).parent.glob("_native.*-*"))
+    python = installed(source, venv, "--no-build-isolation", "--editable", CC=compiler)
+    found = [path.name for path in (source / LIBRARY).parent.glob("_native*")]
+    assert found == ([] if compiler == "/bin/false" else ["_native.so"])
+    assert "0.1.0" in run(python.parent / "moestro", "--version", cwd=tmp_path)
 
 
 def test_the_command_runs_from_another_folder(python: Path, tmp_path: Path) -> None:
