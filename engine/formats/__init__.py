@@ -10,6 +10,7 @@ from .mixed import (
     encode_layer,
     expert_codec,
     mix_by_trace,
+    order_of,
     pack_layer,
 )
 from .named import FORMATS, codec_of, in_tiles
@@ -37,6 +38,7 @@ __all__ = [
     "mix_by_trace",
     "multiply_fine",
     "multiply_int4",
+    "order_of",
     "pack_layer",
     "per_row",
     "quantize_fine",

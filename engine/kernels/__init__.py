@@ -1,6 +1,6 @@
 """Products with matrices in tiles of 16 rows, by a C library. Knows pointers, no model."""
 
-from .layout import TILE16, TileFormat
+from .layout import ROWS, TILE16, TileFormat
 from .library import MISSING, chosen, instruction_sets, library, set_pool_threads
 from .pack import encode
 from .products import (
@@ -24,6 +24,7 @@ __all__ = [
     "MISSING",
     "MOST_GROUP",
     "Norm",
+    "ROWS",
     "Routed",
     "Rows",
     "Scratch",
