@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moestro.cache.facts import CacheStats, ExpertKey, LayerStats, PackSpec, Phase, Routed, SlotPlan
-from moestro.cache.pack import Pack
+from moestro.cache.pack import Pack, TensorViews
 from moestro.cache.policy import Counters, NextUse, Policy, Residency, SlotTable, agree, missing
 from moestro.cache.tiers import (
     DISK_READERS,
@@ -89,6 +89,28 @@ class ExpertCache:
         if self._trace is not None:
             self._trace.record(layer, experts, phase, routed)
         return self._lease
+
+    def resident(
+        self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
+    ) -> list[TensorViews] | None:
+        """A layer event without a lease, where every expert of the model has a slot of its own.
+
+        Nothing is ever evicted from such a cache, so what is lent need not be held. The views of
+        the distinct `experts`, in their order, each a hit; None where one is not here, or could be
+        evicted: `acquire` them.
+        """
+        if not self._plan.holds_all or self._loader.in_flight or self._open_lease() is not None:
+            return None
+        row, ready, views = self._table.where[layer], self._table.ready, self._arena.views[layer]
+        slots = [row[expert] for expert in experts]
+        if not all(slot >= 0 and ready[slot] for slot in slots):
+            return None
+        self._counters.guesses.event()
+        self._counters.requested[layer] += len(slots)
+        self._counters.hits[layer] += len(slots)
+        if self._trace is not None:
+            self._trace.record(layer, experts, phase, routed)
+        return [views[slot] for slot in slots]
 
     def prefetch(self, layer: int, experts: Sequence[int], limit: int) -> int:
         """Reads up to `limit` missing ones of `experts` ahead of time; how many were started.

@@ -23,7 +23,3 @@ def check_device(config: EngineConfig, device: Device) -> None:
         raise StartError(
             f"--device-memory: {device.why}, which has no memory of its own to hold experts"
         )
-    if device.room is not None and config.dense_format == "int4":
-        raise StartError(
-            "--dense-format int4 is for the CPU's kernels alone; on a GPU use int8 or native"
-        )

@@ -96,7 +96,9 @@ def installed(what: Path, venv: Path, *options: str, **variables: str) -> Path:
     Path(site.strip(), "third_parties.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run(
         *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet"),
-        *("--no-deps", "--no-index", "--force-reinstall", *options, what),
+        *("--no-deps", "--no-index", "--force-reinstall"),
+        *options,
+        what,
         cwd=venv,
         **variables,
     )

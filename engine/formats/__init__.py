@@ -1,7 +1,6 @@
 """Stored formats of experts: bytes of a matrix and the products with it. Knows no checkpoint."""
 
 from .experts_module import ExpertsModule, is_experts_module
-from .int4 import Int4Matrix, Int4Rows, encode_int4, fits_int4, group_of, multiply_int4
 from .matrices import Codec, Fine, Span, multiply_fine, per_row, quantize_fine, quantize_rows
 from .mixed import (
     MIXED,
@@ -22,22 +21,16 @@ __all__ = [
     "FORMATS",
     "Fine",
     "FormatMap",
-    "Int4Matrix",
-    "Int4Rows",
     "MIXED",
     "Span",
     "as_tile",
     "codec_of",
-    "encode_int4",
     "encode_layer",
     "expert_codec",
-    "fits_int4",
-    "group_of",
     "in_tiles",
     "is_experts_module",
     "mix_by_trace",
     "multiply_fine",
-    "multiply_int4",
     "order_of",
     "pack_layer",
     "per_row",

@@ -185,11 +185,6 @@ def encode_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return packed, grid.contiguous()
 
 
-def fits_int4(weight: torch.Tensor) -> bool:
-    """[N, K] whose sides torch's kernel takes."""
-    return weight.shape[0] % 16 == 0 and weight.shape[1] % GROUPS[-1] == 0
-
-
 def group_of(inputs: int) -> int:
     return next(group for group in GROUPS if inputs % group == 0)
 

@@ -15,7 +15,18 @@ from .products import (
     multiply_experts,
     tile_matrix,
 )
-from .step import LANES, MOST_GROUP, AttentionWeights, Norm, Rows, attend, normalize, tile_attention
+from .step import (
+    LANES,
+    MOST_GROUP,
+    AttentionWeights,
+    Norm,
+    Router,
+    Rows,
+    attend,
+    normalize,
+    route,
+    tile_attention,
+)
 
 __all__ = [
     "Activation",
@@ -26,6 +37,7 @@ __all__ = [
     "Norm",
     "ROWS",
     "Routed",
+    "Router",
     "Rows",
     "Scratch",
     "TILE16",
@@ -42,6 +54,7 @@ __all__ = [
     "linear",
     "multiply_experts",
     "normalize",
+    "route",
     "set_pool_threads",
     "tile_attention",
     "tile_matrix",

@@ -112,6 +112,25 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+class RouteCall(ctypes.Structure):
+    """`route_call` of src/step.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("matrix", c_void_p),
+        ("bias", c_void_p),
+        ("logits", c_void_p),
+        ("shares", c_void_p),
+        ("room", c_void_p),
+        ("chosen", c_void_p),
+        ("count", c_int32),
+        ("inputs", c_int32),
+        ("experts", c_int32),
+        ("k", c_int32),
+        ("normalized", c_int32),
+    )
+
+
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_available": (c_char_p, (c_int,)),
     "moestro_chosen": (c_char_p, ()),
@@ -126,6 +145,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int64),
     ),
     "moestro_attention": (c_int64, (c_void_p, POINTER(AttentionCall))),
+    "moestro_route": (None, (POINTER(RouteCall),)),
     "moestro_normalize": (None, (c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p)),
     "moestro_combine": (None, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)),
     "moestro_activate": (

@@ -5,6 +5,7 @@ Shape letters: n rows, N outputs, K inputs, T tokens, k experts per token.
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class TileMatrix(NamedTuple):
     """A matrix where it lies; valid as `stored` is."""
 
     struct: MatrixStruct
+    address: int
     stored: torch.Tensor  # uint8 [tiles, tile_bytes]
     order: torch.Tensor | None  # int32 [K]
 
@@ -66,13 +68,14 @@ def tile_matrix(
         row_group,
         None if order is None else order.data_ptr(),
     )
-    return TileMatrix(struct, stored, order)
+    return TileMatrix(struct, ctypes.addressof(struct), stored, order)
 
 
 class TileExpert(NamedTuple):
     """An expert's two matrices, biases beside them; valid as what they point to is."""
 
     struct: ExpertStruct
+    address: int
     first: TileMatrix
     down: TileMatrix
     biases: tuple[torch.Tensor | None, torch.Tensor | None]  # fp32 [N]
@@ -87,7 +90,7 @@ class TileExpert(NamedTuple):
     ) -> "TileExpert":
         pointers = (None if b is None else b.data_ptr() for b in (first_bias, down_bias))
         struct = ExpertStruct(first.struct, down.struct, *pointers)
-        return cls(struct, first, down, (first_bias, down_bias))
+        return cls(struct, ctypes.addressof(struct), first, down, (first_bias, down_bias))
 
 
 class Scratch:
@@ -118,14 +121,14 @@ def linear(
     rows: torch.Tensor, matrix: TileMatrix, bias: torch.Tensor | None, scratch: Scratch
 ) -> torch.Tensor:
     """fp32 [n, K], contiguous, times a matrix -> fp32 [n, N]; bias fp32 [N]."""
-    struct = matrix.struct
-    out = torch.empty((len(rows), struct.outputs))
+    count, inputs = rows.shape
+    out = torch.empty((count, matrix.struct.outputs))
     call = loaded().moestro_linear
     arguments = (
-        ctypes.addressof(struct),
+        matrix.address,
         rows.data_ptr(),
-        rows.shape[1],
-        len(rows),
+        inputs,
+        count,
         out.data_ptr(),
         None if bias is None else bias.data_ptr(),
     )
@@ -134,12 +137,22 @@ def linear(
     return out
 
 
-class Routed(NamedTuple):
+class Routed:
     """Whose rows go where: the rows starts[e] to starts[e + 1] are of expert e of the call."""
 
-    starts: Sequence[int]  # [experts + 1]
-    tokens: Sequence[int]  # [rows]: row of hidden
-    places: Sequence[int]  # [rows]: row of results
+    def __init__(self, starts: Sequence[int], tokens: Sequence[int], places: Sequence[int]) -> None:
+        """[experts + 1]; [rows]: row of hidden; [rows]: row of results."""
+        self.places = places
+        self._arrays = tuple(
+            (ctypes.c_int32 * len(each))(*each) for each in (starts, tokens, places)
+        )
+        self.addresses = tuple(map(ctypes.addressof, self._arrays))
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def of_one_token(cls, experts: int) -> "Routed":
+        """Expert i of the call gets the only row, and gives row i."""
+        return cls(range(experts + 1), [0] * experts, range(experts))
 
 
 def multiply_experts(
@@ -158,7 +171,7 @@ def multiply_experts(
     if isinstance(activation, tuple):
         _run("moestro_experts", experts, routed, hidden, results, scratch, activation)
         return
-    inner = torch.empty((len(routed.tokens), experts[0].first.outputs))
+    inner = torch.empty((len(routed.places), experts[0].first.outputs))
     _run("moestro_experts_first", experts, routed, hidden, results, scratch, inner=inner)
     inner = activation(inner).contiguous()
     _run("moestro_experts_down", experts, routed, hidden, results, scratch, inner=inner)
@@ -174,17 +187,11 @@ def _run(
     activation: Activation = (SILU_MUL, 0.0, 0.0),
     inner: torch.Tensor | None = None,
 ) -> None:
-    rows = len(routed.tokens)
-    pointers = (ctypes.c_void_p * len(experts))(*[ctypes.addressof(e.struct) for e in experts])
-    starts = (ctypes.c_int32 * (len(experts) + 1))(*routed.starts)
-    tokens = (ctypes.c_int32 * rows)(*routed.tokens)
-    places = (ctypes.c_int32 * rows)(*routed.places)
+    pointers = (ctypes.c_void_p * len(experts))(*[expert.address for expert in experts])
     kind, alpha, limit = activation
     call = ExpertCall(
         ctypes.addressof(pointers),
-        ctypes.addressof(starts),
-        ctypes.addressof(tokens),
-        ctypes.addressof(places),
+        *routed.addresses,
         hidden.data_ptr(),
         results.data_ptr(),
         None if inner is None else inner.data_ptr(),

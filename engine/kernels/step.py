@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .library import AttentionCall, AttentionStruct
+from .library import AttentionCall, AttentionStruct, RouteCall
 from .products import Scratch, TileMatrix, loaded
 
 MOST_GROUP = 64  # query heads that share a key head
@@ -124,3 +124,36 @@ def normalize(rows: torch.Tensor, norm: Norm) -> torch.Tensor:
         out.data_ptr(),
     )
     return out
+
+
+class Router(NamedTuple):
+    """By softmax: of E logits the k largest, whose shares add up to one if `normalized`."""
+
+    matrix: torch.Tensor  # fp32 [E, H]
+    bias: torch.Tensor | None  # fp32 [E]
+    k: int
+    normalized: bool
+
+
+def route(rows: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """fp32 [n, H], contiguous -> logits [n, E], shares [n, k] and experts int64 [n, k]."""
+    (count, inputs), experts = rows.shape, router.matrix.shape[0]
+    room = torch.empty((count + 2, experts))
+    shares = torch.empty((count, router.k))
+    chosen = torch.empty((count, router.k), dtype=torch.int64)
+    call = RouteCall(
+        rows.data_ptr(),
+        router.matrix.data_ptr(),
+        None if router.bias is None else router.bias.data_ptr(),
+        room.data_ptr(),
+        shares.data_ptr(),
+        room.data_ptr() + 4 * count * experts,
+        chosen.data_ptr(),
+        count,
+        inputs,
+        experts,
+        router.k,
+        int(router.normalized),
+    )
+    loaded().moestro_route(call)
+    return room[:count], shares, chosen

@@ -161,13 +161,20 @@ class OffloadedExperts:
         results = make((tokens * k, hidden.shape[1]))
         routed = self._routed(tokens, map(len, wanted.values()))
         below = self.compute_below if few else None
-        event = (self.layer, list(wanted), self.step.phase, routed, below)
-        with self.cache.acquire(*event) as lease:
+        here = self.cache.resident(self.layer, list(wanted), self.step.phase, routed)
+        if here is not None:
             self._look_ahead(hidden)
-            for group in lease.groups() if few else ([each] for each in lease):
-                rows = rows_of([wanted[expert] for expert, _ in group], k)
-                views = [tensors for _, tensors in group]
-                self.math.together(module, views, rows, hidden, results, self._activation)
+            once = complete and tokens == 1
+            rows = RoutedRows.of_one_token(k) if once else rows_of(list(wanted.values()), k)
+            self.math.together(module, here, rows, hidden, results, self._activation)
+        else:
+            event = (self.layer, list(wanted), self.step.phase, routed, below)
+            with self.cache.acquire(*event) as lease:
+                self._look_ahead(hidden)
+                for group in lease.groups() if few else ([each] for each in lease):
+                    rows = rows_of([wanted[expert] for expert, _ in group], k)
+                    views = [tensors for _, tensors in group]
+                    self.math.together(module, views, rows, hidden, results, self._activation)
         if self.ahead is not None:
             self.ahead.after(self.layer, wanted)
         if self.output_scale != 1.0:

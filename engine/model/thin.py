@@ -1,15 +1,15 @@
 """Modules of a stock model that the library computes in one call, where it gives what they give.
 
-A norm is replaced when its rows agree with the stock module's on random numbers. An attention
-module is replaced for steps of single tokens, when it agreed with the stock one in a step that ran
-both (`Thinner.compare`); whatever else comes to it (prompts, windows, sinks) goes the general way.
-No family is named here: what agrees is replaced.
+A norm, a router or a gated MLP is replaced when it agrees with the stock module on random rows. An
+attention module is replaced for steps of single tokens, when it agreed with the stock one in a step
+that ran both (`Thinner.compare`); whatever else comes to it (prompts, windows, sinks) goes the
+general way. No family is named here: what agrees is replaced.
 
 Shape letters: T tokens of the packed row, H width, D width of a head.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,26 +18,36 @@ import torch
 from moestro.engine.kernels import (
     LANES,
     MOST_GROUP,
+    Activation,
     AttentionWeights,
     Norm,
+    Routed,
+    Router,
     Scratch,
+    TileExpert,
     attend,
+    known_activation,
+    multiply_experts,
     normalize,
+    route,
     tile_attention,
 )
-from moestro.engine.weights import TileLinear
+from moestro.engine.weights import TileLinear, beside
 
 from .kv import PackedCache
 
 log = logging.getLogger("moestro.engine")
 
+FEW_ROWS = 16  # of a router: with more, torch's product is faster
 AGREE = 1e-5  # of the largest number: how far a replaced module may be from the stock one
+AGREE_COARSE = 1e-2  # with integer weights: a last digit can turn an activation's rounding
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
 
 
-def agrees(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= AGREE * wanted.abs().max().clamp(min=1e-30))
+def agrees(found: torch.Tensor, wanted: torch.Tensor, *, coarse: bool = False) -> bool:
+    most = AGREE_COARSE if coarse else AGREE
+    return bool((found - wanted).abs().max() <= most * wanted.abs().max().clamp(min=1e-30))
 
 
 def norm_of(module: torch.nn.Module) -> Norm | None:
@@ -70,6 +80,94 @@ class ThinNorm:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         return normalize(flat, self.norm).view(hidden.shape)
+
+
+class ThinRouter:
+    """In place of the `forward` of a router by softmax, for few rows."""
+
+    def __init__(self, stock: Callable[..., Any], router: Router) -> None:
+        self._stock, self._router = stock, router
+
+    def __call__(self, hidden: torch.Tensor) -> Any:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if flat.shape[0] > FEW_ROWS or flat.dtype != torch.float32:
+            return self._stock(hidden)
+        return route(flat.contiguous(), self._router)
+
+
+def router_of(module: torch.nn.Module) -> ThinRouter | None:
+    """What `module` is, where it gives (logits, shares, experts) by the softmax of one product."""
+    parameters, k = module._parameters, getattr(module, "top_k", None)
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if not isinstance(k, int) or weight is None or weight.dim() != 2 or list(module.children()):
+        return None
+    if any(each is not None and each.dtype != torch.float32 for each in parameters.values()):
+        return None
+    rows = torch.randn((4, weight.shape[1]), generator=torch.Generator().manual_seed(0))
+    wanted = module(rows)
+    if not isinstance(wanted, tuple) or len(wanted) != 3:
+        return None
+    for normalized in (False, True):
+        router = Router(
+            weight.detach().contiguous(), None if bias is None else bias.detach(), k, normalized
+        )
+        found = route(rows, router)
+        same = all(a.shape == b.shape for a, b in zip(found, wanted, strict=True))
+        if same and torch.equal(found[2], wanted[2]) and all(map(agrees, found[:2], wanted[:2])):
+            return ThinRouter(module.forward, router)
+    return None
+
+
+class ThinMlp:
+    """In place of the `forward` of an MLP with a gate, as one expert that every row goes to."""
+
+    def __init__(self, expert: TileExpert, activation: Activation, scratch: Scratch) -> None:
+        self._expert, self._activation, self._scratch = expert, activation, scratch
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        rows = flat.shape[0]
+        if rows == 1:
+            routed = Routed.of_one_token(1)
+        else:
+            routed = Routed((0, rows), range(rows), range(rows))
+        out = torch.empty((rows, self._expert.down.outputs))
+        multiply_experts([self._expert], routed, flat, out, self._activation, self._scratch)
+        return out.view(*hidden.shape[:-1], out.shape[1])
+
+
+def mlp_of(module: torch.nn.Module, scratch: Scratch) -> ThinMlp | None:
+    """What `module` is, where it is down(act(gate(x)) * up(x)) in tiles, without biases."""
+    children: dict[str, Any] = dict(module.named_children())
+    linears = {name: child for name, child in children.items() if isinstance(child, TileLinear)}
+    act = getattr(module, "act_fn", getattr(module, "activation", None))
+    if (
+        module._parameters
+        or not callable(act)
+        or any(child.bias_row is not None for child in linears.values())
+    ):
+        return None
+    if linears.keys() == {"input_linear", "output_linear"}:
+        first, down = linears["input_linear"].matrix, linears["output_linear"].matrix
+    elif linears.keys() == {"gate_proj", "up_proj", "down_proj"}:
+        gate, up, last = (linears[name] for name in ("gate_proj", "up_proj", "down_proj"))
+        if gate.form != up.form or gate.out_features != up.out_features or gate.out_features % 16:
+            return None
+        first, down = beside(gate, up), last.matrix
+    else:
+        return None
+
+    def gated(inner: torch.Tensor) -> torch.Tensor:
+        gates, ups = inner.chunk(2, dim=-1)
+        return act(gates) * ups  # type: ignore[no-any-return]
+
+    known = known_activation(gated, first.outputs, 0.0, 0.0)
+    if known is None or down.inputs * 2 != first.outputs:
+        return None
+    thin = ThinMlp(TileExpert.of(first, None, down, None), known, scratch)
+    rows = torch.randn((3, first.inputs), generator=torch.Generator().manual_seed(0))
+    coarse = any(not child.form.is_float for child in linears.values())
+    return thin if agrees(thin(rows), module(rows), coarse=coarse) else None
 
 
 class ThinAttention:
@@ -115,7 +213,8 @@ class ThinAttention:
         )
         if self.comparing and found is not None:
             wanted = out[0] if isinstance(out, tuple) and len(out) == 2 else None
-            self.trusted = wanted is not None and out[1] is None and agrees(found, wanted)
+            coarse = not self._module.q_proj.form.is_float  # type: ignore[union-attr]
+            self.trusted = wanted is not None and agrees(found, wanted, coarse=coarse)
         return out
 
     def _attend(
@@ -181,8 +280,12 @@ class Thinner:
                     module.__dict__["forward"] = found
                     self.attentions.append(found)
             norms = [(module, norm_of(module)) for module in model.modules()]
+            routers = [(module, router_of(module)) for module in model.modules()]
+            mlps = [(module, mlp_of(module, scratch)) for module in model.modules()]
         self.norms = [(module, ThinNorm(norm)) for module, norm in norms if norm is not None]
-        for module, thin in self.norms:
+        self.mlps = [(module, thin) for module, thin in mlps if thin is not None]
+        self.routers = [(module, thin) for module, thin in routers if thin is not None]
+        for module, thin in (*self.norms, *self.mlps, *self.routers):
             module.__dict__["forward"] = thin
 
     @contextmanager
@@ -197,8 +300,11 @@ class Thinner:
                 each.comparing = False
             trusted = sum(each.trusted for each in self.attentions)
             log.info(
-                "one call each: %d norms, attention of %d layers (of %d that look like it)",
+                "one call each: %d norms, %d routers, %d MLPs, attention of %d layers (%d look"
+                " like it)",
                 len(self.norms),
+                len(self.routers),
+                len(self.mlps),
                 trusted,
                 len(self.attentions),
             )

@@ -3,7 +3,7 @@
 from .checkpoint import PLAIN_DTYPES, Checkpoint, read_config, refusing
 from .dense import DENSE_FORMATS, Replacement, load_dense, replacements, saved_bytes
 from .dense_file import DenseFile
-from .linears import LastRows, Shared, TileLinear
+from .linears import LastRows, Shared, TileLinear, beside
 from .manifest import MANIFEST_NAME, Manifest
 from .weight_files import INDEX_NAME, json_object, weight_files
 
@@ -19,6 +19,7 @@ __all__ = [
     "Replacement",
     "Shared",
     "TileLinear",
+    "beside",
     "json_object",
     "load_dense",
     "read_config",

@@ -4,8 +4,8 @@ Where the library computes, linear layers of the model become `TileLinear`: with
 checkpoint's own dtype if that is a small one, widened as it is read, which loses nothing. Where
 torch does, they become `CompactLinear`, or stay what they are with `native`. Norms, routers and
 everything that is not a linear layer stay in the compute dtype. A head that is tied to the
-embedding gets weights of its own (the embedding is looked up, not multiplied), and stays int8 when
-the rest is int4. An embedding that nothing multiplies with keeps the checkpoint's dtype.
+embedding gets weights of its own (the embedding is looked up, not multiplied). An embedding that
+nothing multiplies with keeps the checkpoint's dtype.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,20 +14,19 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from moestro.engine.formats import ExpertsModule, fits_int4, tile_format
+from moestro.engine.formats import ExpertsModule, tile_format
 from moestro.engine.kernels import TileFormat
 
 from .checkpoint import Checkpoint
 from .linears import (
     CompactLinear,
-    Int4Weights,
     Int8Weights,
     Shared,
     StoredEmbedding,
     TileLinear,
 )
 
-DENSE_FORMATS = ("native", "int8", "int4")
+DENSE_FORMATS = ("native", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +34,10 @@ class Replacement:
     """What becomes of one module when its weights are there."""
 
     path: str
-    kind: str  # "int8", "int4", or the dtype that it is stored in
+    kind: str  # "int8", or the dtype that it is stored in
     bytes: int  # that it will take
     numbers: int
     form: TileFormat | None = None  # of a linear layer in tiles
-
-    @property
-    def weights(self) -> type[Int8Weights | Int4Weights]:
-        return Int4Weights if self.kind == "int4" else Int8Weights
 
 
 def replacements(
@@ -60,18 +55,16 @@ def replacements(
     """
     routers = tuple(f"{path}." for path in router_paths)
     ties = getattr(model, "all_tied_weights_keys", {})
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = []
     for path, module in model.named_modules():
         key = f"{path}.weight"
         if type(module) is torch.nn.Linear and not f"{path}.".startswith(routers):
             stored = checkpoint.stored_dtype(key) or checkpoint.stored_dtype(ties.get(key, key))
             if tiled:
-                coarse = dense_format == "int4" and module is head
-                found.append(_in_tiles(path, module, "int8" if coarse else dense_format, stored))
+                found.append(_in_tiles(path, module, dense_format, stored))
             elif not tiled and dense_format != "native":
-                small = dense_format == "int4" and module is not head and fits_int4(module.weight)
-                found.append(_linear(path, module, "int4" if small else "int8"))
+                count = module.weight.numel()
+                found.append(Replacement(path, "int8", count + 4 * module.out_features, count))
         elif type(module) is torch.nn.Embedding:
             stored, count = checkpoint.stored_dtype(key), module.weight.numel()
             shared = bool(ties) and dense_format == "native" and not tiled
@@ -94,12 +87,6 @@ def _in_tiles(
     form = tile_format(name, dtype, linear.in_features)
     tiles, tile_bytes = form.shape(linear.out_features, linear.in_features)
     return Replacement(path, form.kind, tiles * tile_bytes, linear.weight.numel(), form)
-
-
-def _linear(path: str, linear: torch.nn.Linear, kind: str) -> Replacement:
-    count = linear.weight.numel()
-    size = count * 9 // 16 if kind == "int4" else count + 4 * linear.out_features
-    return Replacement(path, kind, size, count)
 
 
 def saved_bytes(model: PreTrainedModel, found: Iterable[Replacement], itemsize_bytes: int) -> int:
@@ -159,7 +146,7 @@ def _replace(model: PreTrainedModel, what: Replacement, shared: Shared) -> None:
         if what.form is not None:
             new = TileLinear.encode(old, what.form, shared.scratch)
         else:
-            new = CompactLinear(old, what.weights.encode(old.weight.detach()), shared.last)
+            new = CompactLinear(old, Int8Weights.encode(old.weight.detach()), shared.last)
     put_module(model, what.path, new)
 
 

@@ -28,7 +28,7 @@ from moestro.engine.kernels import ROWS, TILE16
 
 from .checkpoint import Checkpoint, drop_experts
 from .dense import Replacement, put_module
-from .linears import CompactLinear, Shared, StoredEmbedding, TileLinear
+from .linears import CompactLinear, Int8Weights, Shared, StoredEmbedding, TileLinear
 
 log = logging.getLogger("moestro.engine")
 
@@ -55,9 +55,7 @@ class DenseFile:
             f"torch {torch.__version__}",
             f"matrices in {TILE16 if tiled else ROWS}",
         )
-        # in rows, int4 lies in the order of torch's kernels
-        kernels = () if tiled else (f"kernels for {torch.backends.cpu.get_cpu_capability()}",)
-        return cls(folder / f"dense.{dense_format}", ", ".join(parts + kernels))
+        return cls(folder / f"dense.{dense_format}", ", ".join(parts))
 
     def restore(
         self,
@@ -160,5 +158,5 @@ def _compact(
         shape = torch.Size(what.form.shape(old.out_features, old.in_features))
         tiles = source.take(f"{what.path}.tiles", shape)
         return TileLinear(old, tiles, what.form, shared.scratch)
-    parts = [source.take(f"{what.path}.{part}") for part in what.weights.parts]
-    return CompactLinear(old, what.weights(*parts), shared.last)
+    parts = [source.take(f"{what.path}.{part}") for part in Int8Weights.parts]
+    return CompactLinear(old, Int8Weights(*parts), shared.last)

@@ -14,16 +14,11 @@ import torch.nn.functional as F
 
 from moestro.engine.formats import (
     Fine,
-    Int4Matrix,
-    Int4Rows,
-    encode_int4,
-    group_of,
     multiply_fine,
-    multiply_int4,
     quantize_fine,
     quantize_rows,
 )
-from moestro.engine.kernels import Scratch, TileFormat, encode, linear, tile_matrix
+from moestro.engine.kernels import Scratch, TileFormat, TileMatrix, encode, linear, tile_matrix
 
 ROWS_AT_ONCE = 128  # of a matrix, encoded together: their fp32 copies stay in the caches
 BLOCK_ROWS = 128
@@ -77,30 +72,6 @@ class Int8Weights:
         return multiply_fine(rows, self._transposed, self.scale)
 
 
-class Int4Weights:
-    """Groups of int4 (formats_int4.py)."""
-
-    parts: ClassVar[tuple[str, ...]] = ("packed", "grid")
-
-    def __init__(self, packed: torch.Tensor, grid: torch.Tensor) -> None:
-        """uint8 [N, K/2] in the kernel's order, bf16 [K/g, N, 2]"""
-        self._matrix = Int4Matrix(packed, grid, group_of(2 * packed.shape[1]))
-        self.size_bytes = packed.nbytes + grid.nbytes
-
-    @classmethod
-    def encode(cls, weight: torch.Tensor) -> Self:
-        return cls(*encode_int4(weight))
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return dict(zip(self.parts, self._matrix[:2], strict=True))
-
-    def begin(self, rows: torch.Tensor) -> Int4Rows:
-        return Int4Rows(rows)
-
-    def multiply(self, rows: Int4Rows) -> torch.Tensor:
-        return multiply_int4(rows, self._matrix)
-
-
 class LastRows:
     """The rows last prepared, for the next layer that reads the very same tensor (q, k and v do).
 
@@ -142,7 +113,7 @@ class CompactLinear(torch.nn.Module):
         return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
 
 
-ROW_GROUPS = (64, 32)
+ROW_GROUP = 32
 """Inputs whose activations share a scale, with int8: a few very large ones coarsen only these."""
 
 
@@ -155,12 +126,15 @@ class TileLinear(torch.nn.Module):
         """`tiles` uint8 [T, tile_bytes], as `form` says."""
         super().__init__()
         self.out_features, self.in_features = like.out_features, like.in_features
-        self.tiles, self.form = tiles, form
-        padded = form.padded(self.in_features)
-        group = next(group for group in ROW_GROUPS if padded % group == 0 or group == 32)
-        self.matrix = tile_matrix(tiles, form, self.out_features, self.in_features, group)
+        self.form = form
+        self.lie_in(tiles)
         self.bias_row = None if like.bias is None else like.bias.detach()
         self._scratch = scratch
+
+    def lie_in(self, tiles: torch.Tensor) -> None:
+        """The same bytes in other memory."""
+        self.tiles = tiles
+        self.matrix = tile_matrix(tiles, self.form, self.out_features, self.in_features, ROW_GROUP)
 
     @classmethod
     def encode(cls, like: torch.nn.Linear, form: TileFormat, scratch: Scratch) -> Self:
@@ -170,6 +144,18 @@ class TileLinear(torch.nn.Module):
         flat = rows.reshape(-1, self.in_features).float().contiguous()
         out = linear(flat, self.matrix, self.bias_row, self._scratch)
         return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+
+
+def beside(one: TileLinear, other: TileLinear) -> TileMatrix:
+    """One matrix whose outputs are those of `one` and then of `other`, which lie in it from now on.
+
+    Of the same format and inputs; the first one's outputs are whole tiles.
+    """
+    both = torch.cat([one.tiles, other.tiles])
+    one.lie_in(both[: len(one.tiles)])
+    other.lie_in(both[len(one.tiles) :])
+    outputs = one.out_features + other.out_features
+    return tile_matrix(both, one.form, outputs, one.in_features, ROW_GROUP)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,8 +94,8 @@ DenseFormat = Annotated[
     Option(
         "--dense-format",
         metavar="FORMAT",
-        help="How the other linear layers are kept: native (fp32), int8 (a quarter of the"
-        " memory) or int4 (an eighth; the head stays int8). [default: native]",
+        help="How the other linear layers are kept: native (the checkpoint's dtype, computed with"
+        " as fp32) or int8 (one byte per weight). [default: native]",
     ),
 ]
 ExpertsPerToken = Annotated[

@@ -158,8 +158,8 @@ class Settings(Places):
     host_memory: Bytes | None = None
     kv_memory: Bytes | None = None
     expert_format: str = "native"
-    dense_format: Literal["native", "int8", "int4"] = Field(
-        "native", description="a dense format (native, int8, int4)"
+    dense_format: Literal["native", "int8"] = Field(
+        "native", description="a dense format (native, int8)"
     )
     experts_per_token: Count | None = None
     prefetch: bool = Field(True, description="true or false")

@@ -94,7 +94,7 @@ def test_a_bar_of_another_number_is_not_this_ones(
 
 
 def test_native_is_the_reference_of_every_choice_of_formats() -> None:
-    assert Quality.of(2, ("int4/int4",), norms=False).formats == (NATIVE, "int4/int4")
+    assert Quality.of(2, ("int4/int8",), norms=False).formats == (NATIVE, "int4/int8")
     assert Quality.of(2, ("int8/int8", NATIVE), norms=False).formats == (NATIVE, "int8/int8")
     assert Quality.of(8, (), norms=False).formats == FORMATS
 

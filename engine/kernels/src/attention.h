@@ -95,4 +95,32 @@ static void attend(const float *q, int group, int dim, const float *keys, const 
             fv_store(out + g * dim + k, fv_mul(fv_load(out + g * dim + k), fv_set(1 / sum[g])));
 }
 
-const step_isa STEP_ISA = {normalize, attend};
+/* logits [experts] of one row; their exponentials beside the largest -> weights, and their sum. */
+static float score(const float *x, const float *matrix, const float *bias, int inputs, int experts,
+                   float *logits, float *weights)
+{
+    const int whole = inputs / TILE * TILE;
+    float most = -INFINITY;
+    for (int e = 0; e < experts; e++) {
+        const float *row = matrix + (int64_t)e * inputs;
+        float sum = dot(x, row, whole);
+        for (int k = whole; k < inputs; k++)
+            sum += x[k] * row[k];
+        logits[e] = bias ? sum + bias[e] : sum;
+        most = logits[e] > most ? logits[e] : most;
+    }
+    float total = 0;
+    for (int e = 0; e < experts; e += TILE) {
+        const int some = lesser(TILE, experts - e);
+        float each[TILE] = {0};
+        memcpy(each, logits + e, sizeof(float) * (size_t)some);
+        const fv apart = fv_sub(fv_load(each), fv_set(most));
+        fv_store(each, fv_add(fv_exp(apart), fv_mul(apart, fv_set(0))));
+        memcpy(weights + e, each, sizeof(float) * (size_t)some);
+        for (int i = 0; i < some; i++)
+            total += each[i];
+    }
+    return total;
+}
+
+const step_isa STEP_ISA = {normalize, attend, score};

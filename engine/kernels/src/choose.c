@@ -1,8 +1,14 @@
 /* Which instruction set computes: the best that this processor has, or the one that was forced. */
+#define _DEFAULT_SOURCE /* syscall */
 #include "moestro.h"
 #include "step.h"
 
 #include <string.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -22,15 +28,30 @@ static int has_avx512(void)
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
 }
+
+/* The processor's, and the system's leave for this process to use its large registers. */
+static int has_amx(void)
+{
+#if defined(__linux__)
+    enum { TILE_BIT = 1 << 24, INT8_BIT = 1 << 25, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE_BIT) &&
+           (d & INT8_BIT) && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+#else
+    return 0;
+#endif
+}
 #endif
 
 /* The best first. */
 static const isa *available(int place)
 {
-    const isa *found[4];
+    const isa *found[5];
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (has_amx())
+        found[count++] = &isa_amx;
     if (has_avx512())
         found[count++] = &isa_avx512;
     if (has_avx2() && __builtin_cpu_supports("avxvnni"))
@@ -45,7 +66,7 @@ static const isa *available(int place)
 static const step_isa *step_of(const isa *one)
 {
 #if defined(__x86_64__)
-    if (one == &isa_avx512)
+    if (one == &isa_avx512 || one == &isa_amx)
         return &step_avx512;
     if (one == &isa_avxvnni)
         return &step_avxvnni;

@@ -10,6 +10,7 @@
 enum {
     PIECE_BYTES = 96 << 10, /* of weights that one thread takes at a time, for few rows */
     ROWS_FOR_FREE = 8,      /* that cost no more than reading the weights does */
+    PIECE_TILES = 2,        /* at least, for rows in panels */
     SMALL_NUMBERS = 16 << 10 /* fewer are done before another thread has woken */
 };
 
@@ -20,7 +21,8 @@ typedef struct {
     const int32_t *which; /* [count]: of x */
     float *const *out;    /* [count] */
     const float *bias;
-    int32_t count, first_piece, tiles_of_piece;
+    uint8_t *panels; /* of the rows, where there are many */
+    int32_t count, first_panel, first_piece, tiles_of_piece;
 } product;
 
 /* Rows of floats to be brought into the form that a product wants. */
@@ -106,6 +108,45 @@ typedef struct {
 
 static int tiles_of(const matrix *m) { return (m->outputs + TILE - 1) / TILE; }
 
+static int panels_of(const product *p)
+{
+    const isa *with = current_isa();
+    return with->panel && p->count > with->few(p->m) ? (p->count - 1) / with->panel + 1 : 0;
+}
+
+/* Where `p` has its rows in panels. */
+static void take_panels(product *p, scratch *from)
+{
+    const int panels = panels_of(p);
+    p->panels = panels ? take(from, panels * current_isa()->panel_bytes(p->m)) : NULL;
+}
+
+static void pack_item(void *context, int item)
+{
+    const products *all = context;
+    int i = all->count - 1;
+    while (all->each[i].first_panel > item)
+        i--;
+    const product *p = &all->each[i];
+    const isa *with = current_isa();
+    const int panel = item - p->first_panel, start = panel * with->panel;
+    const int count = p->count - start < with->panel ? p->count - start : with->panel;
+    with->pack(p->m, &p->x, p->which + start, count, p->panels + panel * with->panel_bytes(p->m));
+}
+
+static void pack_all(product *each, int count)
+{
+    int items = 0;
+    int64_t numbers = 0;
+    for (int i = 0; i < count; i++) {
+        each[i].first_panel = items;
+        items += panels_of(&each[i]);
+        numbers += (int64_t)each[i].count * each[i].m->padded;
+    }
+    products all = {each, count};
+    run(numbers, items, pack_item, &all);
+}
+
 static void product_item(void *context, int item)
 {
     const products *all = context;
@@ -114,20 +155,25 @@ static void product_item(void *context, int item)
         i--;
     const product *p = &all->each[i];
     const int tile = (item - p->first_piece) * p->tiles_of_piece, end = tile + p->tiles_of_piece;
-    const int tiles = tiles_of(p->m);
-    current_isa()->multiply(p->m, tile, end < tiles ? end : tiles, &p->x, p->which, p->count,
-                            p->out, p->bias);
+    const int tiles = tiles_of(p->m), last = end < tiles ? end : tiles;
+    const isa *with = current_isa();
+    if (p->panels)
+        with->multiply_panels(p->m, tile, last, p->panels, p->count, p->out, p->bias);
+    else
+        with->multiply(p->m, tile, last, &p->x, p->which, p->count, p->out, p->bias);
 }
 
 static void multiply_all(product *each, int count)
 {
     int items = 0;
     int64_t numbers = 0;
+    pack_all(each, count);
     for (int i = 0; i < count; i++) {
         const matrix *m = each[i].m;
         const int64_t weight = 1 + each[i].count / ROWS_FOR_FREE;
         const int64_t fit = PIECE_BYTES / (m->tile_bytes * weight);
-        each[i].tiles_of_piece = (int32_t)(fit < 1 ? 1 : fit);
+        const int least = each[i].panels ? PIECE_TILES : 1;
+        each[i].tiles_of_piece = (int32_t)(fit < least ? least : fit / least * least);
         each[i].first_piece = items;
         items += each[i].count ? (tiles_of(m) - 1) / each[i].tiles_of_piece + 1 : 0;
         numbers += (int64_t)each[i].count * m->outputs * m->padded;
@@ -182,9 +228,14 @@ static void first_products(const expert_call *call, float *inner, int64_t stride
             else if (known < 64)
                 counted[known++] = made;
         }
-        if (each)
-            each[e] = (product){m, x, m->order ? own : call->tokens + start, out + start,
-                                call->experts[e]->first_bias, count, 0, 0};
+        product made = {.m = m, .x = x, .count = count};
+        take_panels(&made, from);
+        if (!each)
+            continue;
+        made.which = m->order ? own : call->tokens + start;
+        made.out = out + start;
+        made.bias = call->experts[e]->first_bias;
+        each[e] = made;
     }
     if (!each)
         return;
@@ -206,12 +257,16 @@ static void down_products(const expert_call *call, const float *inner, int64_t s
     for (int e = 0; e < call->count; e++) {
         const matrix *m = &call->experts[e]->down;
         const int start = call->starts[e], count = call->starts[e + 1] - start;
-        const rows x = room_for(m, count, from);
+        product made = {.m = m, .x = room_for(m, count, from), .count = count};
+        take_panels(&made, from);
         if (!each)
             continue;
-        forms[e] = (preparation){x, inner + start * stride, NULL, m->order, stride, count,
+        forms[e] = (preparation){made.x, inner + start * stride, NULL, m->order, stride, count,
                                  m->inputs, 0};
-        each[e] = (product){m, x, own, out + start, call->experts[e]->down_bias, count, 0, 0};
+        made.which = own;
+        made.out = out + start;
+        made.bias = call->experts[e]->down_bias;
+        each[e] = made;
     }
     if (!each)
         return;
@@ -300,6 +355,8 @@ static void linear(const matrix *m, const float *x, int64_t stride, int32_t coun
     const int direct = !m->row_group && !m->order && m->padded == m->inputs;
     if (!direct)
         prepared = room_for(m, count, from);
+    product one = {.m = m, .x = prepared, .which = own, .out = each, .bias = bias, .count = count};
+    take_panels(&one, from);
     if (!from->start)
         return;
     for (int row = 0; row < count; row++)
@@ -308,7 +365,6 @@ static void linear(const matrix *m, const float *x, int64_t stride, int32_t coun
         preparation form = {prepared, x, NULL, m->order, stride, count, m->inputs, 0};
         prepare(&form, 1);
     }
-    product one = {m, prepared, own, each, bias, count, 0, 0};
     multiply_all(&one, 1);
 }
 

@@ -9,9 +9,14 @@
 #define VNNI
 #include "simd_avx2.h"
 #include "products.h"
+#include "stripes.h"
+#include "rowwise.h"
 #include "step.h"
 #define STEP_ISA step_avxvnni
 #include "attention.h"
+
+const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, quantize,
+                 activate, combine};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,6 +1,15 @@
 #include "moestro.h"
 #include "simd_plain.h"
 #include "products.h"
+#include "rowwise.h"
 #include "step.h"
 #define STEP_ISA step_plain
 #include "attention.h"
+
+const isa isa_plain = {
+    .name = "plain",
+    .multiply = multiply,
+    .quantize = quantize,
+    .activate = activate,
+    .combine = combine,
+};

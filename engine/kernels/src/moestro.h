@@ -39,12 +39,21 @@ typedef struct {
     int32_t padded, group;
 } rows;
 
-/* One instruction set. Every function's result is the same for any `count` and any split of tiles. */
+/* One instruction set. Every function's result is the same for any `count` and any split of tiles,
+   and a row's the same of `multiply` and of `multiply_panels`. */
 typedef struct {
     const char *name;
+    int panel; /* rows of a panel; 0: there are none */
+    int (*few)(const matrix *m); /* more rows than this go in panels */
     /* Tiles [tile, end) of m times rows which[0..count) of x -> out[i][outputs]; += bias. */
     void (*multiply)(const matrix *m, int tile, int end, const rows *x, const int32_t *which,
                      int count, float *const *out, const float *bias);
+    int64_t (*panel_bytes)(const matrix *m);
+    /* Rows which[0..count) of x, at most `panel` of them, as one panel. */
+    void (*pack)(const matrix *m, const rows *x, const int32_t *which, int count, uint8_t *panel);
+    /* As `multiply`, of `count` rows in panels one after the other. */
+    void (*multiply_panels)(const matrix *m, int tile, int end, const uint8_t *panels, int count,
+                            float *const *out, const float *bias);
     /* One row of x[length] as row `place` of `into`; zeros up to `padded`. */
     void (*quantize)(const float *x, int length, const rows *into, int place);
     /* inner[2 * width] or [width] -> out[width] */
@@ -55,7 +64,7 @@ typedef struct {
 
 extern const isa isa_plain;
 #if defined(__x86_64__)
-extern const isa isa_avx2, isa_avxvnni, isa_avx512;
+extern const isa isa_avx2, isa_avxvnni, isa_avx512, isa_amx;
 #endif
 
 const isa *current_isa(void);

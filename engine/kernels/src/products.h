@@ -1,11 +1,12 @@
-/* The products over one instruction set's lanes; included by each isa_*.c after its simd_*.h.
+/* The products with few rows over one instruction set's lanes: as fast as the weights come.
+   Included by each isa_*.c after its simd_*.h.
 
    A row's result is one sequence of operations, whatever rows share the load with it: integers are
    exact, and what is summed in floats is summed input by input, group by group. */
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { BLOCK_ROWS = 64, AHEAD_BYTES = 2048 };
+enum { AHEAD_BYTES = 2048 };
 
 static const uint8_t MXFP4_HALVES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 enum { MXFP4_OFFSET = 12 }; /* of the table's entries, which are half steps */
@@ -39,7 +40,7 @@ INLINE void int8_tile(const uint8_t *w, const matrix *m, const rows *all, const 
     const int group = all->group, groups = m->padded / group;
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
     for (int g = 0; g < groups; g++) {
-        iv a[MOST_ROWS * CHAINS];
+        iv a[2 * CHAINS];
         UNROLL for (int u = 0; u < R; u++)
         {
             a[u * chains] = iv_set(-INT8_OFFSET * x[u].sums[g]);
@@ -126,7 +127,7 @@ INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, 
 
 INLINE void f32_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R)
 {
-    fv a[2 * MOST_FLOAT_ROWS];
+    fv a[2 * MOST_ROWS];
     UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
     for (int k = 0; k + 2 <= m->padded; k += 2) {
         if (R == 1)
@@ -148,7 +149,7 @@ INLINE void f32_tile(const uint8_t *w, const matrix *m, const float *const *x, f
 INLINE void half_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R,
                       const int bf16)
 {
-    fv a[2 * MOST_FLOAT_ROWS];
+    fv a[2 * MOST_ROWS];
     UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
     for (int k = 0; k < m->padded; k += 2) {
         if (R == 1)
@@ -170,7 +171,7 @@ INLINE void fp8_tile(const uint8_t *w, const matrix *m, const float *const *x, f
 {
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
     for (int g = 0; g < m->padded; g += m->group) {
-        fv a[2 * MOST_FLOAT_ROWS];
+        fv a[2 * MOST_ROWS];
         UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
         for (int k = g; k < g + m->group; k += 4) {
             if (R == 1)
@@ -194,8 +195,8 @@ INLINE void fp8_tile(const uint8_t *w, const matrix *m, const float *const *x, f
 INLINE void int_rows(const uint8_t *w, const matrix *m, const rows *all, const row *x, fv *f,
                      const int R)
 {
-    if (m->format == INT8)
-        int8_tile(w, m, all, x, f, R, R == 1 ? CHAINS : R == 2 ? (CHAINS + 1) / 2 : 1);
+    if (m->format == INT8 && R <= 2)
+        int8_tile(w, m, all, x, f, R, R == 1 ? CHAINS : (CHAINS + 1) / 2);
     else if (m->format == MXFP4)
         nibble_tile(w, m, x, f, R, SCALE_F32, ZERO_NONE, 1);
     else if (m->scale_type == SCALE_F16 && m->zero_kind == ZERO_FLOAT)
@@ -240,201 +241,56 @@ INLINE int kernel_rows(int left, int most)
     return count;
 }
 
-static void int_block(const uint8_t *w, const matrix *m, int tile, const rows *x, const int32_t *which,
-                      int count, float *const *out, const float *bias)
+static void int_block(const uint8_t *w, const matrix *m, const rows *x, const int32_t *which,
+                      int left, int taken, fv *f)
 {
-    for (int i = 0; i < count;) {
-        const int left = count - i, taken = kernel_rows(left, MOST_ROWS);
-        row some[MOST_ROWS];
-        fv f[MOST_ROWS];
-        for (int u = 0; u < taken; u++)
-            some[u] = row_of(x, which[i + lesser(u, left - 1)]);
-        switch (taken) {
-        case 1: int_rows(w, m, x, some, f, 1); break;
-        case 2: int_rows(w, m, x, some, f, 2); break;
-        case 4: int_rows(w, m, x, some, f, 4); break;
-#if MOST_ROWS > 4
-        case 8: int_rows(w, m, x, some, f, 8); break;
-        default: int_rows(w, m, x, some, f, MOST_ROWS);
+    row some[MOST_ROWS];
+    for (int u = 0; u < taken; u++)
+        some[u] = row_of(x, which[lesser(u, left - 1)]);
+    switch (taken) {
+    case 1: int_rows(w, m, x, some, f, 1); break;
+    case 2: int_rows(w, m, x, some, f, 2); break;
+#if MOST_ROWS > 2
+    case 4: int_rows(w, m, x, some, f, 4); break;
 #endif
-        }
-        for (int u = 0; u < lesser(taken, left); u++)
-            write_tile(m, tile, f[u], out[i + u], bias);
-        i += taken;
+#if MOST_ROWS > 4
+    case 8: int_rows(w, m, x, some, f, 8); break;
+#endif
     }
 }
 
-static void float_block(const uint8_t *w, const matrix *m, int tile, const rows *x,
-                        const int32_t *which, int count, float *const *out, const float *bias)
+static void float_block(const uint8_t *w, const matrix *m, const rows *x, const int32_t *which,
+                        int left, int taken, fv *f)
 {
-    for (int i = 0; i < count;) {
-        const int left = count - i, taken = kernel_rows(left, MOST_FLOAT_ROWS);
-        const float *some[MOST_FLOAT_ROWS];
-        fv f[MOST_FLOAT_ROWS];
-        for (int u = 0; u < taken; u++)
-            some[u] = x->floats + which[i + lesser(u, left - 1)] * x->stride;
-        switch (taken) {
-        case 1: float_rows(w, m, some, f, 1); break;
-        case 2: float_rows(w, m, some, f, 2); break;
+    const float *some[MOST_ROWS];
+    for (int u = 0; u < taken; u++)
+        some[u] = x->floats + which[lesser(u, left - 1)] * x->stride;
+    switch (taken) {
+    case 1: float_rows(w, m, some, f, 1); break;
+    case 2: float_rows(w, m, some, f, 2); break;
 #if MOST_FLOAT_ROWS > 2
-        case 4: float_rows(w, m, some, f, 4); break;
-        default: float_rows(w, m, some, f, MOST_FLOAT_ROWS);
+    case 4: float_rows(w, m, some, f, 4); break;
+    case 8: float_rows(w, m, some, f, 8); break;
 #endif
-        }
-        for (int u = 0; u < lesser(taken, left); u++)
-            write_tile(m, tile, f[u], out[i + u], bias);
-        i += taken;
     }
 }
 
 static void multiply(const matrix *m, int tile, int end, const rows *x, const int32_t *which,
                      int count, float *const *out, const float *bias)
 {
-    for (int since = 0; since < count; since += BLOCK_ROWS) {
-        const int some = lesser(BLOCK_ROWS, count - since);
-        for (int t = tile; t < end; t++) {
-            const uint8_t *w = m->tiles + t * m->tile_bytes;
+    const int ints = m->format == INT8 ? 2 : MOST_ROWS;
+    const int most = m->row_group ? ints : MOST_FLOAT_ROWS;
+    for (int t = tile; t < end; t++) {
+        const uint8_t *w = m->tiles + t * m->tile_bytes;
+        for (int i = 0, taken; i < count; i += taken) {
+            fv f[MOST_ROWS];
+            taken = kernel_rows(count - i, most);
             if (m->row_group)
-                int_block(w, m, t, x, which + since, some, out + since, bias);
+                int_block(w, m, x, which + i, count - i, taken, f);
             else
-                float_block(w, m, t, x, which + since, some, out + since, bias);
+                float_block(w, m, x, which + i, count - i, taken, f);
+            for (int u = 0; u < lesser(taken, count - i); u++)
+                write_tile(m, t, f[u], out[i + u], bias);
         }
     }
 }
-
-/* A row by its own maxima, group by group. What is not finite makes the group's scale NaN. */
-static void quantize(const float *x, int length, const rows *into, int place)
-{
-    const int64_t groups = into->padded / into->group;
-    for (int64_t g = 0; g < groups; g++) {
-        const int start = (int)g * into->group;
-        int8_t *values = into->values + (int64_t)place * into->padded + start;
-        float last[TILE];
-        fv largest = fv_set(0), strange = fv_set(0);
-        const int whole = lesser(into->group, length > start ? length - start : 0);
-        for (int k = 0; k < whole; k += TILE) {
-            const float *from = x + start + k;
-            if (whole - k < TILE) {
-                memset(last, 0, sizeof last);
-                memcpy(last, from, sizeof(float) * (size_t)(whole - k));
-                from = last;
-            }
-            const fv some = fv_load(from);
-            largest = fv_max(fv_abs(some), largest);
-            strange = fv_fma(some, fv_set(0), strange);
-        }
-        const float most = fv_largest(largest);
-        const fv factor = fv_set(most > 1e-30f ? 127.0f / most : 0.0f);
-        iv sum = iv_set(0);
-        for (int k = 0; k < into->group; k += TILE) {
-            const float *from = x + start + k;
-            if (whole - k < TILE) {
-                memset(last, 0, sizeof last);
-                if (whole > k)
-                    memcpy(last, from, sizeof(float) * (size_t)(whole - k));
-                from = last;
-            }
-            const iv some = iv_round(fv_mul(fv_load(from), factor));
-            sum = iv_add(sum, some);
-            iv_store_i8(values + k, some);
-        }
-        into->scales[place * groups + g] = most * (1 / 127.0f) + fv_sum(strange);
-        into->sums[place * groups + g] = iv_sum(sum);
-    }
-}
-
-/* e^x to about two units in the last place: 2^n times a polynomial of what is left. */
-INLINE fv fv_exp(fv x)
-{
-    const fv held = fv_min(fv_max(x, fv_set(-87.0f)), fv_set(88.0f));
-    const iv n = iv_round(fv_mul(held, fv_set(1.44269504f)));
-    fv r = fv_fma(fv_of(n), fv_set(-0.693359375f), held);
-    r = fv_fma(fv_of(n), fv_set(2.12194440e-4f), r);
-    fv p = fv_set(1.0f / 5040);
-    p = fv_fma(p, r, fv_set(1.0f / 720));
-    p = fv_fma(p, r, fv_set(1.0f / 120));
-    p = fv_fma(p, r, fv_set(1.0f / 24));
-    p = fv_fma(p, r, fv_set(1.0f / 6));
-    p = fv_fma(p, r, fv_set(0.5f));
-    p = fv_fma(p, r, fv_set(1));
-    p = fv_fma(p, r, fv_set(1));
-    return fv_mul(p, fv_bits(iv_left(iv_add(n, iv_set(127)), 23)));
-}
-
-INLINE fv sigmoid(fv x) /* NaN stays NaN: the exponent alone would lose it */
-{
-    const fv e = fv_exp(fv_sub(fv_set(0), x));
-    return fv_add(fv_div(fv_set(1), fv_add(fv_set(1), e)), fv_mul(x, fv_set(0)));
-}
-
-INLINE float gelu_one(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
-
-INLINE fv gelu(fv x)
-{
-    float each[TILE];
-    fv_store(each, x);
-    for (int i = 0; i < TILE; i++)
-        each[i] = gelu_one(each[i]);
-    return fv_load(each);
-}
-
-INLINE fv gelu_tanh(fv x) /* x sigmoid(2 y) is x (1 + tanh y) / 2 */
-{
-    const fv cube = fv_mul(fv_mul(x, x), x);
-    const fv y = fv_mul(fv_fma(cube, fv_set(0.044715f), x), fv_set(2 * 0.79788456f));
-    return fv_mul(x, sigmoid(y));
-}
-
-INLINE fv activated(int kind, fv gate, fv up, float alpha, float limit)
-{
-    switch (kind) {
-    case SILU_MUL: return fv_mul(fv_mul(gate, sigmoid(gate)), up);
-    case SILU: return fv_mul(gate, sigmoid(gate));
-    case GELU_MUL: return fv_mul(gelu(gate), up);
-    case GELU: return gelu(gate);
-    case GELU_TANH_MUL: return fv_mul(gelu_tanh(gate), up);
-    case RELU_SQUARED: {
-        const fv positive = fv_max(gate, fv_set(0));
-        return fv_mul(positive, positive);
-    }
-    default: {
-        const fv g = fv_min(gate, fv_set(limit));
-        const fv u = fv_min(fv_max(up, fv_set(-limit)), fv_set(limit));
-        return fv_mul(fv_add(u, fv_set(1)), fv_mul(g, sigmoid(fv_mul(g, fv_set(alpha)))));
-    }
-    }
-}
-
-static void activate(int kind, const float *inner, float *out, int width, float alpha, float limit)
-{
-    const int gated = kind <= CLAMPED_SIGMOID_MUL, interleaved = kind == CLAMPED_SIGMOID_MUL;
-    for (int k = 0; k < width; k += TILE) {
-        const int some = lesser(TILE, width - k);
-        float gates[TILE] = {0}, ups[TILE] = {0}, last[TILE];
-        for (int i = 0; i < some; i++) {
-            gates[i] = interleaved ? inner[2 * (k + i)] : inner[k + i];
-            ups[i] = interleaved ? inner[2 * (k + i) + 1] : gated ? inner[width + k + i] : 0;
-        }
-        fv_store(last, activated(kind, fv_load(gates), fv_load(ups), alpha, limit));
-        memcpy(out + k, last, sizeof(float) * (size_t)some);
-    }
-}
-
-static void combine(const float *weights, const float *results, int k, int width, float *out)
-{
-    int start = 0;
-    for (; start + TILE <= width; start += TILE) {
-        fv sum = fv_set(0);
-        for (int j = 0; j < k; j++)
-            sum = fv_fma(fv_set(weights[j]), fv_load(results + (int64_t)j * width + start), sum);
-        fv_store(out + start, sum);
-    }
-    for (; start < width; start++) {
-        float sum = 0;
-        for (int j = 0; j < k; j++)
-            sum += weights[j] * results[(int64_t)j * width + start];
-        out[start] = sum;
-    }
-}
-
-const isa ISA = {ISA_NAME, multiply, quantize, activate, combine};

@@ -7,13 +7,19 @@
 #define ISA isa_avxvnni
 #define ISA_NAME "avx-vnni"
 #define INT8_OFFSET 128
+#define INT_CHUNK 6
 #else
 #define ISA isa_avx2
 #define ISA_NAME "avx2"
 #define INT8_OFFSET 0
+#define INT_CHUNK 4
+#define DEEP 4 /* lines whose products are summed in 16 bits: at most 4 * 2 * 24 * 127 */
 #endif
 #define MOST_ROWS 4
 #define MOST_FLOAT_ROWS 2
+#define PANEL 12
+#define CHUNK 6 /* 12 sums, and two registers of weights */
+#define STRIPE 1
 #define CHAINS 4
 
 typedef struct {
@@ -191,6 +197,43 @@ INLINE iv dot8(iv a, bv w, const int8_t *x)
 {
     const __m256i four = broadcast4(x);
     EACH(iv, half_dot8(a.a, w.a, four), half_dot8(a.b, w.b, four));
+}
+#endif
+INLINE bv bv_word(const uint8_t *x)
+{
+    const __m256i word = broadcast4((const int8_t *)x);
+    EACH(bv, word, word);
+}
+INLINE iv iv_word(const uint8_t *x) { return bv_word(x); }
+INLINE fv fv_word(const uint8_t *x) { return fv_bits(bv_word(x)); }
+INLINE void bv_store(uint8_t *to, bv x)
+{
+    _mm256_storeu_si256((void *)to, x.a);
+    _mm256_storeu_si256((void *)(to + 32), x.b);
+}
+#ifdef VNNI
+INLINE iv dot_words(iv a, bv w, bv x)
+{
+    EACH(iv, _mm256_dpbusd_avx_epi32(a.a, w.a, x.a), _mm256_dpbusd_avx_epi32(a.b, w.b, x.b));
+}
+#else
+INLINE iv dot_words(iv a, bv w, bv x)
+{
+    EACH(iv, half_dot8(a.a, w.a, x.a), half_dot8(a.b, w.b, x.b));
+}
+INLINE iv pairs7(bv w, bv x)
+{
+    EACH(iv, _mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b));
+}
+INLINE iv add_halves(iv x, iv y)
+{
+    EACH(iv, _mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b));
+}
+INLINE iv add_pairs(iv a, iv halves)
+{
+    const __m256i one = _mm256_set1_epi16(1);
+    EACH(iv, _mm256_add_epi32(a.a, _mm256_madd_epi16(halves.a, one)),
+         _mm256_add_epi32(a.b, _mm256_madd_epi16(halves.b, one)));
 }
 #endif
 INLINE void fetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }

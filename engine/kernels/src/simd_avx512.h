@@ -6,8 +6,12 @@
 #define ISA isa_avx512
 #define ISA_NAME "avx512-vnni"
 #define INT8_OFFSET 128 /* what `dot8` takes a stored byte for, beside its weight */
-#define MOST_ROWS 16    /* that share a load of integer weights */
+#define MOST_ROWS 8 /* at once, of those that lie as they are */
 #define MOST_FLOAT_ROWS 8
+#define PANEL 16 /* rows that lie together, */
+#define CHUNK 8  /* at once of floats, */
+#define INT_CHUNK 8
+#define STRIPE 2 /* with so many tiles: 16 sums and three registers */
 #define CHAINS 4 /* accumulators of a lone row: a dot product waits for the one before */
 
 typedef __m512 fv;
@@ -77,4 +81,9 @@ INLINE iv broadcast4(const int8_t *x)
 /* a[r] += sum over j < 4 of w[r][j] * x[j]: bytes of int8 with their offset, or of 0..127. */
 INLINE iv dot8(iv a, bv w, const int8_t *x) { return _mm512_dpbusd_epi32(a, w, broadcast4(x)); }
 INLINE iv dot7(iv a, bv w, const int8_t *x) { return _mm512_dpbusd_epi32(a, w, broadcast4(x)); }
+INLINE bv bv_word(const uint8_t *x) { return broadcast4((const int8_t *)x); }
+INLINE iv iv_word(const uint8_t *x) { return bv_word(x); }
+INLINE fv fv_word(const uint8_t *x) { return fv_bits(bv_word(x)); }
+INLINE iv dot_words(iv a, bv w, bv x) { return _mm512_dpbusd_epi32(a, w, x); }
+INLINE void bv_store(uint8_t *to, bv x) { _mm512_storeu_si512(to, x); }
 INLINE void fetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }

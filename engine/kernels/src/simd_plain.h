@@ -7,10 +7,8 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define ISA isa_plain
-#define ISA_NAME "plain"
 #define INT8_OFFSET 0
-#define MOST_ROWS 2
+#define MOST_ROWS 2 /* at once, */
 #define MOST_FLOAT_ROWS 2
 #define CHAINS 1
 

@@ -4,6 +4,7 @@
 #include "pool.h"
 #include "scratch.h"
 
+#include <math.h>
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
@@ -54,7 +55,8 @@ static void place_token(const step *s, int t)
     const int query_width = a->heads * a->dim, key_width = a->key_heads * a->dim;
     float *q = s->q + (int64_t)t * query_width, *k = s->k + (int64_t)t * key_width;
     const float *v = s->v + (int64_t)t * key_width;
-    const float *cos = call->cos + (int64_t)t * a->rotary, *sin = call->sin + (int64_t)t * a->rotary;
+    const float *cos = call->cos + (int64_t)t * a->rotary;
+    const float *sin = call->sin + (int64_t)t * a->rotary;
     norm_heads(a, a->query_norm, q, query_width);
     norm_heads(a, a->key_norm, k, key_width);
     turn_heads(a, cos, sin, q, a->heads);
@@ -117,6 +119,39 @@ EXPORT int64_t moestro_attention(const attention *a, const attention_call *call)
     attend_all(&s);
     moestro_linear(&a->output, s.mixed, mixed, count, call->out, a->output_bias, rest, more);
     return 0;
+}
+
+/* Of equals the first. What is no number is never larger. */
+static int largest(const float *numbers, int count)
+{
+    int best = 0;
+    for (int i = 1; i < count; i++)
+        if (numbers[i] > numbers[best])
+            best = i;
+    return best;
+}
+
+EXPORT void moestro_route(const route_call *call)
+{
+    for (int64_t row = 0; row < call->count; row++) {
+        float *shares = call->shares + row * call->k, *left = call->room + call->experts;
+        float *logits = call->logits + row * call->experts;
+        const float total = current_step()->score(
+            call->x + row * call->inputs, call->matrix, call->bias, call->inputs, call->experts,
+            logits, call->room);
+        float taken = 0;
+        /* by the logits: shares of different ones can be equal */
+        memcpy(left, logits, sizeof(float) * (size_t)call->experts);
+        for (int j = 0; j < call->k; j++) {
+            const int best = largest(left, call->experts);
+            call->chosen[row * call->k + j] = best;
+            shares[j] = call->room[best] / total;
+            taken += shares[j];
+            left[best] = -INFINITY;
+        }
+        for (int j = 0; j < call->k && call->normalized; j++)
+            shares[j] /= taken;
+    }
 }
 
 EXPORT void moestro_normalize(const float *x, const float *weight, float eps, int32_t count,

@@ -10,6 +10,8 @@ typedef struct {
     void (*normalize)(const float *x, const float *weight, float eps, int width, float *out);
     void (*attend)(const float *q, int group, int dim, const float *keys, const float *values,
                    const int32_t *rows, int length, float *out);
+    float (*score)(const float *x, const float *matrix, const float *bias, int inputs, int experts,
+                   float *logits, float *weights);
 } step_isa;
 
 extern const step_isa step_plain;
@@ -46,6 +48,16 @@ typedef struct {
 
 /* 0, or, having done nothing, how many bytes of scratch it needs. */
 int64_t moestro_attention(const attention *a, const attention_call *call);
+/* A router: logits = x matrix^T + bias; of their softmax the k largest, scaled to add up to one if
+   `normalized`. */
+typedef struct {
+    const float *x, *matrix, *bias; /* [count, inputs], [experts, inputs], [experts] or NULL */
+    float *logits, *shares, *room;  /* [count, experts], [count, k], [2, experts] */
+    int64_t *chosen;                /* [count, k] */
+    int32_t count, inputs, experts, k, normalized;
+} route_call;
+
+void moestro_route(const route_call *call);
 void moestro_normalize(const float *x, const float *weight, float eps, int32_t count, int32_t width,
                        float *out);
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .geometry import Geometry
 
-DENSE_WIDTHS = {"native": 2.0, "int8": 1.0, "int4": 0.5625}  # bytes per weight that is read
+DENSE_WIDTHS = {"native": 2.0, "int8": 1.0}  # bytes per weight that is read
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from .streams import Streams
 
 TOKENS = 32
 PEERS = {"int8": ("q8_0", "Q8_0"), "int4": ("q4_0", "Q4_0")}
-DENSE = {"int8": "int8", "int4": "int4"}  # beside the experts' format
+DENSE = {"int8": "int8", "int4": "int8"}  # beside the experts' format
 LLAMA_BAR, MEMORY_PERCENT = 1.05, 60.0
 THREADS = 2
 GAIN_BAR, LLAMA_TWO_BAR = 0.9, 1.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bench_formats import WINDOWS
 
 NATIVE = "native/native"
-FORMATS = (NATIVE, "int8/native", "int8/int8", "int4/native", "int4/int8", "int4/int4")
+FORMATS = (NATIVE, "int8/native", "int8/int8", "int4/native", "int4/int8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ FORMATS = (
     TileFormat("mxfp4", 32),
 )
 SHAPES = ((48, 64), (37, 96), (16, 32), (5, 40), (130, 260))
-COUNTS = (1, 2, 3, 7, 16, 17, 70)
+COUNTS = (1, 2, 3, 7, 16, 17, 33, 64, 100)
 
 
 @pytest.fixture(params=instruction_sets())

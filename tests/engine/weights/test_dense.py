@@ -14,7 +14,6 @@ from moestro.engine.model.topology import trace
 from moestro.engine.planning.blueprint import inspect
 from moestro.engine.weights.linears import (
     CompactLinear,
-    Int4Weights,
     Int8Weights,
     LastRows,
     StoredEmbedding,
@@ -46,7 +45,6 @@ def test_int8_logits_are_near_the_native_ones(family: str, tmp_path: Path) -> No
         ({"dense_format": "int8"}, 0.2),
         ({"expert_format": "int8", "dense_format": "int8"}, 0.2),
         ({"expert_format": "int4"}, 0.4),
-        ({"dense_format": "int4"}, 0.8),
     ):
         found = logits(folder, tmp_path / "cache", experts_per_token=8, **formats)
         error = (found - native).norm() / native.norm()
@@ -78,7 +76,7 @@ def test_every_linear_layer_but_the_routers_becomes_int8(tmp_path: Path, layout:
 def test_the_plan_counts_the_smaller_weights(tmp_path: Path, layout: str) -> None:
     folder = tiny.build("mixtral", tmp_path / "model", torch.bfloat16)
     dense = {}
-    for name in ("native", "int8", "int4"):
+    for name in ("native", "int8"):
         with opened(folder, tmp_path / "cache", dense_format=name) as loaded:
             dense[name] = loaded.plan.demand.dense_bytes
             model = loaded.engine.runner._model
@@ -92,7 +90,6 @@ def test_the_plan_counts_the_smaller_weights(tmp_path: Path, layout: str) -> Non
                     held += module.rows.nbytes
             assert held == dense[name]
     assert dense["int8"] < (0.8 if layout == "tiles" else 0.6) * dense["native"]
-    assert dense["int4"] < 0.9 * dense["int8"]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoeshared"])
@@ -110,20 +107,6 @@ def test_an_embedding_keeps_the_checkpoints_bytes_and_every_bit(
         ids = torch.arange(50)
         assert found(ids).dtype == torch.float32
         assert torch.equal(found(ids), wanted[:50].float())
-
-
-def test_the_head_stays_int8_where_the_rest_is_int4(tmp_path: Path, layout: str) -> None:
-    folder = tiny.build("mixtral", tmp_path / "model")
-    with opened(folder, tmp_path / "cache", dense_format="int4") as loaded:
-        model = loaded.engine.runner._model
-        query = model.get_submodule("model.layers.0.self_attn.q_proj")
-        head = model.get_submodule("lm_head")
-        if layout == "tiles":
-            assert isinstance(head, TileLinear) and isinstance(query, TileLinear)
-            assert (head.form.kind, query.form.kind) == ("int8", "int4")
-        else:
-            assert isinstance(head.weights, Int8Weights)
-            assert isinstance(query.weights, Int4Weights)
 
 
 def test_rows_are_prepared_once_for_layers_that_read_the_same_tensor() -> None:

@@ -32,12 +32,6 @@ def kept_file(cache: Path, dense_format: str) -> Path:
     ("family", "dense_format"),
     [
         *((family, "int8") for family in sorted(tiny.FAMILIES)),
-        ("qwen3_moe", "int4"),
-        *(
-            pytest.param(family, "int4", marks=pytest.mark.slow)
-            for family in sorted(tiny.FAMILIES)
-            if family != "qwen3_moe"
-        ),
     ],
 )
 def test_the_second_start_has_the_bits_of_the_first(

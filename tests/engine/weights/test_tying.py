@@ -54,7 +54,7 @@ def with_head(folder: Path, files: str) -> Path:
         ("same numbers", "int8", 0.1),
         ("other numbers", "int8", 0.1),
         ("other numbers", "native", 1e-5),
-        ("only the head", "int4", 0.8),
+        ("only the head", "int8", 0.1),
     ],
 )
 def test_logits_are_those_of_stock_transformers(

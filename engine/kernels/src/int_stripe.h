@@ -1,0 +1,216 @@
+/* Integers: a stripe of tiles times the rows of panels. After panels.h. */
+
+/* sums[tile][BLOCK_ROWS] += lines times rows */
+typedef void int_kernel(const step *s, iv *sums);
+
+#ifdef DEEP
+/* 7-bit weights, DEEP lines at a time. Returns where the next lines are. */
+INLINE const uint8_t *deep_words(const uint8_t *w, const uint8_t *x, const uint8_t *end, iv *a,
+                                 const int R)
+{
+    for (; x < end; x += 4 * DEEP) {
+        iv halves[INT_CHUNK];
+        UNROLL for (int j = 0; j < DEEP; j++)
+        {
+            const bv line = bv_load(w + j * 4 * TILE);
+            UNROLL for (int u = 0; u < R; u++)
+            {
+                const iv pairs = pairs7(line, bv_word(x + u * ROW_BYTES + 4 * j));
+                halves[u] = j ? add_halves(halves[u], pairs) : pairs;
+            }
+        }
+        UNROLL for (int u = 0; u < R; u++) a[u] = add_pairs(a[u], halves[u]);
+        w += DEEP * 4 * TILE;
+    }
+    return w;
+}
+#endif
+
+INLINE void int_chunk(const step *s, const uint8_t *x, iv *sums, const int T, const int R,
+                      const int direct)
+{
+    iv a[STRIPE * INT_CHUNK];
+    const uint8_t *w = s->lines[0], *v = s->lines[T - 1];
+    UNROLL for (int u = 0; u < T * R; u++) a[u] =
+        s->fresh ? iv_set(0) : sums[u / R * BLOCK_ROWS + u % R];
+    for (int k = s->k, next; k < s->k + s->inputs; k = next) {
+        const int within = k % PANEL_INPUTS;
+        const uint8_t *from = x + (int64_t)(k / PANEL_INPUTS) * PANEL * ROW_BYTES + within;
+        next = lesser(k - within + PANEL_INPUTS, s->k + s->inputs);
+        const uint8_t *end = from + (next - k);
+#ifdef DEEP
+        if (!direct) {
+            w = deep_words(w, from, end, a, R);
+            continue;
+        }
+#endif
+        for (; from < end; from += 4) {
+            if (direct)
+                fetch(w + AHEAD_BYTES), fetch(v + AHEAD_BYTES);
+            const bv first = bv_load(w), second = T > 1 ? bv_load(v) : first;
+            UNROLL for (int u = 0; u < R; u++)
+            {
+                const bv word = bv_word(from + u * ROW_BYTES);
+                a[u] = dot_words(a[u], first, word);
+                if (T > 1)
+                    a[R + u] = dot_words(a[R + u], second, word);
+            }
+            w += 4 * TILE, v += 4 * TILE;
+        }
+    }
+    UNROLL for (int u = 0; u < T * R; u++) sums[u / R * BLOCK_ROWS + u % R] = a[u];
+}
+
+INLINE void int_chunks(const step *s, iv *sums, const int T, const int direct)
+{
+    for (int r = 0; r < s->count; r += INT_CHUNK) {
+        const uint8_t *x = s->panels + r / PANEL * s->panel_bytes + r % PANEL * ROW_BYTES;
+        if (!direct)
+            fetch_part(s, r, INT_CHUNK);
+        if (s->count - r <= INT_CHUNK / 2)
+            int_chunk(s, x, sums + r, T, INT_CHUNK / 2, direct);
+        else
+            int_chunk(s, x, sums + r, T, INT_CHUNK, direct);
+    }
+}
+
+static void int_lines(const step *s, iv *sums)
+{
+    if (s->tiles == STRIPE)
+        s->direct ? int_chunks(s, sums, STRIPE, 1) : int_chunks(s, sums, STRIPE, 0);
+    else
+        s->direct ? int_chunks(s, sums, 1, 1) : int_chunks(s, sums, 1, 0);
+}
+
+/* The halves of bytes at w as lines of bytes. */
+static void widen_ints(const matrix *m, const uint8_t *w, int inputs, uint8_t *to)
+{
+    for (int k = 0; k < inputs; k += 8, w += 4 * TILE, to += 8 * TILE) {
+        const bv both = bv_load(w);
+        bv low = bv_low(both), high = bv_high(both);
+        if (m->format == MXFP4)
+            low = bv_look_up(low, MXFP4_HALVES), high = bv_look_up(high, MXFP4_HALVES);
+        bv_store(to, low);
+        bv_store(to + 4 * TILE, high);
+    }
+}
+
+/* f += sums of group g, each in its row's and its outputs' scale. */
+INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv *f, const fv scales,
+                      const fv zeros, const iv integers, const int format, const int zero_kind)
+{
+    const int64_t at = values_bytes(m) + (int64_t)g * PANEL * 4, panel = s->panel_bytes;
+    const int64_t apart = (int64_t)m->padded / m->row_group * PANEL * 4;
+    const uint8_t *from = s->panels + at;
+    for (int left = s->count; left > 0; left -= PANEL, from += panel, sums += PANEL, f += PANEL) {
+        const int count = lesser(left, PANEL);
+        for (int u = 0; u < count; u++) {
+            const fv scale = fv_word(from + 4 * u);
+            const uint8_t *correct = from + apart + 4 * u;
+            if (format == INT4 && zero_kind == ZERO_FLOAT) {
+                const fv sum = fv_fma(fv_of(sums[u]), fv_mul(scales, scale), f[u]);
+                f[u] = fv_fma(zeros, fv_word(correct), sum);
+                continue;
+            }
+            iv correction = iv_word(correct);
+            if (format == INT4 && zero_kind == ZERO_INTEGER)
+                correction = iv_mul(integers, correction);
+            const fv sum = fv_of(iv_add(sums[u], correction));
+            f[u] = fv_fma(sum, format == INT8 ? scale : fv_mul(scales, scale), f[u]);
+        }
+    }
+}
+
+/* The same with what stands after a group's lines at w. */
+static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g, const iv *sums,
+                         fv *f)
+{
+    const fv none = fv_set(0);
+    if (m->format == INT8) {
+        add_group(s, m, g, sums, f, none, none, iv_set(0), INT8, ZERO_NONE);
+        return;
+    }
+    if (m->format == MXFP4) {
+        const fv scales = fv_mul(fv_bits(iv_left(iv_load_u8(w), 23)), fv_set(0.5f));
+        add_group(s, m, g, sums, f, scales, none, iv_set(0), MXFP4, ZERO_NONE);
+        return;
+    }
+    const fv scales = load_scales(w, m->scale_type);
+    const uint8_t *zeros = w + scale_bytes(m->scale_type);
+    if (m->zero_kind == ZERO_FLOAT)
+        add_group(s, m, g, sums, f, scales, load_scales(zeros, m->scale_type), iv_set(0), INT4,
+                  ZERO_FLOAT);
+    else if (m->zero_kind == ZERO_INTEGER)
+        add_group(s, m, g, sums, f, scales, none, iv_load_u8(zeros), INT4, ZERO_INTEGER);
+    else
+        add_group(s, m, g, sums, f, scales, none, iv_set(0), INT4, ZERO_NONE);
+}
+
+/* int8: groups as long as they like, multiplied as they are stored. */
+static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
+                        int_kernel *kernel)
+{
+    iv sums[STRIPE * BLOCK_ROWS];
+    const int group = m->row_group;
+    s->direct = 1;
+    for (int g = 0; g < m->padded / group; g++) {
+        for (s->k = g * group; s->k < (g + 1) * group; s->k += s->inputs) {
+            s->inputs = lesser(DIRECT_BLOCK, (g + 1) * group - s->k);
+            s->fresh = s->k == g * group;
+            for (int t = 0; t < s->tiles; t++)
+                s->lines[t] = w[t] + s->k * TILE;
+            kernel(s, sums);
+        }
+        for (int t = 0; t < s->tiles; t++)
+            finish_group(s, m, NULL, g, sums + t * BLOCK_ROWS, f + t * BLOCK_ROWS);
+    }
+    for (int t = 0; t < s->tiles; t++) {
+        const fv scales = load_scales(w[t] + m->padded * TILE, m->scale_type);
+        for (int r = t * BLOCK_ROWS; r < t * BLOCK_ROWS + s->count; r++)
+            f[r] = fv_mul(f[r], scales);
+    }
+}
+
+/* Half bytes, INT_BLOCK inputs at a time: whole groups, or a part of one. What has been stored is
+   read later than at once: it is in the cache by then. */
+static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
+                          int_kernel *kernel)
+{
+    _Alignas(64) uint8_t buffer[STRIPE][INT_BLOCK * TILE];
+    iv sums[2][STRIPE * BLOCK_ROWS];
+    const int group = m->row_group, groups = m->padded / group, lines = group * TILE / 2;
+    const int64_t stride = m->tile_bytes / groups; /* from group to group */
+    s->direct = 0;
+    for (int start = 0, end; start < m->padded; start = end) {
+        const int left = group - start % group;
+        end = start + (group <= INT_BLOCK ? lesser(INT_BLOCK / group * group, m->padded - start)
+                                          : lesser(INT_BLOCK, left));
+        for (int k = start; k < end; k += group)
+            for (int t = 0; t < s->tiles; t++)
+                widen_ints(m, w[t] + k / group * stride + k % group * (TILE / 2),
+                           lesser(group, end - k), buffer[t] + (k - start) * TILE);
+        for (int k = start; k < end; k += s->inputs) {
+            const int g = k / group;
+            s->k = k;
+            s->inputs = lesser(group, end - k);
+            s->fresh = k % group == 0;
+            s->ahead_bytes = (int)stride;
+            for (int t = 0; t < s->tiles; t++) {
+                s->lines[t] = buffer[t] + (k - start) * TILE;
+                s->ahead[t] = w[t] + g * stride + (end - start) / s->inputs * stride;
+            }
+            kernel(s, sums[g % 2]);
+            for (int t = 0; t < s->tiles && (k + s->inputs) % group == 0; t++)
+                finish_group(s, m, w[t] + g * stride + lines, g, sums[g % 2] + t * BLOCK_ROWS,
+                             f + t * BLOCK_ROWS);
+        }
+    }
+}
+
+static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
+{
+    if (m->format == INT8)
+        int8_stripe(s, m, w, f, kernel);
+    else
+        nibble_stripe(s, m, w, f, kernel);
+}

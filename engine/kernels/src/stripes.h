@@ -1,0 +1,46 @@
+/* The products with many rows, stripe by stripe. Included by each isa_*.c after its products.h. */
+
+#include "panels.h"
+#include "int_stripe.h"
+#include "float_stripe.h"
+
+/* Rows that are faster as they are than in panels. */
+static int few(const matrix *m) { return m->format == INT8 ? 2 : MOST_ROWS; }
+
+static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int count,
+                         float *const *out, const float *bias)
+{
+    for (int t = 0; t < tiles; t++)
+        for (int r = 0; r < count; r++)
+            write_tile(m, tile + t, f[t * BLOCK_ROWS + r], out[r], bias);
+}
+
+static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *panels, int count,
+                             float *const *out, const float *bias, int_kernel *kernel)
+{
+    step s = {.panel_bytes = panel_bytes(m), .group = m->row_group};
+    const uint8_t *w[STRIPE];
+    fv f[STRIPE * BLOCK_ROWS];
+    for (int since = 0; since < count; since += BLOCK_ROWS) {
+        s.panels = panels + since / PANEL * s.panel_bytes;
+        s.count = lesser(BLOCK_ROWS, count - since);
+        for (int t = tile; t < end; t += s.tiles) {
+            s.tiles = end - t < STRIPE ? 1 : STRIPE;
+            for (int u = 0; u < s.tiles; u++)
+                w[u] = m->tiles + (t + u) * m->tile_bytes;
+            for (int r = 0; r < STRIPE * BLOCK_ROWS; r++)
+                f[r] = fv_set(0);
+            if (m->row_group)
+                int_stripe(&s, m, w, f, kernel);
+            else
+                float_stripe(&s, m, w, f);
+            write_stripe(m, t, s.tiles, f, s.count, out + since, bias);
+        }
+    }
+}
+
+static void multiply_panels(const matrix *m, int tile, int end, const uint8_t *panels, int count,
+                            float *const *out, const float *bias)
+{
+    multiply_stripes(m, tile, end, panels, count, out, bias, int_lines);
+}
