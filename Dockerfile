@@ -3,7 +3,8 @@
 #   docker build -t moestro .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v moestro-data:/data -e MOESTRO_API_KEY=… moestro
 #
-# BASE_IMAGE     any image with python3 (3.11 or newer), venv and a shell: a mirror, a pinned digest
+# BASE_IMAGE     any image with python3 (3.11 or newer), venv, a shell, and a C compiler or apt-get: a
+#                mirror, a pinned digest
 # TORCH          the torch to install, as pip spells it
 # PIP_…          what pip reads by these names: another index, or a folder of wheels.
 #                torch from PyTorch's own CPU index makes an image some gigabytes smaller.
@@ -17,18 +18,25 @@ ARG PIP_FIND_LINKS
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_PROGRESS_BAR=off
+# The compiler of whichever release the base is of: no version to pin.
+# hadolint ignore=DL3008
+RUN command -v gcc || { apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*; }
 RUN python3 -m venv /opt/moestro
 # The large and rarely changing packages first: a change of our own code rebuilds only what follows.
 WORKDIR /src
 COPY pyproject.toml ./
 RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > /tmp/requirements.txt \
     && /opt/moestro/bin/pip install "${TORCH}" --requirement /tmp/requirements.txt
-COPY README.md LICENSE ./
+COPY setup.py README.md LICENSE ./
 COPY server server
 COPY engine engine
 COPY cache cache
 COPY factorize factorize
-RUN /opt/moestro/bin/pip install --no-deps .
+# An image without the library of the products would be slow, and nobody would see why.
+RUN CC=gcc /opt/moestro/bin/pip install --no-deps . \
+    && /opt/moestro/bin/python -P -c 'from moestro.engine.kernels import MISSING, library; raise SystemExit(None if library() else MISSING)'
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="moestro" \

@@ -56,4 +56,5 @@ bench-full: dev ## a 7 B model against its peers: hours, 67 GB of disk (ARGS="p1
 
 clean: ## remove .venv and everything built or cached in this folder (not the model cache)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -f engine/kernels/_native*.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

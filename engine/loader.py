@@ -34,6 +34,7 @@ from moestro.engine.facts import (
     set_threads,
 )
 from moestro.engine.formats import ExpertsModule, in_tiles
+from moestro.engine.kernels import MISSING, chosen, set_pool_threads
 from moestro.engine.model import (
     MathByFlags,
     OffloadedExperts,
@@ -112,6 +113,7 @@ def load(
     device = choose_device(config)
     check_device(config, device)
     threads = set_threads(config.threads)
+    set_pool_threads(threads.count)
     phases = Phases(progress)
     if prepare is not None:
         phases.enter("prepare")
@@ -174,6 +176,16 @@ def _log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> 
     name = device.place if device.room is None else device.room.name
     log.info("compute: %s on %s (%s)", device.compute_dtype, name, device.why)
     log.info("threads: %d (%s)", threads.count, threads.why)
+    if device.place.type == "cpu":
+        _log_products()
+
+
+def _log_products() -> None:
+    name = chosen()
+    if name is None:
+        log.warning("%s", MISSING)
+    else:
+        log.info("products: %s", name)
 
 
 def _prefetch(

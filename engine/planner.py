@@ -22,6 +22,7 @@ from moestro.cache import (
 )
 from moestro.engine.facts import CPU, BudgetTooSmall, EngineConfig, StartError, choose, set_threads
 from moestro.engine.formats import codec_of
+from moestro.engine.kernels import chosen, set_pool_threads
 from moestro.engine.model import build_meta_model
 from moestro.engine.planning import (
     Blueprint,
@@ -47,6 +48,8 @@ from moestro.engine.weights import Checkpoint
 
 from .choices import check_choices
 
+TORCH = "torch"  # whose products serve where this build has none of its own
+
 
 def plan_model(
     config: EngineConfig, disk_bytes_per_s: float | None = None, trace: Path | None = None
@@ -66,6 +69,7 @@ def plan_model(
             " prints a GPU's memory plan before it takes any of it"
         )
     threads = set_threads(config.threads).count
+    set_pool_threads(threads)
     here = weights_are_here(config.model_path)
     checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
     try:
@@ -199,4 +203,5 @@ def _compute(config: EngineConfig, blueprint: Blueprint, work: Work, threads: in
         expert_decode=measure_multiply(blueprint.codec, experts, 1),
         expert_prefill=measure_multiply(blueprint.codec, experts, rows),
         threads=threads,
+        products=chosen() or TORCH,
     )

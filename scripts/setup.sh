@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # installs the wheel keeps the torch they have.
 readonly TORCH="${MOESTRO_TORCH:-torch==2.13.0}"
 readonly VENV=".venv"
+readonly LIBRARY="engine/kernels/_native.so"
 readonly NEW_ENOUGH='import sys; sys.exit(sys.version_info < (3, 11))'
 
 fail() {
@@ -33,11 +34,22 @@ find_python() {
         "Name one with: make setup PYTHON=/path/to/python3"
 }
 
+# The C compiler that builds the library of the products, as setuptools chooses it.
+compiler() {
+    local named="${CC:-}"
+    [[ -n "$named" ]] || named="$("$VENV/bin/python" -c \
+        "import sysconfig; print(sysconfig.get_config_var('CC') or 'cc')")"
+    echo "${named%% *}"
+}
+
 # What .venv was built from. The folder is part of it: an environment does not survive a move.
 fingerprint() {
+    local cc
     cat pyproject.toml setup.py engine/kernels/src/* scripts/setup.sh
     echo "$1 $TORCH $PWD"
     "$VENV/bin/python" --version
+    cc="$(compiler)"
+    "$cc" --version 2>/dev/null || echo "no $cc"
 }
 
 up_to_date() {
@@ -65,6 +77,17 @@ install_packages() {
         fail "the packages could not be installed; the lines above say which and why"
 }
 
+# pip is silent about a build that did without.
+check_library() {
+    local cc why
+    [[ ! -f "$LIBRARY" ]] || return 0
+    cc="$(compiler)"
+    why="there is no C compiler ($cc)"
+    ! command -v "$cc" >/dev/null || why="the C compiler ($cc) failed"
+    echo "moestro: $why, so torch's products serve, which decode at a fraction of the speed;" \
+        "install one (on Debian: apt-get install gcc libc6-dev) and say make setup again" >&2
+}
+
 main() {
     local kind="${1:-}"
     [[ "$kind" == runtime || "$kind" == dev ]] || fail "usage: scripts/setup.sh runtime|dev"
@@ -75,6 +98,7 @@ main() {
     make_venv
     rm -f "$VENV/.runtime.stamp" "$VENV/.dev.stamp"
     install_packages "$kind"
+    check_library
     fingerprint "$kind" | cksum >"$VENV/.$kind.stamp"
 }
 

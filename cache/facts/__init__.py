@@ -11,7 +11,16 @@ from .errors import (
 )
 from .fields import read_fields
 from .keys import ExpertKey, Phase, Routed, SlotState
-from .layout import DTYPE_BYTES, PAGE_BYTES, BlobLayout, PackLayer, PackSpec, TensorSpec, round_up
+from .layout import (
+    DTYPE_BYTES,
+    PAGE_BYTES,
+    PLAIN_ORDER,
+    BlobLayout,
+    PackLayer,
+    PackSpec,
+    TensorSpec,
+    round_up,
+)
 from .plan import (
     LEAST_HOST_SLOTS,
     CacheConfig,
@@ -38,6 +47,7 @@ __all__ = [
     "LinkStats",
     "NoDiskSpace",
     "PAGE_BYTES",
+    "PLAIN_ORDER",
     "PackInvalid",
     "PackLayer",
     "PackSpec",

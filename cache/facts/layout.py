@@ -17,6 +17,8 @@ from math import prod
 PAGE_BYTES = 4096  # unit of direct reads; also what mmap aligns memory to
 TENSOR_ALIGN_BYTES = 64  # a cache line and the widest vector register
 
+PLAIN_ORDER = "rows"  # which headers do not name
+
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -139,6 +141,7 @@ class PackSpec:
     model: str  # fingerprint of the checkpoint the weights come from
     codec: str  # "native": the checkpoint's own dtype
     layers: tuple[PackLayer, ...]
+    order: str = PLAIN_ORDER  # in which a matrix' numbers lie: a word of whoever computes with it
 
     @property
     def total_bytes(self) -> int:

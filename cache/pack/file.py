@@ -17,6 +17,7 @@ from typing import Any
 
 from moestro.cache.facts import (
     PAGE_BYTES,
+    PLAIN_ORDER,
     BlobLayout,
     PackInvalid,
     PackLayer,
@@ -36,6 +37,13 @@ _READERS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.
 _PREAMBLE = struct.Struct("<8sIIQ")
 _CHUNK_BYTES = 8 << 20
 _CHECKSUM_DIGITS = 8
+
+# What a pack is of, and what is wrong with it where that differs, the gravest first.
+_IDENTITY = {
+    "model": "of another model",
+    "order": "its matrices lie in another order",
+    "codec": "in another codec",
+}
 
 Checksums = list[list[int]]  # [layer][expert]
 
@@ -180,8 +188,10 @@ def prove_layer(
 
 def _describe(spec: PackSpec) -> dict[str, Any]:
     """The header without checksums: equal for equal specs."""
+    order = {} if spec.order == PLAIN_ORDER else {"order": spec.order}
     return {
         "model": spec.model,
+        **order,
         "codec": spec.codec,
         "checksum": "crc32",
         "layers": [
@@ -252,9 +262,11 @@ def _read_header(file: BlobFile, spec: PackSpec) -> Checksums:
 def _match(header: dict[str, Any], spec: PackSpec) -> Checksums:
     """Takes the checksums out of a parsed header; raises PackInvalid if the rest is not `spec`."""
     wanted = _describe(spec)
-    for name, words in (("model", "of another model"), ("codec", "in another codec")):
-        if header.get(name) != wanted[name]:
-            raise PackInvalid(f"foreign: {words} ({header.get(name)!r}, not {wanted[name]!r})")
+    for name, words in _IDENTITY.items():
+        unsaid = PLAIN_ORDER if name == "order" else None
+        found, own = header.get(name, unsaid), wanted.get(name, unsaid)
+        if found != own:
+            raise PackInvalid(f"foreign: {words} ({found!r}, not {own!r})")
     digits: Sequence[str] = [layer.pop("checksums", "") for layer in header["layers"]]
     if header != wanted:
         raise PackInvalid("foreign: its layers or tensors are laid out differently")

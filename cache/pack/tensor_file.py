@@ -200,10 +200,22 @@ def _read_header(path: Path, file: BlobFile, key: str) -> tuple[list[_Place], li
     try:
         record: dict[str, Any] = json.loads(text)
         if record["key"] != key:
-            raise PackInvalid(f"{path} is of another model, format or version")
+            raise PackInvalid(
+                f"{path} is of another model, format or version ({_unlike(record['key'], key)})"
+            )
         return *_listed(record), first
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise PackInvalid(f"{path} has no header of this version: {error}") from error
+
+
+def _unlike(found: str, wanted: str) -> str:
+    """The parts, which commas separate, that one key alone has."""
+    mine, others = found.split(", "), wanted.split(", ")
+    only = [
+        ", ".join(part for part in one if part not in two)
+        for one, two in ((mine, others), (others, mine))
+    ]
+    return f"{only[0]!r}, not {only[1]!r}"
 
 
 def _listed(record: dict[str, Any]) -> tuple[list[_Place], list[int]]:

@@ -9,6 +9,7 @@ from .mixed import (
     encode_layer,
     expert_codec,
     mix_by_trace,
+    order_of,
     pack_layer,
 )
 from .named import FORMATS, codec_of, in_tiles
@@ -30,6 +31,7 @@ __all__ = [
     "is_experts_module",
     "mix_by_trace",
     "multiply_fine",
+    "order_of",
     "pack_layer",
     "per_row",
     "quantize_fine",

@@ -21,7 +21,7 @@ import torch
 
 from moestro.cache import BlobLayout, PackLayer, TraceInvalid, TraceReader
 from moestro.engine.facts import StartError, index_on
-from moestro.engine.kernels import TileMatrix
+from moestro.engine.kernels import ROWS, TILE16, TileMatrix
 
 from .experts_module import ExpertsModule
 from .matrices import Codec, Layout, Source, Span
@@ -154,6 +154,10 @@ class MixedCodec:
         self.tiled = all(codec.tiled for codec in self._codecs.values())
         self._by_mark = {MARK + codec.name: codec for codec in self._codecs.values()}
 
+    @property
+    def codecs(self) -> list[Codec]:
+        return list(self._codecs.values())
+
     def layout(self, tensors: Source, transposed: bool) -> Layout:
         """Of an expert in the default format."""
         return self._layout(self.formats.default, tensors, transposed)
@@ -269,6 +273,12 @@ def expert_codec(
     formats = FormatMap.read(Path(name.removeprefix(MIXED)))
     formats.check_against(modules)
     return MixedCodec(formats, compute_dtype, device)
+
+
+def order_of(codec: Codec) -> str:
+    """In which its matrices lie in the pack: TILE16 where the library computes with any of them."""
+    codecs = codec.codecs if isinstance(codec, MixedCodec) else [codec]
+    return TILE16 if any(one.tiled for one in codecs) else ROWS
 
 
 def pack_layer(codec: Codec, entry: ExpertsModule) -> PackLayer:

@@ -1,8 +1,8 @@
 """Products with matrices in tiles of 16 rows, by a C library. Knows pointers, no model."""
 
 from .layer import LayerParts, LayerStep, StepRoom
-from .layout import TILE16, TileFormat
-from .library import MISSING, instruction_sets, library
+from .layout import ROWS, TILE16, TileFormat
+from .library import MISSING, chosen, instruction_sets, library, set_pool_threads
 from .pack import encode
 from .products import (
     Activation,
@@ -38,6 +38,7 @@ __all__ = [
     "MISSING",
     "MOST_GROUP",
     "Norm",
+    "ROWS",
     "Routed",
     "Router",
     "Rows",
@@ -48,6 +49,7 @@ __all__ = [
     "TileFormat",
     "TileMatrix",
     "attend",
+    "chosen",
     "combine",
     "encode",
     "instruction_sets",
@@ -57,6 +59,7 @@ __all__ = [
     "multiply_experts",
     "normalize",
     "route",
+    "set_pool_threads",
     "tile_attention",
     "tile_matrix",
 ]

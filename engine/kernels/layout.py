@@ -34,6 +34,7 @@ from math import prod
 import torch
 
 TILE16 = "tile16"
+ROWS = "rows"  # the other order there is: of torch's products, one output behind the other
 TILE_ROWS = 16
 LINE_BYTES = 64
 UNIT = 32  # inputs: what int8 pads to

@@ -9,7 +9,7 @@ from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-FILES = "_native*.so"
+FILE = Path(__file__).with_name("_native.so")
 MISSING = (
     "the products of this build are torch's, which decode at a fraction of the speed: install a C"
     " compiler (on Debian: apt-get install gcc libc6-dev) and moestro again"
@@ -216,9 +216,7 @@ def load(path: Path) -> ctypes.CDLL:
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """None where this build has none."""
-    for path in sorted(Path(__file__).parent.glob(FILES)):
-        return load(path)
-    return None
+    return load(FILE) if FILE.exists() else None
 
 
 def instruction_sets() -> list[str]:
@@ -234,3 +232,19 @@ def choose(name: str) -> None:
     found = library()
     if found is None or found.moestro_choose(name.encode()):
         raise ValueError(f"{name!r} is none of {instruction_sets()}")
+
+
+def chosen() -> str | None:
+    """The instruction set that the products compute with; None where torch's serve."""
+    found = library()
+    return None if found is None else str(found.moestro_chosen().decode())
+
+
+def set_pool_threads(count: int) -> int:
+    """How many threads the products are computed by from now on, this one among them.
+
+    Fewer than `count` where the system gives no more; 1 where torch's products serve, whose threads
+    are torch's own.
+    """
+    found = library()
+    return 1 if found is None else int(found.moestro_pool_set_threads(count))

@@ -27,7 +27,14 @@ from moestro.engine.facts import (
     StartError,
     round_up_tokens,
 )
-from moestro.engine.formats import Codec, ExpertsModule, expert_codec, in_tiles, pack_layer
+from moestro.engine.formats import (
+    Codec,
+    ExpertsModule,
+    expert_codec,
+    in_tiles,
+    order_of,
+    pack_layer,
+)
 from moestro.engine.model import Topology, build_meta_model, trace
 from moestro.engine.weights import Checkpoint, Manifest, Replacement, replacements, saved_bytes
 
@@ -82,7 +89,8 @@ class Blueprint:
     def spec(self) -> PackSpec:
         """The pack that this model needs."""
         layers = tuple(pack_layer(self.codec, entry) for entry in self.experts)
-        return PackSpec(self.checkpoint.fingerprint(), self.codec.name, layers)
+        order = order_of(self.codec)
+        return PackSpec(self.checkpoint.fingerprint(), self.codec.name, layers, order)
 
 
 def inspect(config: EngineConfig, device: Device = CPU) -> Blueprint:

@@ -72,6 +72,7 @@ class ComputeSpeed:
     expert_decode: float
     expert_prefill: float
     threads: int
+    products: str  # the instruction set of the library's, or "torch"
 
 
 @dataclass(frozen=True, slots=True)

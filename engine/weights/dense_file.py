@@ -24,7 +24,7 @@ from moestro.cache import (
     write_tensors,
 )
 from moestro.engine.formats import ExpertsModule
-from moestro.engine.kernels import TILE16
+from moestro.engine.kernels import ROWS, TILE16
 
 from .checkpoint import Checkpoint, drop_experts
 from .dense import Replacement, put_module
@@ -53,7 +53,7 @@ class DenseFile:
             f"moestro {version('moestro')}",
             f"transformers {transformers.__version__}",
             f"torch {torch.__version__}",
-            TILE16 if tiled else "rows",
+            f"matrices in {TILE16 if tiled else ROWS}",
         )
         return cls(folder / f"dense.{dense_format}", ", ".join(parts))
 

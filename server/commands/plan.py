@@ -11,7 +11,7 @@ The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
     experts  slots, total, slots_per_layer (average), resident_share
     link     scattered_bytes_per_s (one expert a read, decode), ordered_bytes_per_s (neighbours
              together, prefill), source
-    compute  threads
+    compute  threads, products (the instruction set that they use, or "torch": no library here)
     decode, prefill
              tokens (of one step), routing ("uniform" or "trace"), low and high: each with
              hit_rate, link_bytes (read in one step), link_s, compute_s, tokens_per_s (a bound),
@@ -117,7 +117,10 @@ def as_object(forecast: Forecast) -> dict[str, Any]:
             "ordered_bytes_per_s": forecast.link.ordered_bytes_per_s,
             "source": forecast.link.source,
         },
-        "compute": {"threads": forecast.compute.threads},
+        "compute": {
+            "threads": forecast.compute.threads,
+            "products": forecast.compute.products,
+        },
         "decode": _outlook_object(forecast.decode, forecast.decode_routing),
         "prefill": _outlook_object(forecast.prefill, forecast.prefill_routing),
         "changes": [{"flags": one.flags, "effect": one.effect} for one in changes(forecast)],
@@ -183,6 +186,7 @@ def _speed_lines(forecast: Forecast) -> list[str]:
         )
     return [
         *found,
+        f"products    {forecast.compute.products}",
         *_outlook_lines("decode", forecast.decode, forecast.decode_routing),
         *_outlook_lines("prefill", forecast.prefill, forecast.prefill_routing),
         f"These are bounds, not promises: what the disk and {forecast.compute.threads} thread(s)"

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,12 @@ def read_steps(text: str) -> list[Step]:
 @pytest.fixture(scope="module")
 def steps() -> list[Step]:
     return read_steps((REPO / "Dockerfile").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def build_stage(steps: list[Step]) -> list[Step]:
+    starts = [number for number, step in enumerate(steps) if step.word == "FROM"]
+    return steps[starts[0] : starts[1]]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +100,7 @@ def test_what_is_copied_exists_and_is_sent(steps: list[Step]) -> None:
         if step.word == "COPY" and "--from" not in step.rest
         for source in step.rest.split()[:-1]
     }
-    assert copied == {"pyproject.toml", "README.md", "LICENSE"} | {
+    assert copied == {"pyproject.toml", "setup.py", "README.md", "LICENSE"} | {
         "server",
         "engine",
         "cache",
@@ -102,6 +110,68 @@ def test_what_is_copied_exists_and_is_sent(steps: list[Step]) -> None:
     lines = (REPO / ".dockerignore").read_text("utf-8").splitlines()
     assert lines[lines.index("*") :][0] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == copied
+
+
+def run_steps(stage: list[Step]) -> list[str]:
+    return [step.rest for step in stage if step.word == "RUN"]
+
+
+def run_shell(command: str, tools: Path) -> str:
+    """In a shell that finds `tools` alone."""
+    done = subprocess.run(
+        ("/bin/sh", "-c", command),
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def tool(folder: Path, name: str, exit_code: int = 0) -> None:
+    path = folder / name
+    path.write_text(f'#!/bin/sh\necho "{name} $*"\nexit {exit_code}\n')
+    path.chmod(0o755)
+
+
+def test_the_compiler_is_in_the_build_stage_alone(
+    build_stage: list[Step], last_stage: list[Step]
+) -> None:
+    (command,) = (run for run in run_steps(build_stage) if "apt-get" in run)
+    assert "gcc libc6-dev" in command
+    assert not [run for run in run_steps(last_stage) if "apt-get" in run or "gcc" in run]
+    (copied,) = (step.rest for step in last_stage if step.word == "COPY")
+    assert copied == "--from=build /opt/moestro /opt/moestro"
+
+
+def test_a_base_that_has_a_compiler_gets_none(build_stage: list[Step], tmp_path: Path) -> None:
+    (command,) = (run for run in run_steps(build_stage) if "apt-get" in run)
+    for name in ("apt-get", "rm"):
+        tool(tmp_path, name)
+    update, install, remove = run_shell(command, tmp_path).splitlines()
+    assert update == "apt-get update"
+    assert install == "apt-get install --yes --no-install-recommends gcc libc6-dev"
+    assert remove.startswith("rm -rf /var/lib/apt/lists/")
+    tool(tmp_path, "gcc")
+    assert "apt-get" not in run_shell(command, tmp_path)
+    (tmp_path / "gcc").unlink()
+    tool(tmp_path, "apt-get", exit_code=1)
+    with pytest.raises(subprocess.CalledProcessError):
+        run_shell(command, tmp_path)
+
+
+def test_an_image_without_the_library_is_not_built(build_stage: list[Step]) -> None:
+    words = [step.word for step in build_stage]
+    install = run_steps(build_stage)[-1]
+    assert words[-1] == "RUN"
+    assert "CC=gcc /opt/moestro/bin/pip install --no-deps ." in install
+    program = shlex.split(install)[-1]
+    ast.parse(program)
+    assert "library()" in program
+
+
+def test_no_library_of_this_machine_is_sent() -> None:
+    assert "**/*.so" in (REPO / ".dockerignore").read_text("utf-8").splitlines()
 
 
 def test_signals_reach_the_server(last_stage: list[Step]) -> None:

@@ -115,6 +115,10 @@ def test_every_flipped_byte_of_a_blob_is_found(path: Path, spec: PackSpec) -> No
     [
         (lambda spec: replace(spec, model="other"), "another model"),
         (lambda spec: replace(spec, codec="int8"), "another codec"),
+        (
+            lambda spec: replace(spec, codec="int8-tiles", order="tiles"),
+            r"matrices lie in another order \('rows', not 'tiles'\)",
+        ),
         (lambda spec: tiny_spec(6, 6), "laid out differently"),
         (lambda spec: tiny_spec(6, 6, 7), "laid out differently"),
         (

@@ -58,6 +58,13 @@ def test_a_file_of_another_owner_is_refused(written: Path) -> None:
         read_tensors(written, "somebody else")
 
 
+def test_what_two_keys_share_is_not_said(tmp_path: Path) -> None:
+    path = tmp_path / "tensors"
+    write_tensors(path, "mine, in rows", {"x": torch.zeros(1)}, quiet)
+    with pytest.raises(PackInvalid, match=r"version \('in rows', not 'in tiles, twice'\)$"):
+        read_tensors(path, "mine, in tiles, twice")
+
+
 @pytest.mark.parametrize(
     "record",
     [

@@ -95,7 +95,7 @@ def forecast(slots: int, limit_bytes: int = 4000 * MIB, factorized: bool = False
         slot_bytes=5 * MIB,
         work=WORK,
         link=LinkSpeed(100 * MIB, 100 * MIB, "given"),
-        compute=ComputeSpeed(1e9, 1e9, 1e9, 1e9, 1),
+        compute=ComputeSpeed(1e9, 1e9, 1e9, 1e9, 1, "plain"),
     )
 
 

@@ -18,7 +18,7 @@ from moestro.engine.planning.forecast import (
 LAYERS = (MoeLayer(num_experts=16, experts_per_token=4, blob_bytes=1000, numbers=500),) * 6
 WORK = Work(LAYERS, dense_numbers=6000, head_numbers=2000, chunk_tokens=32)
 LINK = LinkSpeed(1e6, 4e6, "given")
-COMPUTE = ComputeSpeed(1e6, 8e6, 2e6, 4e6, 1)
+COMPUTE = ComputeSpeed(1e6, 8e6, 2e6, 4e6, 1, "plain")
 
 
 def simulated_lru(slots: int, tokens: int = 2000) -> float:

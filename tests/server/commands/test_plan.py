@@ -82,7 +82,7 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
         " total_bytes workspace_bytes",
         "experts": "resident_share slots slots_per_layer total",
         "link": "ordered_bytes_per_s scattered_bytes_per_s source",
-        "compute": "threads",
+        "compute": "products threads",
         "decode": "high low routing tokens",
         "prefill": "high low routing tokens",
     }
