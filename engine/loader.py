@@ -30,6 +30,7 @@ from moestro.engine.facts import (
     ProgressFn,
     StartError,
     Threads,
+    TorchThreads,
     choose,
     set_threads,
 )
@@ -136,18 +137,20 @@ def load(
     with ExitStack() as undo:
         undo.callback(cache.close)
         step = StepPhase()
-        prefetch = _prefetch(config, blueprint, model, cache, step)
+        prefetch = _prefetch(config, blueprint, model, cache, step, threads.count)
         _bind(config, blueprint, model, cache, step, prefetch)
         phases.enter("check")
         step.phase = Phase.PREFILL  # what the check runs are prompts
-        if in_tiles(device.compute_dtype, device.place.type):
+        tiled = in_tiles(device.compute_dtype, device.place.type)
+        if tiled:
             compare_thin(model, packed, blueprint.vocab_size)
         _check_once(config, blueprint, model, packed)
         phases.leave()
         pages = _limits(config, plan).pages
         # rows of scores take two copies, where the plan has room for one of each sequence's logits
         head_rows = max(1, config.max_running // 2)
-        runner = Runner(model, packed, step, pages, head_rows)
+        torch_threads = TorchThreads(1 if tiled else threads.count, threads.count)
+        runner = Runner(model, packed, step, pages, head_rows, torch_threads)
         loaded = _assemble(
             config, blueprint, plan, runner, cache, tokenizer, phases.seconds, prefetch
         )
@@ -194,6 +197,7 @@ def _prefetch(
     model: PreTrainedModel,
     cache: ExpertCache,
     step: StepPhase,
+    threads: int,
 ) -> Prefetch | None:
     """None where nothing shall or can be guessed; the log says why."""
     if not config.prefetch:
@@ -218,7 +222,7 @@ def _prefetch(
     )
     regret = Regret(read_s, cache.stats)
     # The clock of the thread does not see the work of torch's other ones.
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = time.thread_time if threads == 1 else time.perf_counter
     return Prefetch(gates, cache, step, config.prefetch_experts, regret, time.perf_counter, clock)
 
 

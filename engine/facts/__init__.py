@@ -2,7 +2,16 @@
 
 from .cgroups import control_groups
 from .config import EngineConfig, LinkSpec, Progress, ProgressFn
-from .device import CPU, Device, HostCopy, Room, choose, index_on, set_threads
+from .device import (
+    CPU,
+    Device,
+    HostCopy,
+    Room,
+    TorchThreads,
+    choose,
+    index_on,
+    set_threads,
+)
 from .errors import (
     BadParameter,
     BudgetTooSmall,
@@ -72,6 +81,7 @@ __all__ = [
     "StartError",
     "TemplateRefused",
     "Threads",
+    "TorchThreads",
     "TierStats",
     "Unavailable",
     "choose",

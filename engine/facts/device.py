@@ -132,3 +132,21 @@ def set_threads(wanted: int | None) -> Threads:
     threads = choose_threads(wanted, cpu_limits())
     torch.set_num_threads(threads.count)
     return threads
+
+
+FEW_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TorchThreads:
+    """How many threads torch's own operations get, by the size of a step.
+
+    Where the library computes, torch's threads have next to nothing to do in a small step, and
+    would spin on the cores that the library's threads need.
+    """
+
+    small: int
+    large: int
+
+    def settle(self, tokens: int) -> None:
+        torch.set_num_threads(self.small if tokens <= FEW_TOKENS else self.large)

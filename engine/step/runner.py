@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moestro.cache import Phase
+from moestro.engine.facts import TorchThreads
 from moestro.engine.model import (
     HeldStates,
     KVStore,
@@ -41,12 +42,14 @@ class Runner:
         step: StepPhase,
         kv_pages: int,
         head_rows: int,
+        threads: TorchThreads,
     ) -> None:
         """`head_rows`: rows of logits that the memory plan has room for."""
         self._model = model
         self._cache = cache
         self._step = step
         self._head_rows = head_rows
+        self._threads = threads
         self._store = KVStore(kv_pages)
         self._kv: dict[tuple[int, int], SequenceKV] = {}
 
@@ -65,6 +68,7 @@ class Runner:
             if part.ends_pending:
                 keep.append(end - 1)
         parts = [(self._kv_of(part.sequence), part.tokens) for part in batch.parts]
+        self._threads.settle(end)
         self._step.phase = Phase.PREFILL if batch.is_prefill else Phase.DECODE
         scoring = any(part.scored_tokens for part in batch.parts)
         self._cache.begin(parts)
