@@ -16,6 +16,8 @@ from pathlib import Path
 
 from moestro.cache.facts import PAGE_BYTES, ReadFailed
 
+from .huge_pages import ask_for_huge_pages, free_huge_bytes
+
 _log = logging.getLogger("moestro.cache")
 
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -27,6 +29,13 @@ def page_memory(size_bytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A child that shared these pages copy-on-write could divert a direct read in flight.
     memory.madvise(mmap.MADV_DONTFORK)
+    return memory
+
+
+def stream_memory(size_bytes: int) -> mmap.mmap:
+    """The same, in huge pages where those are free: for what is read over and over."""
+    memory = page_memory(size_bytes)
+    ask_for_huge_pages(memory, free_huge_bytes())
     return memory
 
 

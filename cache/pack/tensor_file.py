@@ -33,7 +33,7 @@ from moestro.cache.facts import (
     round_up,
 )
 
-from .blobfile import BlobFile, page_memory
+from .blobfile import BlobFile, page_memory, stream_memory
 from .partial import sync_folder
 
 _MAGIC = b"moestens"
@@ -106,7 +106,7 @@ def read_tensors(path: Path, key: str) -> dict[str, torch.Tensor]:
         data_bytes = file.size_bytes - first
         if len(sums) != len(_chunk_starts(data_bytes)):
             raise PackInvalid(f"{path} is truncated")
-        memory = page_memory(max(PAGE_BYTES, data_bytes))
+        memory = stream_memory(max(PAGE_BYTES, data_bytes))
 
         def read(number: int) -> None:
             start = number * _CHUNK_BYTES

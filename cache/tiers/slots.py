@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from moestro.cache.facts import BlobLayout
-from moestro.cache.pack import TensorViews, blob_views, page_memory
+from moestro.cache.pack import TensorViews, blob_views, stream_memory
 
 
 class SlotViews:
@@ -59,7 +59,7 @@ class SlotArena(SlotViews):
     """`slots` slabs of `slot_bytes` each. Takes memory from the system as slots are first used."""
 
     def __init__(self, slots: int, slot_bytes: int, kinds: Sequence[Sequence[BlobLayout]]) -> None:
-        memory = page_memory(slots * slot_bytes)
+        memory = stream_memory(slots * slot_bytes)
         super().__init__(torch.frombuffer(memory, dtype=torch.uint8), slot_bytes, kinds)
         self._bytes = memoryview(memory)
 
