@@ -7,15 +7,18 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import report
 import torch
+
+from moestro.engine.kernels import Scratch, TileFormat, library, linear, tile_matrix
 
 from .bars import rows_per_expert
 from .geometry import Geometry
 
 COLD_BYTES = 512 << 20  # more than any cache of the processor holds
-DENSE_DIGITS = 2  # of int8 dense rows: each product has twice the rows
+DENSE_ROW_GROUP = 32  # inputs of dense rows that share a scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,22 @@ def int_mm_rate(rows: int, outputs: int, inputs: int) -> float:
     return rows * outputs * inputs * count / seconds
 
 
-# (rows, outputs, inputs) -> multiply-adds per second of the fastest product that there is. int4's
-# many-row products are bound by the same: its weights are widened to int8 on the way.
-PRODUCT_RATE: Callable[[int, int, int], float] = int_mm_rate
+def tile_rate(rows: int, outputs: int, inputs: int, row_group: int = 0) -> float:
+    """The same of moestro's int8 in tiles, rows quantized and results scaled; else torch's."""
+    if library() is None:
+        return int_mm_rate(rows, outputs, inputs)
+    form, count = TileFormat("int8"), max(2, COLD_BYTES // (outputs * inputs))
+    tiles = torch.full((count, *form.shape(outputs, inputs)), 7, dtype=torch.uint8)
+    matrices = [tile_matrix(each, form, outputs, inputs, row_group) for each in tiles]
+    values, scratch = torch.randn(rows, inputs), Scratch()
+    seconds = report.seconds(lambda: [linear(values, m, None, scratch) for m in matrices], 3)
+    return rows * outputs * inputs * count / seconds
+
+
+# (rows, outputs, inputs) -> multiply-adds per second of the product that a prompt runs. int4 is
+# held to the same: its weights are widened to int8 on the way.
+PRODUCT_RATE: Callable[[int, int, int], float] = tile_rate
+DENSE_RATE: Callable[[int, int, int], float] = partial(tile_rate, row_group=DENSE_ROW_GROUP)
 
 
 def prompt_bound(shape: Geometry, tokens: int) -> PromptBound:
@@ -49,9 +65,9 @@ def prompt_bound(shape: Geometry, tokens: int) -> PromptBound:
     wide = PRODUCT_RATE(round(rows), shape.expert_width, shape.hidden)
     narrow = PRODUCT_RATE(round(rows), shape.hidden, shape.expert_width)
     experts_rate = 3 / (2 / wide + 1 / narrow)  # two wide matrices and a narrow one
-    dense_rate = PRODUCT_RATE(DENSE_DIGITS * tokens, shape.hidden, shape.hidden)
+    dense_rate = DENSE_RATE(tokens, shape.hidden, shape.hidden)
     experts = shape.layers * shape.experts_per_token * tokens * shape.expert_numbers
-    dense = shape.layers * 4 * shape.hidden**2 * tokens * DENSE_DIGITS
+    dense = shape.layers * 4 * shape.hidden**2 * tokens
     seconds = experts / experts_rate + dense / dense_rate
     return PromptBound(seconds, experts_rate, dense_rate, rows)
 

@@ -19,6 +19,7 @@ import transformers
 
 from engine_kit import MIB, opened
 from moestro.engine import SamplingParams
+from moestro.engine.model.thin_layer import ThinLayer
 
 from .ours import generate, random_ids
 
@@ -52,13 +53,22 @@ def ours(folder: Path, cache: Path, experts: str) -> dict[str, float]:
         params = SamplingParams(WARM_STEPS, temperature=0.0, ignore_eos=True)
         for seed in range(4):
             generate(loaded, [random_ids(loaded, 64, seed)], params)
-        times = clock(loaded.engine.runner._model)
+        model = loaded.engine.runner._model
+        whole = [each.__dict__.get("forward") for each in model.model.layers]
+        times = clock(model)
         began = loaded.cache.stats()
         params = SamplingParams(STEPS, temperature=0.0, ignore_eos=True)
         turn = generate(loaded, [random_ids(loaded, 8, 5)], params)
+        steps_s, layers_s = turn.steps_s, list(times["layer"])
+        if not times["block"]:  # a whole layer in one went past it: once more, module by module
+            for layer in whole:
+                assert isinstance(layer, ThinLayer)
+                layer.trusted = False
+            generate(loaded, [random_ids(loaded, 8, 5)], params)
+            times["layer"][:] = layers_s
         if loaded.cache.stats().misses - began.misses > STEPS // 4:
             raise RuntimeError("experts were read while the fixed cost was measured")
-    return _summary(times, statistics.median(turn.steps_s))
+    return _summary(times, statistics.median(steps_s))
 
 
 @torch.inference_mode()
