@@ -20,7 +20,7 @@ from moestro.cache import CacheStats
 log = logging.getLogger("moestro.engine")
 
 MEASURING_STEPS = 8
-WINDOW_STEPS = 64  # one account
+WINDOW_STEPS = 16  # one account
 FIRST_PAUSE_STEPS = 256
 LONGEST_PAUSE_STEPS = 16_384
 ENOUGH_READS = 8  # guessed reads whose mean time is believed rather than the start's few

@@ -160,7 +160,7 @@ class TestPauses:
         assert regret.gain_s == pytest.approx(0.003)
         (record,) = [one for one in caplog.records if one.levelno == logging.WARNING]
         assert record.getMessage() == (
-            "prefetch: off, the last 64 decode steps cost 252 ms (250 ms guessing, 0.00 ms demanded"
+            "prefetch: off, the last 16 decode steps cost 252 ms (250 ms guessing, 0.00 ms demanded"
             " reads waiting behind guesses, 2.00 ms reading again 2 experts that had made room) and"
             " gained 3.00 ms (3 used, 1 late); tried again after 256 decode steps"
         )
