@@ -9,8 +9,8 @@ from moestro.cache import human_bytes
 
 NATIVE = "native"
 
-# Experts/dense -> perplexity over that of native/native. `make bench-full ARGS=p9`: the demo model
-# with all 24 experts on, moved off the 4-bit grid of the file it comes from, 2 windows of text.
+# Experts/dense -> perplexity over that of native/native. `make bench-full ARGS="p9 --windows 2"`:
+# the demo with all 24 experts on, moved off the 4-bit grid of the file it comes from.
 DEMO_PERPLEXITY = {("int8", "int8"): 1.008, ("int4", "int8"): 1.017}
 
 
