@@ -9,6 +9,8 @@ PORT ?= 8000
 ARGS ?=
 PYTEST_ARGS ?=
 REPORT ?= gpu-report.json
+# Room for half of its experts, as int8 makes them.
+DEMO_FLAGS := --expert-format int8 --dense-format int8 --host-memory 20MiB
 export MOESTRO_TORCH
 export PYTHON
 
@@ -19,11 +21,11 @@ help: ## this text
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "Variables: PORT=$(PORT)  HOST=$(HOST)  ARGS=\"--host-memory 16MiB\"  (make run)"
+	@echo "Variables: PORT=$(PORT)  HOST=$(HOST)  ARGS=\"--host-memory 10MiB\"  (make run)"
 	@echo "           PYTEST_ARGS=\"-k name\"  (make test…)    PYTHON=  MOESTRO_TORCH=  (make setup)"
 
 run: setup ## set up, fetch the demo model and serve it on http://127.0.0.1:8000
-	@exec .venv/bin/moestro serve demo --host $(HOST) --port $(PORT) --host-memory 40MiB $(ARGS)
+	@exec .venv/bin/moestro serve demo --host $(HOST) --port $(PORT) $(DEMO_FLAGS) $(ARGS)
 
 setup: ## make .venv with what serving needs
 	@scripts/setup.sh runtime

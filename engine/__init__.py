@@ -33,7 +33,16 @@ from moestro.engine.facts import (
     Unavailable,
 )
 from moestro.engine.formats import FormatMap, mix_by_trace
-from moestro.engine.planning import Bound, Change, Forecast, LinkSpeed, Outlook, changes
+from moestro.engine.planning import (
+    DEMO_PERPLEXITY,
+    Bound,
+    Change,
+    Forecast,
+    Gains,
+    LinkSpeed,
+    Outlook,
+    changes,
+)
 from moestro.engine.step import (
     MOST_BIAS,
     MOST_LOGPROBS,
@@ -62,6 +71,7 @@ from .worker import EngineWorker, TokenStream
 __all__ = [
     "CEILING",
     "CURVE_SHARES",
+    "DEMO_PERPLEXITY",
     "MANIFEST_NAME",
     "MOST_BIAS",
     "MOST_LOGPROBS",
@@ -80,6 +90,7 @@ __all__ = [
     "FinishReason",
     "Forecast",
     "FormatMap",
+    "Gains",
     "GrammarKind",
     "GrammarRefused",
     "GrammarSpec",

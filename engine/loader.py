@@ -49,6 +49,7 @@ from moestro.engine.model import (
 from moestro.engine.planning import (
     Blueprint,
     MemoryPlan,
+    gains_of,
     inspect,
     plan_memory,
     release_freed_memory,
@@ -126,6 +127,7 @@ def load(
     _log_found(blueprint, config, threads)
     for line in plan.lines():
         log.info("%s", line)
+    _log_gains(config, blueprint)
     tokenizer = Tokenizer(config.model_path)
     try:
         model, cache, packed = load_weights(config, blueprint, plan, phases)
@@ -189,6 +191,12 @@ def _log_products() -> None:
         log.warning("%s", MISSING)
     else:
         log.info("products: %s", name)
+
+
+def _log_gains(config: EngineConfig, blueprint: Blueprint) -> None:
+    gains = gains_of(config, blueprint)
+    if gains is not None:
+        log.info("%s", gains.line())
 
 
 def _prefetch(

@@ -37,6 +37,7 @@ from moestro.engine.planning import (
     Traced,
     Work,
     flags_of,
+    gains_of,
     measure_link,
     measure_multiply,
     nearest_plan,
@@ -77,6 +78,7 @@ def plan_model(
         plan = _plan(config, blueprint)
         model = build_meta_model(checkpoint, CPU.compute_dtype)
         work = _work(blueprint, model, plan.demand.step_tokens)
+        gains = gains_of(config, blueprint)
         spec = blueprint.spec
     finally:
         checkpoint.close()
@@ -95,6 +97,7 @@ def plan_model(
         work=work,
         link=_link(config, spec.slot_bytes, disk_bytes_per_s),
         compute=_compute(config, blueprint, work, threads),
+        gains=gains,
         traced=traced,
     )
 

@@ -111,7 +111,8 @@ TORCH_FREE = {
     "engine": {
         *("facts/cgroups", "facts/config", "facts/errors", "facts/grammar", "facts/stats"),
         *("facts/threads", "facts/units", "model/regret", "weights/manifest"),
-        *("planning/advice", "planning/device_memory", "planning/forecast", "planning/step_size"),
+        *("planning/advice", "planning/device_memory", "planning/forecast"),
+        *("planning/gains", "planning/step_size"),
         *("step/params", "step/scheduler", "step/sequence"),
     },
     "factorize": {"facts/errors"},

@@ -14,15 +14,19 @@ from .forecast import (
     Traced,
     Work,
 )
+from .gains import DEMO_PERPLEXITY, Gains
 from .memory import MemoryPlan, release_freed_memory
 from .sketch import Sketch, weights_are_here
+from .token_reads import gains_of
 
 __all__ = [
+    "DEMO_PERPLEXITY",
     "Blueprint",
     "Bound",
     "Change",
     "ComputeSpeed",
     "Forecast",
+    "Gains",
     "LinkSpeed",
     "Matrices",
     "MemoryPlan",
@@ -35,6 +39,7 @@ __all__ = [
     "changes",
     "compact_modules",
     "flags_of",
+    "gains_of",
     "inspect",
     "measure_link",
     "measure_multiply",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import pow
 from typing import Literal
 
+from .gains import Gains
 from .memory import MemoryPlan
 
 Routing = Literal["uniform", "trace"]  # what hit rates are predicted from
@@ -182,6 +183,7 @@ class Forecast:
     work: Work
     link: LinkSpeed
     compute: ComputeSpeed
+    gains: Gains | None  # of smaller formats, where something is native and there are some
     traced: Traced | None = None
 
     @property

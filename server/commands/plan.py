@@ -16,6 +16,10 @@ The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
              tokens (of one step), routing ("uniform" or "trace"), low and high: each with
              hit_rate, link_bytes (read in one step), link_s, compute_s, tokens_per_s (a bound),
              limit ("disk" or "compute")
+    formats  null where nothing is native or torch computes; else token_bytes (weights that one
+             token is multiplied with), and smaller: a list of others that read less, each with
+             expert_format, dense_format, token_bytes, ratio, demo_perplexity (the demo model's,
+             over its own in native)
     changes  list of flags ("" where none helps) and effect
 """
 
@@ -27,7 +31,16 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from moestro.engine import Bound, Forecast, Outlook, StartError, changes, plan_model
+from moestro.engine import (
+    DEMO_PERPLEXITY,
+    Bound,
+    Forecast,
+    Gains,
+    Outlook,
+    StartError,
+    changes,
+    plan_model,
+)
 from moestro.server.facts import Refused, Settings, parse_size
 
 from .console import set_up_logging
@@ -123,8 +136,25 @@ def as_object(forecast: Forecast) -> dict[str, Any]:
         },
         "decode": _outlook_object(forecast.decode, forecast.decode_routing),
         "prefill": _outlook_object(forecast.prefill, forecast.prefill_routing),
+        "formats": _gains_object(forecast.gains),
         "changes": [{"flags": one.flags, "effect": one.effect} for one in changes(forecast)],
     }
+
+
+def _gains_object(gains: Gains | None) -> dict[str, Any] | None:
+    if gains is None:
+        return None
+    smaller = [
+        {
+            "expert_format": one.expert_format,
+            "dense_format": one.dense_format,
+            "token_bytes": one.token_bytes,
+            "ratio": gains.ratio(one),
+            "demo_perplexity": DEMO_PERPLEXITY[one.formats],
+        }
+        for one in gains.smaller
+    ]
+    return {"token_bytes": gains.now.token_bytes, "smaller": smaller}
 
 
 def _outlook_object(outlook: Outlook, routing: str) -> dict[str, Any]:
@@ -148,6 +178,7 @@ def lines(forecast: Forecast) -> list[str]:
     return [
         *_model_lines(forecast),
         *forecast.plan.lines(),
+        *([forecast.gains.line()] if forecast.gains else []),
         "",
         *_speed_lines(forecast),
         "",

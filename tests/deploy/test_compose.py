@@ -1,6 +1,7 @@
 """compose.yaml and the files it mounts agree with each other."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,20 @@ def test_the_server_is_started_as_its_command_line_wants(services: dict[str, Yam
     assert filled_in(server["ports"][0]) == f"127.0.0.1:8000:{settings.port}"
     # Killed only after the running requests had the time that the server gives them.
     assert int(server["stop_grace_period"].removesuffix("s")) > settings.drain_grace + 10
+
+
+def test_the_demo_is_served_as_make_run_does(services: dict[str, Yaml]) -> None:
+    makefile = (DEPLOY.parent / "Makefile").read_text("utf-8")
+    flags = re.search(r"^DEMO_FLAGS := (.+)$", makefile, re.MULTILINE)
+    assert flags is not None
+    assert re.search(
+        r"^run: .*\n\t.* serve demo .*\$\(DEMO_FLAGS\) \$\(ARGS\)$", makefile, re.MULTILINE
+    )
+    made = parse_serve(["serve", "demo", *shlex.split(flags[1])])
+    composed = parse_serve([filled_in(word) for word in services["moestro"]["command"]])
+    for settings in (made, composed):
+        assert (settings.expert_format, settings.dense_format) == ("int8", "int8")
+        assert settings.host_memory == 20 << 20
 
 
 def test_prometheus_scrapes_the_server(services: dict[str, Yaml]) -> None:

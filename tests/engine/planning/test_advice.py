@@ -96,6 +96,7 @@ def forecast(slots: int, limit_bytes: int = 4000 * MIB, factorized: bool = False
         work=WORK,
         link=LinkSpeed(100 * MIB, 100 * MIB, "given"),
         compute=ComputeSpeed(1e9, 1e9, 1e9, 1e9, 1, "plain"),
+        gains=None,
     )
 
 

@@ -62,6 +62,8 @@ def test_the_text_has_the_start_s_own_plan(plan: Command, folder: Path, tmp_path
     assert "mixtral: 4 layers of 8 experts of 48 KiB (native), 2 per token" in out
     assert "12 of 32 experts (37.5 %), 3.0 of 8 per layer" in out
     assert "bounds, not promises" in out
+    gains = [line for line in out.splitlines() if line.startswith("formats: ")]
+    assert len(gains) == 1 and "--expert-format int8 --dense-format int8 would read" in gains[0]
     assert "--host-memory 2MiB: all experts are resident" in out
     budgets = {"host_memory_bytes": 600 << 10, "kv_memory_bytes": 1 << 20}
     with opened(folder, tmp_path / "cache", **budgets) as loaded:
@@ -83,18 +85,30 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
         "experts": "resident_share slots slots_per_layer total",
         "link": "ordered_bytes_per_s scattered_bytes_per_s source",
         "compute": "products threads",
+        "formats": "smaller token_bytes",
         "decode": "high low routing tokens",
         "prefill": "high low routing tokens",
     }
     assert found["model"]["expert_format"] == "int8"
     names = ("interpreter", "dense", "workspace", "experts", "kv", "packing")
     assert sum(found["memory"][f"{name}_bytes"] for name in names) == found["memory"]["total_bytes"]
+    for one in found["formats"]["smaller"]:
+        assert one["ratio"] == one["token_bytes"] / found["formats"]["token_bytes"] < 1
+        assert one["demo_perplexity"] > 1
     assert found["prefill"]["tokens"] == found["memory"]["max_step_tokens"] == 512
     for step in (found["decode"], found["prefill"]):
         assert step["low"]["tokens_per_s"] <= step["high"]["tokens_per_s"]
         assert step["low"]["limit"] in ("disk", "compute")
         assert step["routing"] == "uniform"
     assert all(sorted(change) == ["effect", "flags"] for change in found["changes"])
+
+
+def test_where_nothing_is_native_nothing_is_to_be_gained(plan: Command, folder: Path) -> None:
+    small = ("--expert-format", "int8", "--dense-format", "int8")
+    code, out, _ = plan(folder, *BUDGETS, *small)
+    assert code == 0 and "formats: " not in out
+    code, out, _ = plan(folder, *BUDGETS, *small, "--json")
+    assert (code, json.loads(out)["formats"]) == (0, None)
 
 
 def test_given_steps_are_planned(plan: Command, folder: Path) -> None:
