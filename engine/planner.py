@@ -21,7 +21,7 @@ from moestro.cache import (
     replay,
 )
 from moestro.engine.facts import CPU, BudgetTooSmall, EngineConfig, StartError, choose, set_threads
-from moestro.engine.formats import codec_of
+from moestro.engine.formats import codec_of, in_tiles
 from moestro.engine.kernels import chosen, set_pool_threads
 from moestro.engine.model import build_meta_model
 from moestro.engine.planning import (
@@ -188,8 +188,10 @@ def _link(config: EngineConfig, blob_bytes: int, said_bytes_per_s: float | None)
 def _compute(config: EngineConfig, blueprint: Blueprint, work: Work, threads: int) -> ComputeSpeed:
     """With the threads, shapes and formats that serving would have."""
     hidden = int(blueprint.checkpoint.config.get_text_config().hidden_size)
+    # As the files have it where it lies in tiles, else widened.
+    stored = _matrices(blueprint)[0][0] if in_tiles(CPU.compute_dtype) else CPU.compute_dtype
     dense = Matrices(
-        {"dense": (CPU.compute_dtype, (4 * hidden, hidden))}, False, work.dense_numbers + hidden**2
+        {"dense": (stored, (4 * hidden, hidden))}, False, work.dense_numbers + hidden**2
     )
     first = blueprint.experts[0]
     experts = Matrices(
