@@ -1,6 +1,7 @@
 """Norms, routers, attention and whole layers of single tokens against plain torch."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -55,6 +56,7 @@ class Module(NamedTuple):
     rotary: int
 
 
+@lru_cache
 def module(
     heads: int, key_heads: int, dim: int, rotary: int, norms: str = "none", bias: bool = False
 ) -> Module:
