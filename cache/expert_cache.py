@@ -97,13 +97,15 @@ class ExpertCache:
 
         Nothing is ever evicted from such a cache, so what is lent need not be held. The views of
         the distinct `experts`, in their order, each a hit; None where one is not here, or could be
-        evicted: `acquire` them.
+        evicted, or was read ahead and is asked for the first time: `acquire` them.
         """
         if not self._plan.holds_all or self._loader.in_flight or self._open_lease() is not None:
             return None
         row, ready, views = self._table.where[layer], self._table.ready, self._arena.views[layer]
         slots = [row[expert] for expert in experts]
         if not all(slot >= 0 and ready[slot] for slot in slots):
+            return None
+        if not self._table.guessed.isdisjoint(slots):
             return None
         self._counters.guesses.event()
         self._counters.requested[layer] += len(slots)

@@ -60,6 +60,7 @@ def tile_attention(
         None if query_norm is None else query_norm.weight.data_ptr(),
         None if key_norm is None else key_norm.weight.data_ptr(),
         0 if query_norm is None else len(query_norm.weight),
+        0 if key_norm is None else len(key_norm.weight),
         shape.heads,
         shape.key_heads,
         shape.dim,

@@ -58,15 +58,25 @@ def bind(module: torch.nn.Module, function: ExpertsFunction) -> None:
 
 @contextmanager
 def experts_aside(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the experts of `model` give half of what comes to them, and none is asked for."""
+    """Inside, no expert of `model` is asked for: their sum is the input times a number.
+
+    It depends on every chosen expert's number and share, so that no other choice gives the same.
+    """
     bound = [(each, each.moestro_experts) for each in model.modules() if is_experts_module(each)]
     try:
         for module, _ in bound:
-            bind(module, lambda _, hidden, *__: hidden * 0.5)
+            bind(module, _aside)
         yield
     finally:
         for module, function in bound:
             bind(module, function)  # type: ignore[arg-type]
+
+
+def _aside(
+    module: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    known = (ids + 1) / int(module.num_experts)  # type: ignore[arg-type]
+    return hidden * (known * weights).sum(dim=1, keepdim=True).to(hidden.dtype)
 
 
 class StepPhase:

@@ -9,6 +9,7 @@ Shape letters: T tokens of the packed row, H width, D width of a head.
 """
 
 from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -46,6 +47,13 @@ def agrees(found: torch.Tensor, wanted: torch.Tensor, *, coarse: bool = False) -
     return bool((found - wanted).abs().max() <= most * wanted.abs().max().clamp(min=1e-30))
 
 
+def takes_rows(module: torch.nn.Module) -> bool:
+    """Rows are all that it has to be called with."""
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    given = [each for each in signature(module.forward).parameters.values() if each.kind in kinds]
+    return bool(given) and all(each.default is not Parameter.empty for each in given[1:])
+
+
 def norm_of(module: torch.nn.Module) -> Norm | None:
     """What `module` is, where it is an RMS norm over its last dimension."""
     weight = module._parameters.get("weight")
@@ -54,7 +62,8 @@ def norm_of(module: torch.nn.Module) -> Norm | None:
         None,
     )
     plain = weight is not None and weight.dim() == 1 and weight.dtype == torch.float32
-    if not plain or not isinstance(eps, float) or len(module._parameters) > 1:
+    bare = len(module._parameters) == 1 and takes_rows(module)
+    if not plain or not isinstance(eps, float) or not bare:
         return None
     assert weight is not None
     generator = torch.Generator().manual_seed(0)
@@ -67,13 +76,28 @@ def norm_of(module: torch.nn.Module) -> Norm | None:
     return None
 
 
+def fits(*tensors: object) -> bool:
+    """The library reads such: fp32 on the host."""
+    return all(
+        isinstance(each, torch.Tensor) and each.dtype == torch.float32 and each.device.type == "cpu"
+        for each in tensors
+    )
+
+
+def are_turns(given: object) -> bool:
+    """Cosines and sines, not another family's way to say positions."""
+    return isinstance(given, tuple) and len(given) == 2 and fits(*given)
+
+
 class ThinNorm:
     """In place of a norm's `forward`."""
 
-    def __init__(self, norm: Norm) -> None:
-        self.norm = norm
+    def __init__(self, stock: Callable[..., Any], norm: Norm) -> None:
+        self._stock, self.norm = stock, norm
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, *others: Any, **keywords: Any) -> Any:
+        if others or keywords or not fits(hidden):
+            return self._stock(hidden, *others, **keywords)
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         return normalize(flat, self.norm).view(hidden.shape)
 
@@ -84,10 +108,10 @@ class ThinRouter:
     def __init__(self, stock: Callable[..., Any], router: Router) -> None:
         self._stock, self.router = stock, router
 
-    def __call__(self, hidden: torch.Tensor) -> Any:
+    def __call__(self, hidden: torch.Tensor, *others: Any, **keywords: Any) -> Any:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if flat.shape[0] > FEW_ROWS or flat.dtype != torch.float32:
-            return self._stock(hidden)
+        if others or keywords or flat.shape[0] > FEW_ROWS or not fits(flat):
+            return self._stock(hidden, *others, **keywords)
         return route(flat.contiguous(), self.router)
 
 
@@ -98,6 +122,8 @@ def router_of(module: torch.nn.Module) -> ThinRouter | None:
     if not isinstance(k, int) or weight is None or weight.dim() != 2 or list(module.children()):
         return None
     if any(each is not None and each.dtype != torch.float32 for each in parameters.values()):
+        return None
+    if not takes_rows(module):
         return None
     rows = torch.randn((4, weight.shape[1]), generator=torch.Generator().manual_seed(0))
     wanted = module(rows)
@@ -117,10 +143,19 @@ def router_of(module: torch.nn.Module) -> ThinRouter | None:
 class ThinMlp:
     """In place of the `forward` of an MLP with a gate, as one expert that every row goes to."""
 
-    def __init__(self, expert: TileExpert, activation: Activation, scratch: Scratch) -> None:
-        self.expert, self.activation, self._scratch = expert, activation, scratch
+    def __init__(
+        self,
+        stock: Callable[..., Any],
+        expert: TileExpert,
+        activation: Activation,
+        scratch: Scratch,
+    ) -> None:
+        self._stock, self._scratch = stock, scratch
+        self.expert, self.activation = expert, activation
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor) -> Any:
+        if not fits(hidden):
+            return self._stock(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         rows = flat.shape[0]
         if rows == 1:
@@ -160,7 +195,7 @@ def mlp_of(module: torch.nn.Module, scratch: Scratch) -> ThinMlp | None:
     known = known_activation(gated, first.outputs, 0.0, 0.0)
     if known is None or down.inputs * 2 != first.outputs:
         return None
-    thin = ThinMlp(TileExpert.of(first, None, down, None), known, scratch)
+    thin = ThinMlp(module.forward, TileExpert.of(first, None, down, None), known, scratch)
     rows = torch.randn((3, first.inputs), generator=torch.Generator().manual_seed(0))
     coarse = any(not child.form.is_float for child in linears.values())
     return thin if agrees(thin(rows), module(rows), coarse=coarse) else None
@@ -196,12 +231,13 @@ class ThinAttention:
         """[1, T, H] -> ([1, T, H], None)"""
         if (
             (self.trusted or self.comparing)
-            and position_embeddings is not None
+            and are_turns(position_embeddings)
             and attention_mask is None
+            and fits(hidden_states)
             and past_key_values is self._cache
             and self._cache.rows is not None
         ):
-            found = self._attend(hidden_states, position_embeddings)
+            found = self._attend(hidden_states, position_embeddings)  # type: ignore[arg-type]
             if not self.comparing:
                 return found, None
         else:
@@ -279,5 +315,8 @@ def attention_of(
     if None in norms or len(norms) == 1:
         return None
     if norms and norms[0].eps != norms[1].eps:  # type: ignore[union-attr]
+        return None
+    widths = zip(norms, (query.outputs, key.outputs), strict=False)
+    if any(width % len(norm.weight) for norm, width in widths if norm is not None):
         return None
     return ThinAttention(module, cache, scratch, tuple(norms) or None)

@@ -17,24 +17,34 @@ from moestro.engine.formats import is_experts_module
 from moestro.engine.kernels import LayerParts, LayerStep, Scratch, StepRoom
 
 from .kv import PackedCache
-from .thin import ThinAttention, ThinMlp, ThinNorm, ThinRouter, agrees, flat_turns
+from .thin import (
+    ThinAttention,
+    ThinMlp,
+    ThinNorm,
+    ThinRouter,
+    agrees,
+    are_turns,
+    fits,
+    flat_turns,
+)
 
 
 class StepMemory:
     """What the layers of one model hand on during a step."""
 
     def __init__(self) -> None:
-        self._rooms: dict[tuple[int, int, int], StepRoom] = {}
+        self._rooms: dict[tuple[int, int], StepRoom] = {}
         self._of: object = None
         self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
         self._addresses = (0, 0)
 
     def room(self, tokens: int, parts: LayerParts) -> StepRoom:
-        """For layers of the same shape, the same."""
-        key = (tokens, parts.router.k, len(parts.router.matrix))
-        if key not in self._rooms:
-            self._rooms[key] = StepRoom(tokens, parts)
-        return self._rooms[key]
+        """For layers of the same shape, the same; of other steps' sizes none is kept."""
+        key = (parts.router.k, len(parts.router.matrix))
+        room = self._rooms.get(key)
+        if room is None or room.tokens != tokens:
+            room = self._rooms[key] = StepRoom(tokens, parts)
+        return room
 
     def turns(self, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
         """Addresses of cosines and sines [T, R]; all layers of a pass are given the same ones."""
@@ -81,11 +91,13 @@ class ThinLayer:
             not (self.trusted or self.comparing)
             or others
             or self._cache.rows is None
-            or turns is None
+            or not are_turns(turns)
+            or not fits(hidden_states)
             or keywords.get("attention_mask") is not None
             or keywords.get("past_key_values") is not self._cache
         ):
             return self._stock(hidden_states, *others, **keywords)
+        assert turns is not None
         if not self.comparing:
             return self._run(hidden_states, turns)
         found = self._run(hidden_states.clone(), turns)

@@ -38,7 +38,7 @@ class Thinner:
 
     def _replace(self, module: torch.nn.Module, scratch: Scratch) -> None:
         if (norm := norm_of(module)) is not None:
-            module.__dict__["forward"] = ThinNorm(norm)
+            module.__dict__["forward"] = ThinNorm(module.forward, norm)
             self.counts["norms"] += 1
         elif (router := router_of(module)) is not None:
             module.__dict__["forward"] = router

@@ -126,6 +126,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.lease = None
         assert all(request.guessed for request in self.cache._loader._under_way)
 
+    @rule(layer=LAYERS, experts=EXPERTS, phase=st.sampled_from(Phase))
+    def resident(self, layer: int, experts: list[int], phase: Phase) -> None:
+        known = {(layer, expert) for expert in experts} <= self.here()
+        views = self.cache.resident(layer, experts, phase)
+        if views is None:
+            return
+        assert known and self.lease is None and self.cache.plan.holds_all
+        for expert, tensors in zip(experts, views, strict=True):
+            assert_is(tensors, self.spec, layer, expert)
+        self.requested += len(experts)
+        self.hits += len(experts)
+
     @rule(layer=LAYERS, experts=EXPERTS, limit=st.integers(0, 3))
     def prefetch(self, layer: int, experts: list[int], limit: int) -> None:
         staying = self.here() & ({(layer, expert) for expert in experts} | self.pinned())

@@ -92,12 +92,12 @@ INLINE fv activated(int kind, fv gate, fv up, float alpha, float limit)
     case GELU: return gelu(gate);
     case GELU_TANH_MUL: return fv_mul(gelu_tanh(gate), up);
     case RELU_SQUARED: {
-        const fv positive = fv_max(gate, fv_set(0));
+        const fv positive = fv_max(fv_set(0), gate); /* of NaN the second is taken */
         return fv_mul(positive, positive);
     }
     default: {
-        const fv g = fv_min(gate, fv_set(limit));
-        const fv u = fv_min(fv_max(up, fv_set(-limit)), fv_set(limit));
+        const fv g = fv_min(fv_set(limit), gate);
+        const fv u = fv_min(fv_set(limit), fv_max(fv_set(-limit), up));
         return fv_mul(fv_add(u, fv_set(1)), fv_mul(g, sigmoid(fv_mul(g, fv_set(alpha)))));
     }
     }

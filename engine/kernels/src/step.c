@@ -28,10 +28,10 @@ static int64_t linear_bytes(const attention *a, const attention_call *call)
     return most;
 }
 
-static void norm_heads(const attention *a, const float *weight, float *x, int width)
+static void norm_heads(const float *weight, float eps, int each, float *x, int width)
 {
-    for (int start = 0; weight && start < width; start += a->norm_width)
-        current_step()->normalize(x + start, weight, a->eps, a->norm_width, x + start);
+    for (int start = 0; weight && start < width; start += each)
+        current_step()->normalize(x + start, weight, eps, each, x + start);
 }
 
 /* x cos + (its halves exchanged, the first one negative) sin, of each head's first inputs. */
@@ -57,8 +57,8 @@ static void place_token(const step *s, int t)
     const float *v = s->v + (int64_t)t * key_width;
     const float *cos = call->cos + (int64_t)t * a->rotary;
     const float *sin = call->sin + (int64_t)t * a->rotary;
-    norm_heads(a, a->query_norm, q, query_width);
-    norm_heads(a, a->key_norm, k, key_width);
+    norm_heads(a->query_norm, a->eps, a->query_norm_width, q, query_width);
+    norm_heads(a->key_norm, a->eps, a->key_norm_width, k, key_width);
     turn_heads(a, cos, sin, q, a->heads);
     turn_heads(a, cos, sin, k, a->key_heads);
     for (int i = 0; i < query_width; i++)

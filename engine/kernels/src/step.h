@@ -26,7 +26,7 @@ typedef struct {
     matrix query, key, value, output;
     const float *query_bias, *key_bias, *value_bias, *output_bias; /* NULL: none */
     const float *query_norm, *key_norm;                            /* NULL: none */
-    int32_t norm_width; /* of a head, or of all of them together */
+    int32_t query_norm_width, key_norm_width; /* of a head, or of all of them together */
     int32_t heads, key_heads, dim;
     int32_t rotary; /* first inputs of a head that turn with the position */
     float eps, scaling;

@@ -1,7 +1,5 @@
 """The library's products against the meaning of the bytes, on all instruction sets there are."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -9,11 +7,9 @@ from moestro.engine.kernels import (
     Scratch,
     TileFormat,
     encode,
-    instruction_sets,
     linear,
     tile_matrix,
 )
-from moestro.engine.kernels.library import choose
 from tile_reference import decode
 
 FORMATS = (
@@ -30,13 +26,6 @@ FORMATS = (
 )
 SHAPES = ((48, 64), (37, 96), (16, 32), (5, 40), (130, 260))
 COUNTS = (1, 2, 3, 7, 16, 17, 33, 64, 100)
-
-
-@pytest.fixture(params=instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    choose(request.param)
-    yield request.param
-    choose(instruction_sets()[0])
 
 
 def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:

@@ -1,0 +1,219 @@
+"""All experts of a layer in one call, and what becomes of their results, against plain torch."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moestro.engine.kernels import (
+    Routed,
+    Scratch,
+    TileExpert,
+    TileFormat,
+    combine,
+    encode,
+    known_activation,
+    multiply_experts,
+    set_pool_threads,
+    tile_matrix,
+)
+from moestro.engine.kernels.products import (
+    CLAMPED_SIGMOID_MUL,
+    GATED,
+    GELU,
+    GELU_MUL,
+    GELU_TANH_MUL,
+    RELU_SQUARED,
+    SILU,
+    SILU_MUL,
+    activate,
+)
+from tile_reference import decode
+
+WIDTH = 64
+ALPHA, LIMIT = 1.702, 2.5
+FLOATS = (TileFormat("float32"), TileFormat("bfloat16"), TileFormat("float16"))
+MIXED = (TileFormat("int8"), TileFormat("int4", 32, "float16", "float"), *FLOATS)
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def clamped(inner: torch.Tensor) -> torch.Tensor:
+    gate, up = inner[:, ::2].clamp(max=LIMIT), inner[:, 1::2].clamp(-LIMIT, LIMIT)
+    return (up + 1) * gate * torch.sigmoid(gate * ALPHA)
+
+
+def gated(function: Function) -> Function:
+    return lambda inner: function(inner.chunk(2, 1)[0]) * inner.chunk(2, 1)[1]
+
+
+ACTIVATIONS: dict[int, Function] = {
+    SILU_MUL: gated(F.silu),
+    GELU_MUL: gated(F.gelu),
+    GELU_TANH_MUL: gated(lambda gate: F.gelu(gate, approximate="tanh")),
+    CLAMPED_SIGMOID_MUL: clamped,
+    SILU: F.silu,
+    GELU: F.gelu,
+    RELU_SQUARED: lambda inner: F.relu(inner) ** 2,
+}
+
+
+class Made:
+    """An expert in tiles, and as torch computes it."""
+
+    def __init__(self, form: TileFormat, inner: int, *, gated: bool, bias: bool) -> None:
+        sizes = [(2 * inner if gated else inner, WIDTH), (WIDTH, inner)]
+        stored = [encode(torch.randn(size) / size[1] ** 0.5, form) for size in sizes]
+        self.form = form
+        self.weights = [
+            decode(each, form, *size).double() for each, size in zip(stored, sizes, strict=True)
+        ]
+        self.biases = [torch.randn(size[0]) if bias else None for size in sizes]
+        first, down = (
+            tile_matrix(each, form, *size) for each, size in zip(stored, sizes, strict=True)
+        )
+        self.tile = TileExpert.of(first, self.biases[0], down, self.biases[1])
+
+    def through(self, rows: torch.Tensor, function: Function) -> torch.Tensor:
+        """Activations unrounded: integer formats are near it, floats are it."""
+        biases = [None if each is None else each.double() for each in self.biases]
+        inner = F.linear(rows.double(), self.weights[0], biases[0])
+        return F.linear(function(inner), self.weights[1], biases[1])
+
+
+@lru_cache
+def made(form: TileFormat, inner: int, *, gated: bool, bias: bool) -> Made:
+    """The same for every instruction set: telling bytes' meaning takes long."""
+    torch.manual_seed(inner)
+    return Made(form, inner, gated=gated, bias=bias)
+
+
+def dealt(counts: Sequence[int], tokens: int) -> Routed:
+    """So many rows for each expert, places in reverse."""
+    total = sum(counts)
+    starts = [sum(counts[:e]) for e in range(len(counts) + 1)]
+    return Routed(starts, [(3 * row) % tokens for row in range(total)], range(total)[::-1])
+
+
+def run(
+    experts: Sequence[Made], counts: Sequence[int], rows: torch.Tensor, kind: int | Function
+) -> torch.Tensor:
+    out = torch.full((sum(counts), WIDTH), float("nan"))
+    own = (kind, ALPHA, LIMIT) if isinstance(kind, int) else kind
+    tiles, routed = [each.tile for each in experts], dealt(counts, len(rows))
+    multiply_experts(tiles, routed, rows, out, own, Scratch())
+    return out
+
+
+def wanted(
+    experts: Sequence[Made], counts: Sequence[int], rows: torch.Tensor, function: Function
+) -> torch.Tensor:
+    owners = [expert for expert, count in zip(experts, counts, strict=True) for _ in range(count)]
+    taken = [rows[(3 * row) % len(rows)][None] for row in range(len(owners))]
+    each = [who.through(row, function) for who, row in zip(owners, taken, strict=True)]
+    return torch.cat(each[::-1])
+
+
+def near(found: torch.Tensor, exact: torch.Tensor, most: float = 1e-5) -> bool:
+    return bool((found - exact).abs().max() <= most * exact.abs().max())
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_experts_of_other_widths_and_formats(kind: int, instruction_set: str) -> None:
+    """Some with no row at all, first, last and between."""
+    torch.manual_seed(0)
+    function, rows = ACTIVATIONS[kind], torch.randn(5, WIDTH)
+    inners, counts = (16, 48, 40, 96, 32, 16), (0, 3, 1, 0, 7, 0)
+    for bias in (False, True):
+        experts = [
+            made(FLOATS[i % 3], inner, gated=kind in GATED, bias=bias)
+            for i, inner in enumerate(inners)
+        ]
+        found = run(experts, counts, rows, kind)
+        assert near(found, wanted(experts, counts, rows, function))
+        nobody = run(experts, [0] * 6, rows, kind)
+        assert nobody.shape == (0, WIDTH)
+
+
+def test_integer_experts_beside_floats_change_no_bit(instruction_set: str) -> None:
+    torch.manual_seed(0)
+    rows, function = torch.randn(16, WIDTH), ACTIVATIONS[SILU_MUL]
+    experts = [made(form, 32 + 16 * i, gated=True, bias=i > 2) for i, form in enumerate(MIXED)]
+    counts = (2, 16, 1, 5, 3)
+    together = run(experts, counts, rows, SILU_MUL)
+    exact = wanted(experts, counts, rows, function)
+    assert near(together, exact, 0.03)
+    floats = slice(0, sum(counts[2:]))  # places are in reverse
+    assert near(together[floats], exact[floats])
+    try:
+        assert set_pool_threads(2) == 2
+        assert torch.equal(run(experts, counts, rows, SILU_MUL), together)
+    finally:
+        set_pool_threads(1)
+
+
+@pytest.mark.parametrize("form", MIXED, ids=lambda form: form.tag)
+def test_a_row_is_the_same_in_any_company(form: TileFormat, instruction_set: str) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(16, WIDTH)
+    one, other = (made(form, inner, gated=True, bias=True) for inner in (48, 32))
+    alone = torch.cat([run([one], (1,), row[None], SILU_MUL) for row in rows])
+    for count in range(1, 17):
+        few = rows[:count].contiguous()
+        out = torch.empty((2 * count, WIDTH))
+        places = [*range(count), *range(count, 2 * count)]
+        routed = Routed((0, count, 2 * count), [*range(count)] * 2, places)
+        known = (SILU_MUL, 0.0, 0.0)
+        multiply_experts([one.tile, other.tile], routed, few, out, known, Scratch())
+        assert torch.equal(out[:count], alone[:count]), count
+
+
+def test_an_activation_of_its_own_is_a_function(instruction_set: str) -> None:
+    torch.manual_seed(0)
+    rows, counts = torch.randn(4, WIDTH), (2, 0, 5)
+
+    def odd(inner: torch.Tensor) -> torch.Tensor:
+        return torch.sin(inner[:, :48]) * inner[:, 48:]
+
+    assert known_activation(odd, 96, 0.0, 0.0) is None
+    experts = [made(FLOATS[i], 48, gated=True, bias=True) for i in range(3)]
+    found = run(experts, counts, rows, odd)
+    assert near(found, wanted(experts, counts, rows, odd))
+    same = run(experts, counts, rows, ACTIVATIONS[SILU_MUL])
+    assert near(same, run(experts, counts, rows, SILU_MUL))
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_are_known_by_what_they_give(kind: int, instruction_set: str) -> None:
+    for inputs in (64, 70):
+        found = known_activation(ACTIVATIONS[kind], inputs, ALPHA, LIMIT)
+        assert found == (kind, ALPHA, LIMIT)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_an_activation_keeps_what_is_no_number(kind: int, instruction_set: str) -> None:
+    for place in (3, 37):  # a gate and, with a gate, an up
+        inner = torch.randn(2, 64)
+        inner[1, place] = float("nan")
+        found = activate(inner, (kind, ALPHA, LIMIT))
+        assert torch.isfinite(found[0]).all()
+        assert int(found[1].isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("width", [16, 50, 64])
+def test_results_are_summed_in_their_order(width: int, instruction_set: str) -> None:
+    torch.manual_seed(0)
+    weights, results = torch.rand(3, 4), torch.randn(12, width)
+    found = combine(weights, results)
+    exact = torch.einsum("tk,tkh->th", weights.double(), results.view(3, 4, width).double())
+    assert near(found, exact)
+    for t in range(3):
+        alone = combine(weights[t : t + 1], results[4 * t : 4 * t + 4].contiguous())
+        assert torch.equal(alone[0], found[t])
+    # 1e8 + 1 - 1e8 in this order, and none that starts with the two large ones
+    ordered = torch.tensor([[1e8], [1.0], [-1e8]]).expand(3, width).contiguous()
+    assert torch.equal(combine(torch.ones(1, 3), ordered), torch.zeros(1, width))
+    results[5, 0] = float("nan")
+    found = combine(weights, results)
+    assert found[1, 0].isnan() and torch.isfinite(found[[0, 2]]).all()
