@@ -75,8 +75,9 @@ def experts_aside(model: torch.nn.Module) -> Iterator[None]:
 def _aside(
     module: torch.nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    known = (ids + 1) / int(module.num_experts)  # type: ignore[arg-type]
-    return hidden * (known * weights).sum(dim=1, keepdim=True).to(hidden.dtype)
+    known: torch.Tensor = (ids + 1) / int(module.num_experts)  # type: ignore[arg-type]
+    factor = (known * weights).sum(dim=1, keepdim=True)
+    return hidden * factor.to(hidden.dtype)
 
 
 class StepPhase:

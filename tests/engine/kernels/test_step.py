@@ -151,7 +151,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_that_of_torch_wherever_pages_lie(shape: str, instruction_set: str) -> None:
     torch.manual_seed(1)
-    case = Case(module(*SHAPES[shape]), LENGTHS)  # type: ignore[arg-type]
+    case = Case(module(*SHAPES[shape]), LENGTHS)
     found = case.run(STRAIGHT)
     assert close(found, case.wanted())
     others = torch.randperm(len(STRAIGHT), generator=torch.Generator().manual_seed(2)).tolist()
@@ -282,6 +282,6 @@ def test_a_layer_is_the_sum_of_its_parts(shared: bool, instruction_set: str) -> 
     assert scratch.size_bytes > 0
     smaller = StepRoom(1, parts)  # another number of tokens, then the first again
     only = Rows(case.places.rows[:1], case.places.starts[:2])
-    alone = step.head(hidden[:1].contiguous(), addresses, buffers, only, smaller)
+    first = step.head(hidden[:1].contiguous(), addresses, buffers, only, smaller)
     again = step.head(hidden, addresses, buffers, case.places, room)
-    assert torch.equal(alone[0], again[0])
+    assert torch.equal(first[0], again[0])

@@ -246,7 +246,12 @@ def test_a_layer_of_another_dtype_goes_the_general_way(tmp_path: Path) -> None:
     with opened(folder, tmp_path / "cache") as loaded:
         layer = small(loaded)[ThinLayer][0]
         asked: list[torch.Tensor] = []
-        layer._stock = lambda hidden, **_: asked.append(hidden) or hidden
+
+        def stock(hidden: torch.Tensor, **_: object) -> torch.Tensor:
+            asked.append(hidden)
+            return hidden
+
+        layer._stock = stock
         layer._run = None  # would be called
         layer._cache.rows = object()
         turns = torch.ones(1, 1, 16), torch.zeros(1, 1, 16)
