@@ -282,6 +282,6 @@ def test_a_layer_is_the_sum_of_its_parts(shared: bool, instruction_set: str) -> 
     assert scratch.size_bytes > 0
     smaller = StepRoom(1, parts)  # another number of tokens, then the first again
     only = Rows(case.places.rows[:1], case.places.starts[:2])
-    first = step.head(hidden[:1].contiguous(), addresses, buffers, only, smaller)
-    again = step.head(hidden, addresses, buffers, case.places, room)
-    assert torch.equal(first[0], again[0])
+    one_row = step.head(hidden[:1].contiguous(), addresses, buffers, only, smaller)
+    all_rows = step.head(hidden, addresses, buffers, case.places, room)
+    assert torch.equal(one_row[0], all_rows[0])
