@@ -31,7 +31,7 @@ class StepRoom:
         experts, width = parts.router.matrix.shape
         self.tokens = tokens
         self.normed = torch.empty((tokens, width))
-        self.logits = torch.empty((tokens + 2, experts))
+        self.logits = torch.empty((3 * tokens, experts))
         self.shares = torch.empty((tokens, parts.router.k))
         self.chosen = torch.empty((tokens, parts.router.k), dtype=torch.int64)
         self.shared = torch.empty((tokens, width))

@@ -113,6 +113,24 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+class AttendCall(ctypes.Structure):
+    """`attend_call` of src/step.h."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("rows", c_void_p),
+        ("starts", c_void_p),
+        ("out", c_void_p),
+        ("pool_rows", c_int64),
+        ("count", c_int32),
+        ("heads", c_int32),
+        ("key_heads", c_int32),
+        ("dim", c_int32),
+    )
+
+
 class RouteCall(ctypes.Structure):
     """`route_call` of src/step.h."""
 
@@ -193,6 +211,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int64),
     ),
     "moestro_attention": (c_int64, (c_void_p, POINTER(AttentionCall))),
+    "moestro_attend": (None, (POINTER(AttendCall),)),
     "moestro_layer_head": (c_int64, (c_void_p, POINTER(LayerCall))),
     "moestro_layer_tail": (c_int64, (POINTER(TailCall),)),
     "moestro_route": (None, (POINTER(RouteCall),)),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .library import AttentionCall, AttentionStruct, RouteCall
+from .library import AttendCall, AttentionCall, AttentionStruct, RouteCall
 from .products import Scratch, TileMatrix, loaded
 
 MOST_GROUP = 64  # query heads that share a key head
@@ -113,6 +113,31 @@ def attend(
     return out
 
 
+def attend_stored(
+    queries: torch.Tensor, buffers: tuple[torch.Tensor, torch.Tensor], rows: Rows
+) -> torch.Tensor:
+    """fp32 [T, heads, D], contiguous, turned and scaled -> the same shape.
+
+    What `attend` gives, where the new keys and values lie in `buffers` [key heads, rows, D].
+    """
+    out = torch.empty_like(queries)
+    keys, values = buffers
+    call = AttendCall(
+        queries.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        rows.rows.data_ptr(),
+        rows.starts.data_ptr(),
+        out.data_ptr(),
+        keys.shape[1],
+        *queries.shape[:2],
+        keys.shape[0],
+        queries.shape[2],
+    )
+    loaded().moestro_attend(call)
+    return out
+
+
 def normalize(rows: torch.Tensor, norm: Norm) -> torch.Tensor:
     """fp32 [n, width], contiguous -> the same shape: each row by its root mean square."""
     out = torch.empty_like(rows)
@@ -139,7 +164,7 @@ class Router(NamedTuple):
 def route(rows: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """fp32 [n, H], contiguous -> logits [n, E], shares [n, k] and experts int64 [n, k]."""
     (count, inputs), experts = rows.shape, router.matrix.shape[0]
-    room = torch.empty((count + 2, experts))
+    room = torch.empty((3 * count, experts))
     shares = torch.empty((count, router.k))
     chosen = torch.empty((count, router.k), dtype=torch.int64)
     call = RouteCall(

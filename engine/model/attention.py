@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from moestro.engine.kernels import attend_stored
+
 from .kv import PackedCache, Span
 
 NAME = "moestro"
@@ -83,6 +85,9 @@ def attention_hook(
     direct = key is returned
     if not direct and returned is not None:
         cache.expanded_layers.add(layer)  # found while tracing, on the meta device
+    done = None
+    if layer in cache.attended_by_library and attention_mask is None:
+        done = _attend_singles(cache, layer, query, scaling)
     outputs, offset = [], 0
     for index, span in enumerate(cache.spans):
         length = span.kv.length_tokens + span.tokens
@@ -94,6 +99,9 @@ def attention_hook(
                 value[0, :, offset : offset + length],
             )
         offset += length
+        if done is not None and span.tokens == 1:
+            outputs.append(done.pop(0))
+            continue
         rows = query[:, :, span.start : span.start + span.tokens]  # [1, H, n, D]
         mask = _mask(cache, attention_mask, index, span, rows.device)
         if s_aux is not None:
@@ -116,6 +124,21 @@ def _mask(
         causal = rule or MaskRule(causal_mask_function)
         cache.masks[key] = causal.evaluate(start, span.tokens, device)
     return cache.masks[key]
+
+
+def _attend_singles(
+    cache: PackedCache, layer: int, query: torch.Tensor, scaling: float | None
+) -> list[torch.Tensor] | None:
+    """[1, H, 1, D] of each sequence with one new token, by the code of steps that have no others.
+
+    So what a prompt beside them changes is not even their rounding.
+    """
+    if cache.singles is None:
+        return None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    rows = query[0].transpose(0, 1)[cache.singles.at] * scale  # [n, H, D]
+    found = attend_stored(rows.contiguous(), cache.singles.store.layers[layer], cache.singles.rows)
+    return list(found[:, None, :, None].unbind())
 
 
 def _attend(

@@ -6,6 +6,7 @@ Knows no scheduling: whose a page is, and how long, is decided elsewhere.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -140,13 +141,23 @@ class Span:
     tokens: int
 
 
-def _rows_of_single_tokens(spans: Sequence[Span]) -> Rows | None:
-    """None where a sequence has more new tokens than one, or another store than the first."""
-    if any(span.tokens != 1 or span.kv.store is not spans[0].kv.store for span in spans):
+class SingleTokens(NamedTuple):
+    """The sequences of a pass that have one new token."""
+
+    at: torch.Tensor  # int64 [n]: their rows in the packed row
+    rows: Rows  # where their tokens lie
+    store: KVStore  # in it
+
+
+def _single_tokens(spans: Sequence[Span]) -> SingleTokens | None:
+    """None where there are none, or where they lie in several stores."""
+    singles = [span for span in spans if span.tokens == 1]
+    if not singles or any(span.kv.store is not singles[0].kv.store for span in singles):
         return None
-    each = [span.kv.rows(span.kv.length_tokens + 1) for span in spans]
-    ends = torch.tensor([0, *map(len, each)]).cumsum(0)
-    return Rows(each[0] if len(each) == 1 else torch.cat(each), ends)
+    each = [span.kv.rows(span.kv.length_tokens + 1) for span in singles]
+    rows = Rows(torch.cat(each), torch.tensor([0, *map(len, each)]).cumsum(0))
+    at = torch.tensor([span.start for span in singles])
+    return SingleTokens(at, rows, singles[0].kv.store)
 
 
 class PackedCache:
@@ -165,8 +176,11 @@ class PackedCache:
         self.written: tuple[int, torch.Tensor | None] = (-1, None)  # last layer and returned keys
         self.masks: dict[tuple[int, int], torch.Tensor] = {}  # (rule, span) -> mask of this pass
         self.forgets: list[Callable[[], None]] = []  # called when a pass begins
+        self.attended_by_library: set[int] = set()
+        """Layers whose single tokens the library attends for, whatever else is in a pass."""
+        self.singles: SingleTokens | None = None
         self.rows: Rows | None = None
-        """Where all tokens lie, in a pass of one new token of each sequence on the host."""
+        """Where all tokens lie, in a pass of one new token of each sequence."""
 
     def begin(self, parts: Sequence[tuple[SequenceKV, int]]) -> None:
         """Start a pass over `parts`: (sequence, new tokens) in packed order."""
@@ -176,7 +190,9 @@ class PackedCache:
             start += tokens
         self.spans = tuple(spans)
         self.masks.clear()
-        self.rows = _rows_of_single_tokens(self.spans)
+        self.singles = _single_tokens(self.spans)
+        alone = self.singles is not None and len(self.singles.at) == len(self.spans)
+        self.rows = self.singles.rows if alone and self.singles is not None else None
         for forget in self.forgets:
             forget()
 
@@ -188,7 +204,7 @@ class PackedCache:
         self.spans = ()
         self.written = (-1, None)
         self.masks.clear()
-        self.rows = None
+        self.singles = self.rows = None
 
     # What transformers calls -----------------------------------------------------------------
 

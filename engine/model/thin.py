@@ -35,7 +35,6 @@ from moestro.engine.weights import TileLinear, beside
 
 from .kv import PackedCache
 
-FEW_ROWS = 16  # of a router: with more, torch's product is faster
 AGREE = 1e-5  # of the largest number: how far a replaced module may be from the stock one
 AGREE_COARSE = 1e-2  # with integer weights: a last digit can turn an activation's rounding
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -103,14 +102,14 @@ class ThinNorm:
 
 
 class ThinRouter:
-    """In place of the `forward` of a router by softmax, for few rows."""
+    """In place of the `forward` of a router by softmax."""
 
     def __init__(self, stock: Callable[..., Any], router: Router) -> None:
         self._stock, self.router = stock, router
 
     def __call__(self, hidden: torch.Tensor, *others: Any, **keywords: Any) -> Any:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if others or keywords or flat.shape[0] > FEW_ROWS or not fits(flat):
+        if others or keywords or not fits(flat):
             return self._stock(hidden, *others, **keywords)
         return route(flat.contiguous(), self.router)
 

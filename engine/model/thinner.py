@@ -21,6 +21,7 @@ class Thinner:
     def __init__(self, model: torch.nn.Module, cache: PackedCache) -> None:
         """`model` has its weights. What can be compared at once is replaced at once."""
         scratch, memory = Scratch(), StepMemory()
+        self._cache = cache
         self.counts = {"norms": 0, "routers": 0, "MLPs": 0}
         self.attentions: list[ThinAttention] = []
         self.layers: list[ThinLayer] = []
@@ -58,6 +59,7 @@ class Thinner:
         finally:
             for each in both:
                 each.comparing = False
+            self._cache.attended_by_library |= {a.layer for a in self.attentions if a.trusted}
             log.info(
                 "one call each: %s, attention of %d layers, %d whole layers but their experts",
                 ", ".join(f"{count} {name}" for name, count in self.counts.items()),

@@ -74,6 +74,31 @@ def test_company_changes_rounding_only(tmp_path: Path) -> None:
     assert (alone - company[[3, 4]]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("expert_format", ["native", "int8"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_company_changes_no_bit_of_what_is_computed_whole(
+    family: str, expert_format: str, tmp_path: Path
+) -> None:
+    """A prompt in one step and single tokens after it, beside other prompts and other tokens."""
+    folder = tiny.build(family, tmp_path / "model")
+    prompt, tokens = list(range(10, 40)), [7, 8, 9, 10]
+    with opened(folder, tmp_path / "cache", expert_format=expert_format) as loaded:
+        alone = run_logits(loaded, [[(1, prompt)], *[[(1, [token])] for token in tokens]])
+        steps = [
+            [(2, list(range(60, 65))), (3, list(range(80, 120))), (1, prompt)],
+            [(2, [9]), (1, [7]), (3, [11])],
+            [(4, list(range(3, 23))), (1, [8]), (2, [12]), (5, [44])],
+            [(1, [9])],
+            [(1, [10]), (6, list(range(70, 90)))],
+        ]
+        company = run_logits(loaded, steps)
+    at, rows = 0, []
+    for step in steps:
+        rows.append(at + [key for key, _ in step].index(1))
+        at += len(step)
+    assert torch.equal(company[rows], alone)
+
+
 SEEDED = {
     "chosen": SamplingParams(
         max_tokens=10, temperature=1.2, top_k=50, top_p=0.95, seed=2**64 - 1, ignore_eos=True

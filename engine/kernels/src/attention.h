@@ -95,22 +95,43 @@ static void attend(const float *q, int group, int dim, const float *keys, const 
             fv_store(out + g * dim + k, fv_mul(fv_load(out + g * dim + k), fv_set(1 / sum[g])));
 }
 
+enum { ABREAST = 4 }; /* sums that do not wait for each other */
+
+/* x with each of `count` rows, one behind the other: a row's sum does not depend on `count`. */
+INLINE void dots(const float *x, const float *rows, int width, int count, float *out)
+{
+    const int whole = width / TILE * TILE;
+    fv sums[ABREAST];
+    for (int i = 0; i < count; i++)
+        sums[i] = fv_set(0);
+    for (int k = 0; k < whole; k += TILE) {
+        const fv some = fv_load(x + k);
+        for (int i = 0; i < count; i++)
+            sums[i] = fv_fma(some, fv_load(rows + (int64_t)i * width + k), sums[i]);
+    }
+    for (int i = 0; i < count; i++) {
+        out[i] = fv_sum(sums[i]);
+        for (int k = whole; k < width; k++)
+            out[i] += x[k] * rows[(int64_t)i * width + k];
+    }
+}
+
 /* logits [experts] of one row; their exponentials beside the largest -> weights, and their sum. */
 static float score(const float *x, const float *matrix, const float *bias, int inputs, int experts,
                    float *logits, float *weights)
 {
-    const int whole = inputs / TILE * TILE;
     float most = -INFINITY;
-    for (int e = 0; e < experts; e++) {
-        const float *row = matrix + (int64_t)e * inputs;
-        float sum = dot(x, row, whole);
-        for (int k = whole; k < inputs; k++)
-            sum += x[k] * row[k];
-        logits[e] = bias ? sum + bias[e] : sum;
+    int e = 0;
+    for (; e + ABREAST <= experts; e += ABREAST)
+        dots(x, matrix + (int64_t)e * inputs, inputs, ABREAST, logits + e);
+    for (; e < experts; e++)
+        dots(x, matrix + (int64_t)e * inputs, inputs, 1, logits + e);
+    for (e = 0; e < experts; e++) {
+        logits[e] += bias ? bias[e] : 0;
         most = logits[e] > most ? logits[e] : most;
     }
     float total = 0;
-    for (int e = 0; e < experts; e += TILE) {
+    for (e = 0; e < experts; e += TILE) {
         const int some = lesser(TILE, experts - e);
         float each[TILE] = {0};
         memcpy(each, logits + e, sizeof(float) * (size_t)some);

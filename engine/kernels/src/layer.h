@@ -19,7 +19,7 @@ typedef struct {
     attention_call attention;
     const float *hidden;          /* [count, width] */
     float *stream, *normed;       /* [count, width]: after attention, and what the experts read */
-    float *logits, *shares, *room; /* [count, experts], [count, k], [2, experts] */
+    float *logits, *shares, *room; /* [count, experts], [count, k], [count, 2, experts] */
     int64_t *chosen;              /* [count, k] */
 } layer_call;
 

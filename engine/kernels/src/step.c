@@ -9,7 +9,11 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { SMALL_SCORES = 4096 }; /* numbers of keys: fewer are done before another thread has woken */
+/* Less than this is done before another thread has woken. */
+enum {
+    SMALL_SCORES = 4096,      /* numbers of keys */
+    SMALL_ROUTING = 1 << 18, /* multiplications */
+};
 
 typedef struct {
     const attention *a;
@@ -73,29 +77,38 @@ static void place_token(const step *s, int t)
 
 static void attend_item(void *context, int item)
 {
-    const step *s = context;
-    const attention *a = s->a;
-    const attention_call *call = s->call;
-    const int t = item / a->key_heads, h = item % a->key_heads, group = a->heads / a->key_heads;
-    const int64_t at = ((int64_t)t * a->heads + h * group) * a->dim;
-    const int64_t head = h * call->pool_rows * a->dim;
-    const int length = (int)(call->starts[t + 1] - call->starts[t]);
-    current_step()->attend(s->q + at, group, a->dim, call->keys + head, call->values + head,
-                           call->rows + call->starts[t], length, s->mixed + at);
+    const attend_call *c = context;
+    const int t = item / c->key_heads, h = item % c->key_heads, group = c->heads / c->key_heads;
+    const int64_t at = ((int64_t)t * c->heads + h * group) * c->dim;
+    const int64_t head = h * c->pool_rows * c->dim;
+    const int length = (int)(c->starts[t + 1] - c->starts[t]);
+    current_step()->attend(c->q + at, group, c->dim, c->keys + head, c->values + head,
+                           c->rows + c->starts[t], length, c->out + at);
 }
 
-static void attend_all(step *s)
+EXPORT void moestro_attend(const attend_call *call)
 {
-    const attention_call *call = s->call;
-    const int items = call->count * s->a->key_heads;
-    for (int t = 0; t < call->count; t++)
-        place_token(s, t);
-    if (call->starts[call->count] * s->a->key_heads >= SMALL_SCORES) {
-        moestro_pool_run(items, attend_item, s);
+    const int items = call->count * call->key_heads;
+    if (call->starts[call->count] * call->key_heads >= SMALL_SCORES) {
+        moestro_pool_run(items, attend_item, (void *)call);
         return;
     }
     for (int item = 0; item < items; item++)
-        attend_item(s, item);
+        attend_item((void *)call, item);
+}
+
+static void attend_all(const step *s)
+{
+    const attention *a = s->a;
+    const attention_call *call = s->call;
+    const attend_call inner = {
+        s->q,     call->keys,      call->values, call->rows, call->starts,
+        s->mixed, call->pool_rows, call->count,  a->heads,   a->key_heads,
+        a->dim,
+    };
+    for (int t = 0; t < call->count; t++)
+        place_token(s, t);
+    moestro_attend(&inner);
 }
 
 EXPORT int64_t moestro_attention(const attention *a, const attention_call *call)
@@ -131,27 +144,37 @@ static int largest(const float *numbers, int count)
     return best;
 }
 
+static void route_row(void *context, int row)
+{
+    const route_call *call = context;
+    float *weights = call->room + (int64_t)row * 2 * call->experts, *left = weights + call->experts;
+    float *shares = call->shares + (int64_t)row * call->k;
+    float *logits = call->logits + (int64_t)row * call->experts;
+    const float total =
+        current_step()->score(call->x + (int64_t)row * call->inputs, call->matrix, call->bias,
+                              call->inputs, call->experts, logits, weights);
+    float taken = 0;
+    /* by the logits: shares of different ones can be equal */
+    memcpy(left, logits, sizeof(float) * (size_t)call->experts);
+    for (int j = 0; j < call->k; j++) {
+        const int best = largest(left, call->experts);
+        call->chosen[(int64_t)row * call->k + j] = best;
+        shares[j] = weights[best] / total;
+        taken += shares[j];
+        left[best] = -INFINITY;
+    }
+    for (int j = 0; j < call->k && call->normalized; j++)
+        shares[j] /= taken;
+}
+
 EXPORT void moestro_route(const route_call *call)
 {
-    for (int64_t row = 0; row < call->count; row++) {
-        float *shares = call->shares + row * call->k, *left = call->room + call->experts;
-        float *logits = call->logits + row * call->experts;
-        const float total = current_step()->score(
-            call->x + row * call->inputs, call->matrix, call->bias, call->inputs, call->experts,
-            logits, call->room);
-        float taken = 0;
-        /* by the logits: shares of different ones can be equal */
-        memcpy(left, logits, sizeof(float) * (size_t)call->experts);
-        for (int j = 0; j < call->k; j++) {
-            const int best = largest(left, call->experts);
-            call->chosen[row * call->k + j] = best;
-            shares[j] = call->room[best] / total;
-            taken += shares[j];
-            left[best] = -INFINITY;
-        }
-        for (int j = 0; j < call->k && call->normalized; j++)
-            shares[j] /= taken;
+    if ((int64_t)call->count * call->experts * call->inputs >= SMALL_ROUTING && call->count > 1) {
+        moestro_pool_run(call->count, route_row, (void *)call);
+        return;
     }
+    for (int row = 0; row < call->count; row++)
+        route_row((void *)call, row);
 }
 
 EXPORT void moestro_normalize(const float *x, const float *weight, float eps, int32_t count,

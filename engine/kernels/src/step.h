@@ -48,11 +48,25 @@ typedef struct {
 
 /* 0, or, having done nothing, how many bytes of scratch it needs. */
 int64_t moestro_attention(const attention *a, const attention_call *call);
+
+/* Attention alone: queries that have turned and are scaled, over keys and values in their places. */
+typedef struct {
+    const float *q;             /* [count, heads, dim] */
+    const float *keys, *values; /* [key_heads, pool_rows, dim] */
+    const int32_t *rows;        /* as in attention_call */
+    const int64_t *starts;
+    float *out; /* [count, heads, dim] */
+    int64_t pool_rows;
+    int32_t count, heads, key_heads, dim;
+} attend_call;
+
+void moestro_attend(const attend_call *call);
+
 /* A router: logits = x matrix^T + bias; of their softmax the k largest, scaled to add up to one if
    `normalized`. */
 typedef struct {
     const float *x, *matrix, *bias; /* [count, inputs], [experts, inputs], [experts] or NULL */
-    float *logits, *shares, *room;  /* [count, experts], [count, k], [2, experts] */
+    float *logits, *shares, *room;  /* [count, experts], [count, k], [count, 2, experts] */
     int64_t *chosen;                /* [count, k] */
     int32_t count, inputs, experts, k, normalized;
 } route_call;

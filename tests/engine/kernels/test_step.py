@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ from moestro.engine.kernels import (
     StepRoom,
     TileFormat,
     attend,
+    attend_stored,
     encode,
     normalize,
     route,
@@ -192,6 +194,25 @@ def test_attention_has_no_company_and_no_threads(instruction_set: str) -> None:
         assert torch.equal(fewer.run(STRAIGHT), wanted[:count])
 
 
+def test_attention_alone_is_that_of_torch(instruction_set: str) -> None:
+    """What passes with prompts among them take for their single tokens."""
+    torch.manual_seed(1)
+    case = Case(module(6, 2, 64, 24), LENGTHS)
+    case.run(STRAIGHT)  # fills keys and values
+    queries = torch.randn(len(LENGTHS), 6, 64)
+    keys, values = case.buffers
+    found = attend_stored(queries, (keys, values), case.places)
+    for t, (start, end) in enumerate(pairwise(case.places.starts.tolist())):
+        rows = case.places.rows[start:end]
+        wanted = F.scaled_dot_product_attention(
+            queries[t, :, None].double(),
+            keys[:, rows].double().repeat_interleave(3, 0),
+            values[:, rows].double().repeat_interleave(3, 0),
+            scale=1.0,
+        )
+        assert close(found[t], wanted[:, 0])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["hidden", "key", "value"])
 def test_attention_keeps_what_is_no_number(where: str, value: float, instruction_set: str) -> None:
@@ -215,6 +236,23 @@ def test_norms(width: int, instruction_set: str) -> None:
     rows[2, width - 1] = float("nan")
     found = normalize(rows, norm)
     assert found[2].isnan().all() and torch.isfinite(found[[0, 1, 3, 4]]).all()
+
+
+def test_a_router_has_no_company_and_no_threads(instruction_set: str) -> None:
+    torch.manual_seed(0)
+    rows, router = torch.randn(70, 130), Router(torch.randn(37, 130), torch.randn(37), 5, True)
+    assert rows.numel() * 37 > 1 << 18  # fewer are not dealt out
+    wanted = route(rows, router)
+    try:
+        assert set_pool_threads(2) == 2
+        threaded = route(rows, router)
+    finally:
+        set_pool_threads(1)
+    for found, each in zip(threaded, wanted, strict=True):
+        assert torch.equal(found, each)
+    for row in range(70):
+        alone = route(rows[row : row + 1], router)
+        assert all(torch.equal(one[0], many[row]) for one, many in zip(alone, wanted, strict=True))
 
 
 @pytest.mark.parametrize("normalized", [False, True])

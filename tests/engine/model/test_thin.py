@@ -62,11 +62,15 @@ def general(loaded: Loaded) -> Iterator[None]:
         for module in loaded.engine.runner._model.modules()
         if isinstance(module.__dict__.get("forward"), KINDS)
     ]
+    attended = loaded.engine.runner._cache.attended_by_library
+    layers = set(attended)
     try:
+        attended.clear()
         for module, _ in modules:
             del module.__dict__["forward"]
         yield
     finally:
+        attended |= layers
         for module, thin in modules:
             module.__dict__["forward"] = thin
 
