@@ -19,23 +19,23 @@ from transformers import PreTrainedModel
 from moestro.cache import (
     ExpertCache,
     Phase,
-    human_bytes,
 )
 from moestro.engine.facts import (
     Device,
     EngineConfig,
     EngineStats,
+    Lane,
     ModelInfo,
     PrefetchStats,
     ProgressFn,
     StartError,
-    Threads,
     TorchThreads,
     choose,
     set_threads,
 )
 from moestro.engine.formats import ExpertsModule, in_tiles
-from moestro.engine.kernels import MISSING, chosen, set_pool_threads
+from moestro.engine.kernels import set_pool_threads
+from moestro.engine.lanes import PackedLane, PassLane, SequentialLane
 from moestro.engine.model import (
     MathByFlags,
     OffloadedExperts,
@@ -43,13 +43,14 @@ from moestro.engine.model import (
     Prefetch,
     Regret,
     StepPhase,
+    Thinner,
     bind,
+    install,
     next_gates,
 )
 from moestro.engine.planning import (
     Blueprint,
     MemoryPlan,
-    gains_of,
     inspect,
     plan_memory,
     release_freed_memory,
@@ -58,14 +59,16 @@ from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits
 from moestro.engine.text import Tokenizer
 
 from .choices import check_choices, check_device
+from .found import log_found, log_gains, log_whole_prompts
 from .phases import Phases
 from .placement import host_share
-from .selfcheck import check_packed, compare_thin
+from .selfcheck import Verdict, check_lane, compare_thin
 from .weight_loading import load_weights
 
 log = logging.getLogger("moestro.engine")
 
 READS_S = 0.2  # for timing a few reads of one expert
+WHOLE_PROMPTS = "whole prompts\n"  # in the kept verdict, of a class that takes no second chunk
 NO_PREFETCH = PrefetchStats(on=False, pauses=0, gain_s=0.0, cost_s=0.0, layers=())
 
 
@@ -124,13 +127,13 @@ def load(
     phases.enter("inspect")
     blueprint = inspect(config, device)
     plan = plan_memory(config, blueprint, packing=not config.pack_path.exists())
-    _log_found(blueprint, config, threads)
+    log_found(blueprint, config, threads)
     for line in plan.lines():
         log.info("%s", line)
-    _log_gains(config, blueprint)
+    log_gains(config, blueprint)
     tokenizer = Tokenizer(config.model_path)
     try:
-        model, cache, packed = load_weights(config, blueprint, plan, phases)
+        model, cache = load_weights(config, blueprint, plan, phases)
     except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile
         raise StartError(
             f"--device {config.device}: less memory is free there than was planned with; lower"
@@ -144,59 +147,27 @@ def load(
         phases.enter("check")
         step.phase = Phase.PREFILL  # what the check runs are prompts
         tiled = in_tiles(device.compute_dtype, device.place.type)
-        if tiled:
-            compare_thin(model, packed, blueprint.vocab_size)
-        _check_once(config, blueprint, model, packed)
+        lane = _lane(blueprint, model, _limits(config, plan).pages)
+        if tiled and isinstance(lane, PackedLane):
+            compare_thin(PackedLane(model, lane.cache, 2), blueprint.vocab_size)
+        elif tiled:
+            Thinner(model, None)
+        whole_prompts = not _check_once(config, blueprint, lane)
+        if whole_prompts:
+            log_whole_prompts(plan)
         phases.leave()
-        pages = _limits(config, plan).pages
         # rows of scores take two copies, where the plan has room for one of each sequence's logits
         head_rows = max(1, config.max_running // 2)
         torch_threads = TorchThreads(1 if tiled else threads.count, threads.count)
-        runner = Runner(model, packed, step, pages, head_rows, torch_threads)
+        runner = Runner(lane, step, head_rows, torch_threads)
+        limits = replace(
+            _limits(config, plan), shares_prompt=lane.packs, whole_prompts=whole_prompts
+        )
         loaded = _assemble(
-            config, blueprint, plan, runner, cache, tokenizer, phases.seconds, prefetch
+            config, blueprint, plan, limits, runner, cache, tokenizer, phases.seconds, prefetch
         )
         undo.pop_all()
     return loaded
-
-
-def _log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> None:
-    spec, family = blueprint.spec, blueprint.checkpoint.config.model_type
-    log.info(
-        "found %s: %s, %d layers of %d experts of %s, %d per token",
-        config.model_path,
-        family,
-        len(spec.layers),
-        blueprint.experts[0].num_experts,
-        human_bytes(spec.slot_bytes),
-        blueprint.experts_per_token,
-    )
-    if blueprint.manifest is not None:
-        log.info(
-            "factorized from %s; expert outputs are scaled by %g",
-            blueprint.manifest.source,
-            blueprint.output_scale,
-        )
-    device = blueprint.device
-    name = device.place if device.room is None else device.room.name
-    log.info("compute: %s on %s (%s)", device.compute_dtype, name, device.why)
-    log.info("threads: %d (%s)", threads.count, threads.why)
-    if device.place.type == "cpu":
-        _log_products()
-
-
-def _log_products() -> None:
-    name = chosen()
-    if name is None:
-        log.warning("%s", MISSING)
-    else:
-        log.info("products: %s", name)
-
-
-def _log_gains(config: EngineConfig, blueprint: Blueprint) -> None:
-    gains = gains_of(config, blueprint)
-    if gains is not None:
-        log.info("%s", gains.line())
 
 
 def _prefetch(
@@ -271,6 +242,7 @@ def _assemble(
     config: EngineConfig,
     blueprint: Blueprint,
     plan: MemoryPlan,
+    limits: SchedulerLimits,
     runner: Runner,
     cache: ExpertCache,
     tokenizer: Tokenizer,
@@ -286,7 +258,7 @@ def _assemble(
         )
     engine = Engine(
         runner,
-        Scheduler(_limits(config, plan)),
+        Scheduler(limits),
         tokenizer,
         context,
         blueprint.vocab_size,
@@ -317,24 +289,43 @@ def _limits(config: EngineConfig, plan: MemoryPlan) -> SchedulerLimits:
     )
 
 
-def _check_once(
-    config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel, packed: PackedCache
-) -> None:
-    """The self-check reads experts, so its verdict on model, formats and versions is kept."""
+def _lane(blueprint: Blueprint, model: PreTrainedModel, pages: int) -> PassLane:
+    if blueprint.topology.lane.lane is Lane.SEQUENTIAL:
+        return SequentialLane(model)
+    packed = PackedCache()
+    packed.expanded_layers = set(blueprint.topology.expanded_layers)
+    install(model, packed)
+    return PackedLane(model, packed, pages)
+
+
+def _check_once(config: EngineConfig, blueprint: Blueprint, lane: PassLane) -> bool:
+    """Whether prompts may come in chunks.
+
+    The self-check reads experts, so its verdict on model, formats and versions is kept.
+    """
     formats = f"{blueprint.codec.name} {config.dense_format}"
     device = f"{blueprint.device.place.type} {blueprint.device.compute_dtype}"
     versions = f"moestro {version('moestro')}, transformers {transformers.__version__}"
     verdict = f"{blueprint.spec.model} {formats} {device} {versions}\n"
     record = config.pack_path.with_suffix(f".{config.dense_format}.checked")
-    if _read_note(record) == verdict.encode():
-        return
-    coarse = formats != "native native" or blueprint.itemsize < 4
-    worst = check_packed(model, packed, blueprint.vocab_size, coarse=coarse)
-    log.info("self-check: packed, chunked and alone agree (relative difference %.1e)", worst)
+    if (kept := _read_note(record)) in (verdict.encode(), (verdict + WHOLE_PROMPTS).encode()):
+        return kept == verdict.encode()
+    exact = config.expert_format == config.dense_format == "native"
+    coarse = not exact or blueprint.itemsize < 4
+    found = _check(lane, blueprint.vocab_size, coarse=coarse)
     try:
-        record.write_text(verdict, "utf-8")
+        record.write_text(verdict if found.continues else verdict + WHOLE_PROMPTS, "utf-8")
     except OSError as error:  # the next start checks again: slower, not wrong
         log.warning("the self-check's verdict could not be kept: %s", error)
+    return found.continues
+
+
+def _check(lane: PassLane, vocab_size: int, *, coarse: bool) -> Verdict:
+    own = PackedLane(lane.model, lane.cache, 3) if isinstance(lane, PackedLane) else lane
+    found = check_lane(own, vocab_size, coarse=coarse)
+    what = "in company, in chunks and alone" if found.continues else "in company and alone"
+    log.info("self-check: %s agree (relative difference %.1e)", what, found.worst)
+    return found
 
 
 def _read_note(path: Path) -> bytes | None:

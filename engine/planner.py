@@ -23,7 +23,6 @@ from moestro.cache import (
 from moestro.engine.facts import CPU, BudgetTooSmall, EngineConfig, StartError, choose, set_threads
 from moestro.engine.formats import codec_of, in_tiles
 from moestro.engine.kernels import chosen, set_pool_threads
-from moestro.engine.model import build_meta_model
 from moestro.engine.planning import (
     Blueprint,
     ComputeSpeed,
@@ -76,7 +75,7 @@ def plan_model(
     try:
         blueprint = understand(config, checkpoint)
         plan = _plan(config, blueprint)
-        model = build_meta_model(checkpoint, CPU.compute_dtype)
+        model = blueprint.build_model()
         work = _work(blueprint, model, plan.demand.step_tokens)
         gains = gains_of(config, blueprint)
         spec = blueprint.spec
@@ -98,6 +97,7 @@ def plan_model(
         link=_link(config, spec.slot_bytes, disk_bytes_per_s),
         compute=_compute(config, blueprint, work, threads),
         gains=gains,
+        lane=blueprint.topology.lane,
         traced=traced,
     )
 

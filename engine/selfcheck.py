@@ -1,74 +1,98 @@
-"""A self-check before serving: packed, chunked and alone must give the same logits.
+"""A self-check before serving: in company, in chunks and alone must give the same logits.
 
 A model whose layers keep state that the packed cache does not know (recurrent, convolutional)
 would answer wrongly without any error. Running one short sequence alone, and again in two chunks
-beside another sequence, shows that in a second.
+beside another sequence, shows that in a second. Some classes of transformers cannot go on with a
+prompt in a second chunk: their prompts are computed whole.
 """
 
+from dataclasses import dataclass
+
 import torch
-from transformers import PreTrainedModel
 
 from moestro.engine.facts import ModelRefused
-from moestro.engine.model import (
-    KVStore,
-    PackedCache,
-    SequenceKV,
-    Thinner,
-    experts_aside,
-    run_packed,
-)
+from moestro.engine.lanes import LanePart, PackedLane, PassLane, last_rows
+from moestro.engine.model import Thinner, experts_aside
 
 # Of the largest logit. Float rounding stays a hundred times below the first; with int8 or in bf16,
 # rounding can turn a digit or a router's choice, while a state that leaks gives differences near 1.
 TOLERANCE = 1e-3
 COARSE_TOLERANCE = 0.1
+CHUNKS_FACTOR = 10  # a second chunk may differ by so much more than single tokens do
 LENGTH_TOKENS = 6
 SPLIT_TOKENS = 4
 
 
-def check_packed(
-    model: PreTrainedModel, cache: PackedCache, vocab_size: int, *, coarse: bool = False
-) -> float:
-    """The largest relative difference found. Raises ModelRefused where it is not rounding."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of a model that may serve."""
+
+    worst: float  # the largest relative difference found
+    continues: bool  # a prompt may come in several chunks
+
+
+def check_lane(lane: PassLane, vocab_size: int, *, coarse: bool = False) -> Verdict:
+    """`lane` has three pages. Raises ModelRefused where what differs is not rounding."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (2, LENGTH_TOKENS), generator=generator).tolist()
     first, other = ids[0], ids[1][:3]
     with torch.inference_mode():
-        alone = _run(model, cache, [(SequenceKV.alone(LENGTH_TOKENS), first)])
-        chunked, beside = SequenceKV.alone(LENGTH_TOKENS), SequenceKV.alone(LENGTH_TOKENS)
-        _run(model, cache, [(beside, other), (chunked, first[:SPLIT_TOKENS])])
-        packed = _run(model, cache, [(chunked, first[SPLIT_TOKENS:]), (beside, other[:1])])
-    if not bool(torch.isfinite(alone).all()):
-        raise ModelRefused("the weights give logits that are not finite: damaged or NaN tensors")
-    worst = float((alone[0] - packed[0]).abs().max() / alone[0].abs().max().clamp(min=1e-6))
-    if not worst <= (COARSE_TOLERANCE if coarse else TOLERANCE):  # NaN too
-        raise ModelRefused(
-            f"models of type {model.config.model_type!r} are not carried yet: a sequence in company"
-            f" gives other logits than alone (relative difference {worst:.1e})"
-        )
-    return worst
+        alone = _step(lane, [LanePart((0, 0), [0], first, 0)])[0]
+        if not bool(torch.isfinite(alone).all()):
+            raise ModelRefused(
+                "the weights give logits that are not finite: damaged or NaN tensors"
+            )
+        chunked = _beside(lane, first, other, [SPLIT_TOKENS, LENGTH_TOKENS - SPLIT_TOKENS])
+        single = _beside(lane, first, other, [SPLIT_TOKENS, 1, 1])
+    worst, least = _difference(chunked, alone), _difference(single, alone)
+    most = COARSE_TOLERANCE if coarse else TOLERANCE
+    chunks_most = most if lane.packs else min(most, max(TOLERANCE, CHUNKS_FACTOR * least))
+    if worst <= chunks_most:
+        return Verdict(worst, continues=True)
+    if least <= most and not lane.packs:
+        return Verdict(least, continues=False)
+    kind = lane.model.config.model_type
+    raise ModelRefused(
+        f"models of type {kind!r} are not carried yet: a sequence in company gives other logits"
+        f" than alone (relative difference {worst:.1e})"
+    )
 
 
-def compare_thin(model: PreTrainedModel, cache: PackedCache, vocab_size: int) -> None:
-    """Let modules of `model` that agree with the stock ones be computed in one call each."""
-    thinner, store = Thinner(model, cache), KVStore(2)
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-6))
+
+
+def _beside(lane: PassLane, first: list[int], other: list[int], chunks: list[int]) -> torch.Tensor:
+    """The last logits [V] of `first`, computed in `chunks` beside another sequence."""
+    start, rows = 0, torch.empty(0)
+    for number, tokens in enumerate(chunks):
+        beside = LanePart((2, 0), [2], other, 0)
+        if number:
+            beside = LanePart((2, 0), [2], other[:1], len(other) + number - 1)
+        part = LanePart((1, 0), [1], first[start : start + tokens], start)
+        rows = _step(lane, [beside, part], forget=start + tokens == len(first))
+        start += tokens
+    return rows[1]
+
+
+def compare_thin(lane: PackedLane, vocab_size: int) -> None:
+    """Let modules of its model that agree with the stock ones be computed in one call each.
+
+    `lane` has two pages.
+    """
+    thinner = Thinner(lane.model, lane.cache)
     ids = torch.randint(vocab_size, (2, 4), generator=torch.Generator().manual_seed(0)).tolist()
-    sequences = [SequenceKV(store, [page]) for page in range(2)]
-    with torch.inference_mode(), experts_aside(model):
-        _run(model, cache, [(kv, own[:3]) for kv, own in zip(sequences, ids, strict=True)])
+    with torch.inference_mode(), experts_aside(lane.model):
+        _step(lane, [LanePart((i, 0), [i], own[:3], 0) for i, own in enumerate(ids)], forget=False)
         with thinner.compare():
-            _run(model, cache, [(kv, own[3:]) for kv, own in zip(sequences, ids, strict=True)])
+            _step(lane, [LanePart((i, 0), [i], own[3:], 3) for i, own in enumerate(ids)])
 
 
-def _run(
-    model: PreTrainedModel, cache: PackedCache, parts: list[tuple[SequenceKV, list[int]]]
-) -> torch.Tensor:
-    cache.begin([(kv, len(tokens)) for kv, tokens in parts])
-    starts = [kv.length_tokens for kv, _ in parts]
-    done = False
+def _step(lane: PassLane, parts: list[LanePart], *, forget: bool = True) -> torch.Tensor:
+    """The logits [n, V] of each part's last row."""
+    passes = [parts] if lane.packs else [[part] for part in parts]
     try:
-        logits = run_packed(model, cache, [tokens for _, tokens in parts], starts)
-        done = True
+        return torch.cat([lane.run(some, last_rows(some)) for some in passes])
     finally:
-        cache.end(commit=done)
-    return logits
+        for part in parts if forget else ():
+            lane.forget(part.key)

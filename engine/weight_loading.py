@@ -19,7 +19,7 @@ from moestro.cache import (
 from moestro.engine.facts import Device, EngineConfig, StartError
 from moestro.engine.formats import encode_layer, in_tiles
 from moestro.engine.kernels import Scratch
-from moestro.engine.model import PackedCache, build_meta_model, install
+from moestro.engine.model import build_meta_model
 from moestro.engine.planning import Blueprint, MemoryPlan, compact_modules, release_freed_memory
 from moestro.engine.weights import DenseFile, LastRows, Shared, load_dense
 
@@ -30,7 +30,7 @@ log = logging.getLogger("moestro.engine")
 
 def load_weights(
     config: EngineConfig, blueprint: Blueprint, plan: MemoryPlan, phases: Phases
-) -> tuple[PreTrainedModel, ExpertCache, PackedCache]:
+) -> tuple[PreTrainedModel, ExpertCache]:
     checkpoint, spec = blueprint.checkpoint, blueprint.spec
     path = config.pack_path
     try:
@@ -62,12 +62,9 @@ def load_weights(
     phases.enter("load")
     model = _dense_model(config, blueprint, path.parent, phases.report)
     checkpoint.close()
-    packed = PackedCache()
-    packed.expanded_layers = set(blueprint.topology.expanded_layers)
-    install(model, packed)
     release_freed_memory()
     least = max(blueprint.topology.experts_per_token)
-    return model, _open_cache(config, blueprint.device, plan, pack, least), packed
+    return model, _open_cache(config, blueprint.device, plan, pack, least)
 
 
 def _open_cache(
@@ -98,7 +95,7 @@ def _dense_model(
     """
     checkpoint, experts = blueprint.checkpoint, list(blueprint.experts)
     device = blueprint.device
-    model = build_meta_model(checkpoint, device.compute_dtype)
+    model = blueprint.build_model()
     compact = compact_modules(config, blueprint, model)
     last = LastRows() if blueprint.topology.inputs_unchanged else None
     shared = Shared(last, Scratch())
@@ -109,7 +106,7 @@ def _dense_model(
     if kept is not None and kept.path.exists():
         if kept.restore(model, experts, compact, shared):
             return model
-        model = build_meta_model(checkpoint, device.compute_dtype)
+        model = blueprint.build_model()
     load_dense(
         checkpoint,
         model,

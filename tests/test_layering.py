@@ -75,10 +75,14 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "formats": {"facts", "kernels"},
         "weights": {"facts", "kernels", "formats"},
         "model": {"facts", "kernels", "formats", "weights"},
-        "planning": {"facts", "kernels", "formats", "weights", "model"},
+        "lanes": {"facts", "formats", "model"},
+        "planning": {"facts", "kernels", "formats", "weights", "model", "lanes"},
         "text": {"facts", "weights"},
-        "step": {"facts", "model", "text"},
-        "": {"facts", "kernels", "formats", "weights", "model", "planning", "text", "step"},
+        "step": {"facts", "model", "lanes", "text"},
+        "": {
+            *("facts", "kernels", "formats", "weights", "model", "lanes", "planning", "text"),
+            "step",
+        },
     },
     "factorize": {
         "facts": set(),

@@ -32,6 +32,7 @@ from .errors import (
     Unavailable,
 )
 from .grammar import GrammarKind, GrammarSpec
+from .lane import Lane, LaneChoice
 from .stats import (
     CacheStats,
     EngineState,
@@ -45,6 +46,8 @@ from .threads import Threads
 from .units import GIB, MIB, PAGE_TOKENS, round_up_tokens
 
 __all__ = [
+    "Lane",
+    "LaneChoice",
     "BadParameter",
     "BudgetTooSmall",
     "CPU",

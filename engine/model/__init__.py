@@ -1,6 +1,6 @@
 """The stock model with moestro's hooks: attention, KV, experts, and the guess ahead."""
 
-from .attention import install
+from .attention import UnknownKeyword, install
 from .expert_math import MathByFlags
 from .experts import OffloadedExperts, StepPhase, bind, experts_aside
 from .host_share import HostShare
@@ -8,12 +8,10 @@ from .kv import KVStore, PackedCache, SequenceKV
 from .meta_model import build_meta_model
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
-from .scoring import HeldStates
 from .thinner import Thinner
-from .topology import Topology, run_packed, trace
+from .topology import RouterPlace, Topology
 
 __all__ = [
-    "HeldStates",
     "HostShare",
     "KVStore",
     "MathByFlags",
@@ -21,15 +19,15 @@ __all__ = [
     "PackedCache",
     "Prefetch",
     "Regret",
+    "RouterPlace",
     "SequenceKV",
     "StepPhase",
     "Thinner",
     "Topology",
+    "UnknownKeyword",
     "bind",
     "build_meta_model",
     "experts_aside",
     "install",
     "next_gates",
-    "run_packed",
-    "trace",
 ]

@@ -18,8 +18,11 @@ log = logging.getLogger("moestro.engine")
 class Thinner:
     """All replacements of one model."""
 
-    def __init__(self, model: torch.nn.Module, cache: PackedCache) -> None:
-        """`model` has its weights. What can be compared at once is replaced at once."""
+    def __init__(self, model: torch.nn.Module, cache: PackedCache | None) -> None:
+        """`model` has its weights. What can be compared at once is replaced at once.
+
+        Attention and layers, where its keys and values are in `cache`.
+        """
         scratch, memory = Scratch(), StepMemory()
         self._cache = cache
         self.counts = {"norms": 0, "routers": 0, "MLPs": 0}
@@ -28,9 +31,11 @@ class Thinner:
         with torch.inference_mode():
             for module in list(model.modules()):
                 self._replace(module, scratch)
-                if (found := attention_of(module, cache, scratch)) is not None:
+                if cache is not None and (found := attention_of(module, cache, scratch)):
                     module.__dict__["forward"] = found
                     self.attentions.append(found)
+        if cache is None:
+            return
         for module in list(model.modules()):
             if (layer := layer_of(module, cache, memory, scratch)) is not None:
                 module.__dict__["forward"] = layer
@@ -51,6 +56,7 @@ class Thinner:
     @contextmanager
     def compare(self) -> Iterator[None]:
         """Steps of single tokens inside run both ways; who agrees is trusted from then on."""
+        assert self._cache is not None
         both: list[ThinAttention | ThinLayer] = [*self.attentions, *self.layers]
         for each in both:
             each.comparing = True

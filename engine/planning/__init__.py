@@ -1,7 +1,8 @@
 """The memory plan and what to expect of it, before anything is loaded."""
 
 from .advice import Change, changes, flags_of, nearest_plan
-from .blueprint import Blueprint, compact_modules, inspect, plan_memory, understand
+from .blueprint import Blueprint, compact_modules, inspect, understand
+from .budgets import plan_memory
 from .calibrate import Matrices, measure_link, measure_multiply
 from .forecast import (
     Bound,

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from math import pow
 from typing import Literal
 
+from moestro.engine.facts import LaneChoice
+
 from .gains import Gains
 from .memory import MemoryPlan
 
@@ -183,6 +185,7 @@ class Forecast:
     work: Work
     link: LinkSpeed
     compute: ComputeSpeed
+    lane: LaneChoice
     gains: Gains | None  # of smaller formats, where something is native and there are some
     traced: Traced | None = None
 

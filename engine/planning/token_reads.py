@@ -47,7 +47,7 @@ def _experts_bytes(blueprint: Blueprint, codec: Codec) -> int:
 def _dense_bytes(blueprint: Blueprint, model: PreTrainedModel, dense_format: str) -> int:
     """All of the dense part but the embeddings, of which a token looks up one row."""
     checkpoint, itemsize = blueprint.checkpoint, blueprint.itemsize
-    routers = blueprint.topology.router_paths
+    routers = blueprint.topology.stock_paths
     found = replacements(model, routers, dense_format, checkpoint, tiled=True)
     kept = checkpoint.dense_bytes(blueprint.dense_keys, itemsize)
     replaced = {each.path: each.bytes for each in found}

@@ -1,22 +1,15 @@
-"""The only file that turns a batch into tensors and runs the model."""
+"""Turns a batch into passes of the model's lane, and their rows into logits and scores."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
 
 from moestro.cache import Phase
 from moestro.engine.facts import TorchThreads
-from moestro.engine.model import (
-    HeldStates,
-    KVStore,
-    PackedCache,
-    SequenceKV,
-    StepPhase,
-    run_packed,
-)
+from moestro.engine.lanes import HeldStates, LanePart, PassLane
+from moestro.engine.model import StepPhase
 
 from .events import TokenLogprob
 from .logprobs import of_rows
@@ -33,76 +26,60 @@ class Ran:
 
 
 class Runner:
-    """Owns the KV of running sequences. `run` commits; `forget` frees."""
+    """Runs a batch through the model's lane. `run` commits; `forget` frees."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: PackedCache,
-        step: StepPhase,
-        kv_pages: int,
-        head_rows: int,
-        threads: TorchThreads,
+        self, lane: PassLane, step: StepPhase, head_rows: int, threads: TorchThreads
     ) -> None:
         """`head_rows`: rows of logits that the memory plan has room for."""
-        self._model = model
-        self._cache = cache
+        self.lane = lane
         self._step = step
         self._head_rows = head_rows
         self._threads = threads
-        self._store = KVStore(kv_pages)
-        self._kv: dict[tuple[int, int], SequenceKV] = {}
 
     def run(self, batch: Batch) -> Ran:
         """On the host: a device is waited for here, before anything counts as computed.
 
-        Either every sequence of the batch is advanced, or (on an exception) none.
+        Either every sequence of the batch is advanced, or (on an exception) none is, and those of a
+        lane that does not pack are of no further use.
         """
-        lists, starts, keep, end = [], [], [], 0
-        for part in batch.parts:
-            sequence = part.sequence
-            first = sequence.computed_tokens
-            lists.append(sequence.token_ids[first : first + part.tokens])
-            starts.append(first)
-            end += part.tokens
-            if part.ends_pending:
-                keep.append(end - 1)
-        parts = [(self._kv_of(part.sequence), part.tokens) for part in batch.parts]
-        self._threads.settle(end)
-        self._step.phase = Phase.PREFILL if batch.is_prefill else Phase.DECODE
-        scoring = any(part.scored_tokens for part in batch.parts)
-        self._cache.begin(parts)
-        done = False
-        try:
-            with torch.inference_mode(), HeldStates(self._model) if scoring else nullcontext() as h:
-                logits = run_packed(self._model, self._cache, lists, starts, keep or [end - 1])
-                logits = logits.cpu()
-                scores = {} if h is None else self._score(batch, h)
-            done = True
-        finally:
-            self._cache.end(commit=done)
+        passes = [batch.parts] if self.lane.packs else [(part,) for part in batch.parts]
+        ran = [self._pass(parts) for parts in passes]
         for part in batch.parts:
             part.sequence.computed_tokens += part.tokens
-        return Ran(logits if keep else logits[:0], scores)
+        scores = {key: found for one in ran for key, found in one.prompt_logprobs.items()}
+        return Ran(torch.cat([one.logits for one in ran]), scores)
 
     def fork(self, sequence: Sequence, twins: Iterable[Sequence]) -> None:
         """Each of `twins` goes on from where `sequence` is, on pages of its own."""
-        kv = self._kv_of(sequence)
         with torch.inference_mode():
-            for twin in twins:
-                self._kv[twin.key] = kv.fork(twin.pages)
+            self.lane.fork(sequence.key, [(twin.key, twin.pages) for twin in twins])
 
     def forget(self, sequence: Sequence) -> None:
-        self._kv.pop(sequence.key, None)
+        self.lane.forget(sequence.key)
 
     @property
     def held_sequences(self) -> int:
-        return len(self._kv)
+        return self.lane.held_sequences
 
-    def _kv_of(self, sequence: Sequence) -> SequenceKV:
-        if sequence.key not in self._kv:
-            self._kv[sequence.key] = SequenceKV(self._store, sequence.pages)
-        return self._kv[sequence.key]
+    def _pass(self, parts: tuple[Part, ...]) -> Ran:
+        given, keep, end = [], [], 0
+        for part in parts:
+            sequence, first = part.sequence, part.sequence.computed_tokens
+            ids = sequence.token_ids[first : first + part.tokens]
+            given.append(LanePart(sequence.key, sequence.pages, ids, first))
+            end += part.tokens
+            if part.ends_pending:
+                keep.append(end - 1)
+        self._threads.settle(end)
+        batch = Batch(parts)
+        self._step.phase = Phase.PREFILL if batch.is_prefill else Phase.DECODE
+        scoring = any(part.scored_tokens for part in parts)
+        model = self.lane.model
+        with torch.inference_mode(), HeldStates(model) if scoring else nullcontext() as held:
+            logits = self.lane.run(given, keep or [end - 1]).cpu()
+            scores = {} if held is None else self._score(batch, held)
+        return Ran(logits if keep else logits[:0], scores)
 
     def _score(self, batch: Batch, held: HeldStates) -> dict[tuple[int, int], list[TokenLogprob]]:
         found: dict[tuple[int, int], list[TokenLogprob]] = {}

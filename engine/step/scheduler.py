@@ -21,6 +21,8 @@ class SchedulerLimits:
     max_step_tokens: int  # tokens in one step
     kv_capacity_bytes: int
     kv_bytes_per_token: int
+    shares_prompt: bool = True  # answers to one prompt read the pages that it filled
+    whole_prompts: bool = False  # a prompt is computed in one step or not at all
 
     @property
     def page_bytes(self) -> int:
@@ -52,7 +54,13 @@ class Scheduler:
 
     def refuse_what_never_fits(self, sequence: Sequence) -> None:
         """Raises PromptTooLong; touches nothing that changes, so any thread may call it."""
-        need = _need_pages(sequence)
+        most = self.limits.max_step_tokens
+        if self.limits.whole_prompts and sequence.prompt_tokens > most:
+            raise PromptTooLong(
+                f"the prompt has {sequence.prompt_tokens} tokens; this model's prompts are computed"
+                f" whole, and a step takes {most} (--max-step-tokens)"
+            )
+        need = self._need_pages(sequence)
         if need > self.pool.pages:
             answers = f" for {sequence.params.n} answers" if sequence.params.n > 1 else ""
             raise PromptTooLong(
@@ -62,7 +70,7 @@ class Scheduler:
 
     def most_new_tokens(self, prompt_tokens: int, n: int) -> int:
         """The largest max_tokens with which `n` answers to such a prompt can be admitted."""
-        shared = prompt_tokens // PAGE_TOKENS
+        shared = prompt_tokens // PAGE_TOKENS if self.limits.shares_prompt else 0
         each = (self.pool.pages + (n - 1) * shared) // n
         return max(0, each * PAGE_TOKENS - prompt_tokens + 1)
 
@@ -79,6 +87,9 @@ class Scheduler:
         parts: dict[tuple[int, int], Part] = {}
         decoding = [s for s in self.running if s.pending_tokens == 1]
         prompts = [s for s in self.running if s.pending_tokens > 1]
+        if self.limits.whole_prompts:  # one of them a step, whatever decodes beside it
+            prompts = prompts[:1]
+            room += sum(sequence.pending_tokens for sequence in prompts)
         for sequence in decoding + prompts:
             tokens = min(sequence.pending_tokens, room)
             if tokens > 0:
@@ -91,7 +102,7 @@ class Scheduler:
 
         The whole pages of the prompt are shared, the others are those that admission took.
         """
-        shared = sequence.pages[: sequence.computed_tokens // PAGE_TOKENS]
+        shared = sequence.pages[: self._shared_pages(sequence)]
         twins = []
         for index, own in enumerate(sequence.pages_of_forks, 1):
             twin = sequence.fork(index)
@@ -122,22 +133,20 @@ class Scheduler:
             first = self.waiting[0]
             if self._places_taken() + first.params.n > self.limits.max_running:
                 return
-            if _need_pages(first) > self.pool.free_pages:
+            if self._need_pages(first) > self.pool.free_pages:
                 return
             self.running.append(self.waiting.popleft())
             first.pages = self.pool.take(pages_of(first.capacity_tokens))
-            own = len(first.pages) - _shared_pages(first)
+            own = len(first.pages) - self._shared_pages(first)
             first.pages_of_forks = [self.pool.take(own) for _ in range(first.params.n - 1)]
 
     def _places_taken(self) -> int:
         return sum(1 + len(sequence.pages_of_forks) for sequence in self.running)
 
+    def _shared_pages(self, sequence: Sequence) -> int:
+        """Pages that the prompt fills: all answers read them, none writes into them."""
+        return sequence.prompt_tokens // PAGE_TOKENS if self.limits.shares_prompt else 0
 
-def _shared_pages(sequence: Sequence) -> int:
-    """Pages that the prompt fills: all answers read them, none writes into them."""
-    return sequence.prompt_tokens // PAGE_TOKENS
-
-
-def _need_pages(sequence: Sequence) -> int:
-    each = pages_of(sequence.capacity_tokens)
-    return each + (sequence.params.n - 1) * (each - _shared_pages(sequence))
+    def _need_pages(self, sequence: Sequence) -> int:
+        each = pages_of(sequence.capacity_tokens)
+        return each + (sequence.params.n - 1) * (each - self._shared_pages(sequence))

@@ -42,7 +42,7 @@ class Replacement:
 
 def replacements(
     model: PreTrainedModel,
-    router_paths: Iterable[str],
+    stock_paths: Iterable[str],
     dense_format: str,
     checkpoint: Checkpoint,
     *,
@@ -50,15 +50,17 @@ def replacements(
 ) -> list[Replacement]:
     """Which modules of `model` (on meta) are kept in fewer bytes than its own dtype takes.
 
-    Not the routers (`router_paths`): there, one bit picks another expert. `tiled`: linear layers
-    lie in tiles, for the library's products.
+    Not those below `stock_paths`: routers, where one bit picks another expert, and layers whose
+    weights other modules read. `tiled`: linear layers lie in tiles, for the library's products.
     """
-    routers = tuple(f"{path}." for path in router_paths)
+    stock = tuple(f"{path}." for path in stock_paths)
     ties = getattr(model, "all_tied_weights_keys", {})
     found = []
     for path, module in model.named_modules():
         key = f"{path}.weight"
-        if type(module) is torch.nn.Linear and not f"{path}.".startswith(routers):
+        if f"{path}.".startswith(stock):
+            continue
+        if type(module) is torch.nn.Linear:
             stored = checkpoint.stored_dtype(key) or checkpoint.stored_dtype(ties.get(key, key))
             if tiled:
                 found.append(_in_tiles(path, module, dense_format, stored))

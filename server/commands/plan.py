@@ -108,6 +108,8 @@ def as_object(forecast: Forecast) -> dict[str, Any]:
             "dense_format": forecast.dense_format,
             "stored_dtype": forecast.stored_dtype,
             "weights": "files" if forecast.has_weights else "absent",
+            "lane": forecast.lane.lane.value,
+            "lane_reason": forecast.lane.reason,
         },
         "memory": {f"{name}_bytes": count for name, count in plan.parts().items()}
         | {
@@ -177,6 +179,7 @@ def lines(forecast: Forecast) -> list[str]:
     """The text for people."""
     return [
         *_model_lines(forecast),
+        forecast.lane.line,
         *forecast.plan.lines(),
         *([forecast.gains.line()] if forecast.gains else []),
         "",

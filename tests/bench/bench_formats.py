@@ -16,9 +16,9 @@ import report
 import torch
 
 from engine_kit import MIB, opened
+from moestro.engine.facts import PAGE_TOKENS
+from moestro.engine.lanes import LanePart
 from moestro.engine.loader import Loaded
-from moestro.engine.model.kv import SequenceKV
-from moestro.engine.model.topology import run_packed
 from moestro.factorize import prepare_demo
 
 WINDOW_TOKENS, WINDOWS = 512, 8
@@ -80,11 +80,12 @@ def log_probabilities(loaded: Loaded, ids: list[int]) -> torch.Tensor:
 
 def packed_logits(loaded: Loaded, ids: list[int]) -> torch.Tensor:
     """[n, V] of one window, alone, before any softmax."""
-    runner = loaded.engine.runner
-    runner._cache.begin([(SequenceKV.alone(len(ids)), len(ids))])
+    lane = loaded.engine.runner.lane
     with torch.inference_mode():
-        logits = run_packed(runner._model, runner._cache, [ids], [0], list(range(len(ids))))
-    runner._cache.end(commit=False)
+        logits = lane.run(
+            [LanePart((0, 0), range(-(-len(ids) // PAGE_TOKENS)), ids, 0)], range(len(ids))
+        )
+    lane.forget((0, 0))
     return logits
 
 

@@ -8,14 +8,17 @@ import torch
 import tiny
 from engine_kit import opened
 from moestro.engine import ModelRefused
+from moestro.engine.lanes import PackedLane
 from moestro.engine.loader import Loaded
-from moestro.engine.selfcheck import check_packed
+from moestro.engine.selfcheck import check_lane
 
 
 def look(loaded: Loaded, *, quantized: bool) -> float:
     runner = loaded.engine.runner
     vocab_size = loaded.info.vocab_size
-    return check_packed(runner._model, runner._cache, vocab_size, coarse=quantized)
+    assert isinstance(runner.lane, PackedLane)
+    lane = PackedLane(runner.lane.model, runner.lane.cache, 3)
+    return check_lane(lane, vocab_size, coarse=quantized).worst
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoeshared"])
@@ -31,7 +34,7 @@ def test_a_carried_model_passes(family: str, name: str, tmp_path: Path) -> None:
 def test_a_state_that_leaks_is_refused(quantized: bool, tmp_path: Path) -> None:
     folder = tiny.build("mixtral", tmp_path / "model")
     with opened(folder, tmp_path / "cache") as loaded:
-        layer = loaded.engine.runner._model.get_submodule("model.layers.1")
+        layer = loaded.engine.runner.lane.model.get_submodule("model.layers.1")
 
         def leak(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
             return output + output.cumsum(dim=1).roll(1, dims=1)  # every row sees those before it
@@ -44,7 +47,7 @@ def test_a_state_that_leaks_is_refused(quantized: bool, tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     folder = tiny.build("mixtral", tmp_path / "model")
     with opened(folder, tmp_path / "cache") as loaded:
-        norm = loaded.engine.runner._model.get_submodule("model.norm")
+        norm = loaded.engine.runner.lane.model.get_submodule("model.norm")
         torch.nn.init.constant_(next(norm.parameters()), float("nan"))
         with pytest.raises(ModelRefused, match="not finite"):
             look(loaded, quantized=False)

@@ -13,7 +13,8 @@ from moestro.cache import LinkSpec
 from moestro.engine import BadParameter, BudgetTooSmall, EngineConfig, LoadCancelled, Progress
 from moestro.engine.facts.units import MIB
 from moestro.engine.loader import load
-from moestro.engine.planning.blueprint import inspect, plan_memory
+from moestro.engine.planning.blueprint import inspect
+from moestro.engine.planning.budgets import plan_memory
 
 STEPS: list[list[tuple[int, list[int]]]] = [
     [(1, list(range(10, 40))), (2, list(range(60, 65)))],

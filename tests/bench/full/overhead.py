@@ -53,7 +53,7 @@ def ours(folder: Path, cache: Path, experts: str) -> dict[str, float]:
         params = SamplingParams(WARM_STEPS, temperature=0.0, ignore_eos=True)
         for seed in range(4):
             generate(loaded, [random_ids(loaded, 64, seed)], params)
-        model = loaded.engine.runner._model
+        model = loaded.engine.runner.lane.model
         whole = [each.__dict__.get("forward") for each in model.model.layers]
         times = clock(model)
         began = loaded.cache.stats()

@@ -13,8 +13,9 @@ import tiny
 from engine_kit import generate, opened, run_logits
 from moestro.engine import SamplingParams
 from moestro.engine.kernels import Norm, Router, Scratch, StepRoom
+from moestro.engine.lanes import PackedLane
 from moestro.engine.loader import Loaded
-from moestro.engine.model import SequenceKV
+from moestro.engine.model import PackedCache, SequenceKV
 from moestro.engine.model.thin import (
     ThinAttention,
     ThinMlp,
@@ -42,7 +43,7 @@ def slow(*values: Any) -> Any:
 
 
 def small(loaded: Loaded) -> dict[type, list[Any]]:
-    modules = loaded.engine.runner._model.modules()
+    modules = loaded.engine.runner.lane.model.modules()
     own = [module.__dict__.get("forward") for module in modules]
     return {kind: [each for each in own if isinstance(each, kind)] for kind in KINDS}
 
@@ -54,15 +55,21 @@ def counted(loaded: Loaded) -> list[int]:
     return [*(len(found[kind]) for kind in KINDS[:3]), *trusted]
 
 
+def packed_cache(loaded: Loaded) -> PackedCache:
+    lane = loaded.engine.runner.lane
+    assert isinstance(lane, PackedLane)
+    return lane.cache
+
+
 @contextmanager
 def general(loaded: Loaded) -> Iterator[None]:
     """Inside, every module is the stock one."""
     modules = [
         (module, module.__dict__["forward"])
-        for module in loaded.engine.runner._model.modules()
+        for module in loaded.engine.runner.lane.model.modules()
         if isinstance(module.__dict__.get("forward"), KINDS)
     ]
-    attended = loaded.engine.runner._cache.attended_by_library
+    attended = packed_cache(loaded).attended_by_library
     layers = set(attended)
     try:
         attended.clear()
@@ -305,7 +312,7 @@ def test_every_pass_forgets(tmp_path: Path) -> None:
         memory = small(loaded)[ThinLayer][0]._memory
         run_logits(loaded, [[(1, [5])]])
         assert memory._of is not None
-        loaded.engine.runner._cache.begin([(SequenceKV.alone(1), 1)])
+        packed_cache(loaded).begin([(SequenceKV.alone(1), 1)])
         assert memory._of is None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moestro.engine import BudgetTooSmall, EngineConfig
+from moestro.engine.facts import Lane, LaneChoice
 from moestro.engine.facts.units import MIB
 from moestro.engine.planning.advice import changes, flags_of, nearest_plan, size_flag
 from moestro.engine.planning.forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Work
@@ -84,6 +85,7 @@ def test_sizes_as_flags_are_exact() -> None:
 def forecast(slots: int, limit_bytes: int = 4000 * MIB, factorized: bool = False) -> Forecast:
     plan = settle(DEMAND, slots * 5 * MIB, 64 * MIB, (limit_bytes, "the machine"))
     return Forecast(
+        lane=LaneChoice(Lane.PACKED),
         family="tiny",
         stored_dtype="bfloat16",
         expert_format="native",

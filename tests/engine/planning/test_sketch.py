@@ -9,7 +9,8 @@ import torch
 
 import tiny
 from moestro.engine import EngineConfig, ModelRefused
-from moestro.engine.planning.blueprint import Blueprint, inspect, plan_memory, understand
+from moestro.engine.planning.blueprint import Blueprint, inspect, understand
+from moestro.engine.planning.budgets import plan_memory
 from moestro.engine.planning.sketch import Sketch, weights_are_here
 
 

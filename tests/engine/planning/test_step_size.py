@@ -10,7 +10,8 @@ from engine_kit import generate, opened
 from moestro.engine import BadParameter, BudgetTooSmall, EngineConfig, SamplingParams
 from moestro.engine.facts.units import MIB
 from moestro.engine.planning import blueprint
-from moestro.engine.planning.blueprint import MASK_BYTES, inspect, plan_memory
+from moestro.engine.planning.blueprint import inspect
+from moestro.engine.planning.budgets import MASK_BYTES, plan_memory
 from moestro.engine.planning.memory import Demand, MemoryPlan, settle
 from moestro.engine.planning.step_size import plan_best_steps, plan_given_steps
 

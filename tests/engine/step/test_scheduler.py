@@ -1,5 +1,7 @@
 """Who runs next: lengths and bytes only."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +11,8 @@ from moestro.engine.step.scheduler import Scheduler, SchedulerLimits
 from moestro.engine.step.sequence import Batch, Sequence
 
 
-def limits(**changes: int) -> SchedulerLimits:
-    values = {
+def limits(**changes: Any) -> SchedulerLimits:
+    values: dict[str, Any] = {
         "max_running": 4,
         "max_waiting": 8,
         "max_step_tokens": 16,

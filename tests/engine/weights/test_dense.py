@@ -9,8 +9,8 @@ import torch
 import tiny
 from engine_kit import opened, run_logits
 from moestro.engine.facts.config import EngineConfig
+from moestro.engine.lanes import choose_lane
 from moestro.engine.model.meta_model import build_meta_model
-from moestro.engine.model.topology import trace
 from moestro.engine.planning.blueprint import inspect
 from moestro.engine.weights.linears import (
     CompactLinear,
@@ -63,7 +63,7 @@ def test_every_linear_layer_but_the_routers_becomes_int8(tmp_path: Path, layout:
     compact = TileLinear if layout == "tiles" else CompactLinear
     folder = tiny.build("granitemoeshared", tmp_path / "model")  # its head is tied
     with opened(folder, tmp_path / "cache", dense_format="int8") as loaded:
-        model = loaded.engine.runner._model
+        model = loaded.engine.runner.lane.model
         kinds = {path: type(module) for path, module in model.named_modules()}
         assert torch.nn.Linear not in kinds.values()
         assert kinds["lm_head"] is compact
@@ -79,7 +79,7 @@ def test_the_plan_counts_the_smaller_weights(tmp_path: Path, layout: str) -> Non
     for name in ("native", "int8"):
         with opened(folder, tmp_path / "cache", dense_format=name) as loaded:
             dense[name] = loaded.plan.demand.dense_bytes
-            model = loaded.engine.runner._model
+            model = loaded.engine.runner.lane.model
             held = sum(p.numel() * 4 for p in model.parameters())
             for module in model.modules():
                 if isinstance(module, CompactLinear):
@@ -101,7 +101,7 @@ def test_an_embedding_keeps_the_checkpoints_bytes_and_every_bit(
     folder = tiny.build(family, tmp_path / "model", torch.bfloat16)
     wanted = tiny.oracle(folder).get_input_embeddings().weight
     with opened(folder, tmp_path / "cache", dense_format=dense_format) as loaded:
-        found = loaded.engine.runner._model.get_input_embeddings()
+        found = loaded.engine.runner.lane.model.get_input_embeddings()
         shared = family == "granitemoeshared" and dense_format == "native" and layout == "rows"
         assert isinstance(found, StoredEmbedding) != shared
         ids = torch.arange(50)
@@ -143,7 +143,7 @@ def test_a_model_that_changes_its_inputs_in_place_is_noticed(tmp_path: Path) -> 
 
     query = model.get_submodule("model.layers.1.self_attn.q_proj")
     query.register_forward_hook(double)
-    assert not trace(model).inputs_unchanged
+    assert not choose_lane(model, lambda: model).inputs_unchanged
 
 
 @pytest.mark.parametrize("slots", [32, 5, 2])

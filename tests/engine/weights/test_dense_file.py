@@ -57,7 +57,7 @@ def test_every_tensor_is_the_same(family: str, tmp_path: Path) -> None:
     folder, found = tiny.build(family, tmp_path / "model", torch.bfloat16), []
     for _ in range(2):
         with opened(folder, tmp_path / "cache", dense_format="int8") as loaded:
-            model = loaded.engine.runner._model
+            model = loaded.engine.runner.lane.model
             tensors = dict(dense_file._dense_tensors(model))
             kinds = {path: type(module) for path, module in model.named_modules()}
             count = sum(parameter.numel() for parameter in model.parameters())

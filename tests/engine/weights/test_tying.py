@@ -82,7 +82,7 @@ def test_equal_weights_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("moestro.engine.formats.named.library", lambda: None)
     folder = with_head(tmp_path / "model", "same numbers")
     with opened(folder, tmp_path / "cache") as loaded:
-        model = loaded.engine.runner._model
+        model = loaded.engine.runner.lane.model
         assert model.get_parameter(HEAD) is model.get_parameter(EMBEDDING)
         held = sum(p.numel() * p.element_size() for p in model.parameters())
         assert loaded.plan.demand.dense_bytes == held

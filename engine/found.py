@@ -1,0 +1,58 @@
+"""What the log says of a model at its start, before it is loaded."""
+
+import logging
+
+from moestro.cache import human_bytes
+from moestro.engine.facts import EngineConfig, Threads
+from moestro.engine.kernels import MISSING, chosen
+from moestro.engine.planning import Blueprint, MemoryPlan, gains_of
+
+log = logging.getLogger("moestro.engine")
+
+
+def log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> None:
+    spec, family = blueprint.spec, blueprint.checkpoint.config.model_type
+    log.info(
+        "found %s: %s, %d layers of %d experts of %s, %d per token",
+        config.model_path,
+        family,
+        len(spec.layers),
+        blueprint.experts[0].num_experts,
+        human_bytes(spec.slot_bytes),
+        blueprint.experts_per_token,
+    )
+    if blueprint.manifest is not None:
+        log.info(
+            "factorized from %s; expert outputs are scaled by %g",
+            blueprint.manifest.source,
+            blueprint.output_scale,
+        )
+    device = blueprint.device
+    name = device.place if device.room is None else device.room.name
+    log.info("%s", blueprint.topology.lane.line)
+    log.info("compute: %s on %s (%s)", device.compute_dtype, name, device.why)
+    log.info("threads: %d (%s)", threads.count, threads.why)
+    if device.place.type == "cpu":
+        _log_products()
+
+
+def log_whole_prompts(plan: MemoryPlan) -> None:
+    log.info(
+        "prompts: computed whole, up to %d tokens (--max-step-tokens): the model's class cannot go"
+        " on with one",
+        plan.demand.step_tokens,
+    )
+
+
+def _log_products() -> None:
+    name = chosen()
+    if name is None:
+        log.warning("%s", MISSING)
+    else:
+        log.info("products: %s", name)
+
+
+def log_gains(config: EngineConfig, blueprint: Blueprint) -> None:
+    gains = gains_of(config, blueprint)
+    if gains is not None:
+        log.info("%s", gains.line())

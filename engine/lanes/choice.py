@@ -1,0 +1,159 @@
+"""Which lane a model takes, and what it looks like from its experts: found without weights.
+
+Passes run on the meta device, so they cost no memory and read nothing. They find the order of the
+experts modules, the router and the norm in front of each, which layers expand their keys, and how
+much attention state a token needs. No table of families; a model that no lane carries is refused
+here, before anything is loaded.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from moestro.engine.facts import Lane, LaneChoice, ModelRefused
+from moestro.engine.formats import is_experts_module
+from moestro.engine.model import (
+    PackedCache,
+    SequenceKV,
+    Topology,
+    UnknownKeyword,
+    install,
+)
+
+from .lane import LanePart
+from .packed import last_rows, run_packed
+from .sequential import kept_numbers, run_one
+from .states import own_cache_class, stateful_modules
+from .watch import Watch
+
+TRACE_TOKENS = 3
+# Of one sequence: as many at first, so many more. Windows and pools of few tokens are full by then.
+FIRST_TOKENS, MORE_TOKENS = 32, 64
+
+
+READABLE = (torch.nn.Linear, torch.nn.Embedding)
+
+
+class _NotThisLane(Exception):
+    """Why, in words."""
+
+
+def choose_lane(packed: PreTrainedModel, sequential: Callable[[], PreTrainedModel]) -> Topology:
+    """`packed` has the hooks of the packed lane, `sequential` makes the model for the other one.
+
+    Both on the meta device. Raises ModelRefused where the model needs something that neither lane
+    carries.
+    """
+    kind = packed.config.model_type
+    try:
+        try:
+            return _trace_packed(packed)
+        except _NotThisLane as error:
+            return _trace_sequential(sequential(), str(error))
+    except _NotThisLane as error:
+        raise ModelRefused(f"models of type {kind!r} are not carried yet: {error}") from error
+
+
+def _trace_packed(model: PreTrainedModel) -> Topology:
+    """One pass over a row of two sequences."""
+    if stateful := stateful_modules(model):
+        name = type(model.get_submodule(stateful[0])).__name__
+        raise _NotThisLane(f"{name} keeps a state of its sequence")
+    if own := own_cache_class(model):
+        raise _NotThisLane(f"it keeps its state in a class of its own ({own})")
+    watch, cache = Watch(model), PackedCache()
+    install(model, cache)
+    kvs = [SequenceKV.alone(TRACE_TOKENS) for _ in range(2)]
+    parts = [LanePart((number, 0), (), [0] * TRACE_TOKENS, 0) for number in range(2)]
+    with _naming_faults(), watch.watching():
+        cache.begin([(kv, TRACE_TOKENS) for kv in kvs])
+        try:
+            run_packed(model, cache, parts, last_rows(parts))
+        finally:
+            cache.end(commit=False)
+    kv = kvs[0].store
+    return _facts(
+        watch,
+        expanded_layers=frozenset(cache.expanded_layers),
+        kv_numbers_per_token=kv.numbers_per_token,
+        attention_layers=len(kv.layers),
+        lane=LaneChoice(Lane.PACKED),
+        kv_fixed_numbers=0,
+    )
+
+
+def _trace_sequential(model: PreTrainedModel, reason: str) -> Topology:
+    """A prompt, and more of it: what its cache grows by is what a token takes."""
+    watch = Watch(model)
+    with _naming_faults():
+        with watch.watching():
+            _, cache = run_one(model, None, [0] * FIRST_TOKENS, 0, [0])
+        least = kept_numbers(cache)
+        with watch.watching():
+            _, cache = run_one(model, cache, [0] * MORE_TOKENS, FIRST_TOKENS, [0])
+            most = kept_numbers(cache)
+            watch.runs.clear()
+            run_one(model, cache, [0], FIRST_TOKENS + MORE_TOKENS, [0])
+    per_token = max(1, -(-(most - least) // MORE_TOKENS))
+    return _facts(
+        watch,
+        expanded_layers=frozenset(),
+        kv_numbers_per_token=per_token,
+        attention_layers=max(1, len(getattr(cache, "layers", ()))),
+        lane=LaneChoice(Lane.SEQUENTIAL, reason),
+        kv_fixed_numbers=max(0, least - per_token * FIRST_TOKENS),
+    )
+
+
+@contextmanager
+def _naming_faults() -> Iterator[None]:
+    """What a model's own code raises over something that a lane does not have."""
+    try:
+        yield
+    except (
+        UnknownKeyword,
+        NotImplementedError,
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        LookupError,
+    ) as error:
+        raise _NotThisLane(str(error)) from error
+
+
+def _facts(
+    watch: Watch,
+    *,
+    expanded_layers: frozenset[int],
+    kv_numbers_per_token: int,
+    attention_layers: int,
+    lane: LaneChoice,
+    kv_fixed_numbers: int,
+) -> Topology:
+    paths = tuple(path for path, _, _ in watch.runs)
+    modules = watch.model.named_modules()
+    present = {path for path, module in modules if is_experts_module(module)}
+    if len(set(paths)) != len(paths) or not paths:
+        raise _NotThisLane("their experts do not run once per pass")
+    if silent := sorted(present - set(paths)):
+        raise _NotThisLane(f"a text pass does not run {silent[0]}")
+    return Topology(
+        experts_paths=paths,
+        routers=tuple(watch.router(ids) for _, _, ids in watch.runs),
+        experts_per_token=tuple(ids.shape[1] for _, _, ids in watch.runs),
+        expanded_layers=expanded_layers,
+        kv_numbers_per_token=kv_numbers_per_token,
+        attention_layers=attention_layers,
+        lane=lane,
+        kv_fixed_numbers=kv_fixed_numbers,
+        writes_scores=watch.model.config._attn_implementation == "eager",
+        inputs_unchanged=watch.inputs_unchanged,
+        read_in_place=frozenset(
+            path
+            for path, module in watch.model.named_modules()
+            if isinstance(module, READABLE) and path not in watch.called
+        ),
+    )

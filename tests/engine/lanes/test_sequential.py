@@ -1,0 +1,130 @@
+"""Models whose layers keep a state of their sequence: one pass for each sequence of a step."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import tiny
+from engine_kit import generate, opened, run_logits
+from moestro.engine import EngineConfig, PromptTooLong, SamplingParams
+from moestro.engine.facts import Lane
+from moestro.engine.lanes import LanePart, SequentialLane
+from moestro.engine.lanes.sequential import kept_numbers
+from moestro.engine.loader import Loaded
+from moestro.engine.planning import inspect
+
+TOLERANCE = 1e-4
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+
+
+def qwen3_next() -> hf.PreTrainedConfig:
+    return hf.Qwen3NextConfig(
+        **tiny.WIDTHS,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+
+
+def jamba() -> hf.PreTrainedConfig:
+    return hf.JambaConfig(
+        **tiny.WIDTHS,
+        num_experts=8,
+        num_experts_per_tok=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        use_mamba_kernels=False,
+    )
+
+
+MODELS: dict[str, Callable[[], hf.PreTrainedConfig]] = {"qwen3_next": qwen3_next, "jamba": jamba}
+
+
+def small(folder: Path, **settings: Any) -> Any:
+    """Opened with room for a part of its experts."""
+    return opened(folder, folder.parent / "cache", host_memory_bytes=14 * 52 * 1024, **settings)
+
+
+@pytest.fixture(params=MODELS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tiny.save(MODELS[request.param](), tmp_path / "model")
+
+
+def test_greedy_tokens_in_company_equal_stock(folder: Path) -> None:
+    prompts = torch.randint(200, (3, 9), generator=torch.Generator().manual_seed(2)).tolist()
+    with small(folder) as loaded:
+        assert isinstance(loaded.engine.runner.lane, SequentialLane)
+        assert loaded.cache.stats().misses > 0
+        found = [answer.ids for answer in generate(loaded.engine, prompts, GREEDY)]
+        assert loaded.engine.runner.held_sequences == 0
+    stock = tiny.oracle(folder)
+    for prompt, ids in zip(prompts, found, strict=True):
+        wanted = stock.generate(
+            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None
+        )
+        assert ids == wanted[0, 9:].tolist()
+
+
+def test_chunks_of_a_prompt_beside_another_equal_stock(tmp_path: Path) -> None:
+    folder = tiny.save(qwen3_next(), tmp_path / "model")
+    ids = torch.randint(200, (14,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.inference_mode():
+        wanted = tiny.oracle(folder)(torch.tensor([ids])).logits[0]
+    with small(folder) as loaded:
+        found = run_logits(
+            loaded,
+            [[(1, ids[:8]), (2, [5, 6, 7])], [(1, ids[8:11]), (2, [9])], [(1, ids[11:])]],
+        )
+    assert (found[[0, 2, 4]] - wanted[[7, 10, 13]]).abs().max() < TOLERANCE
+
+
+def test_answers_to_one_prompt_go_on_from_copies_of_its_state(folder: Path) -> None:
+    prompt = list(range(20, 29))
+    with small(folder) as loaded:
+        (alone,) = generate(loaded.engine, [prompt], GREEDY)
+        (both,) = generate(loaded.engine, [prompt], replace(GREEDY, n=2))
+    assert both.ids[::2] == both.ids[1::2] == alone.ids
+
+
+def test_whole_prompts_are_bounded_by_the_step(tmp_path: Path) -> None:
+    folder = tiny.save(jamba(), tmp_path / "model")
+    for _ in range(2):  # the second start finds the verdict of the first one
+        with small(folder, max_step_tokens=32) as loaded:
+            assert loaded.engine.scheduler.limits.whole_prompts
+            validate(loaded, 32)
+            with pytest.raises(PromptTooLong, match=r"33 tokens.*--max-step-tokens"):
+                validate(loaded, 33)
+            answers = generate(loaded.engine, [[7] * 32, [8] * 20], GREEDY)
+            alone = generate(loaded.engine, [[8] * 20], GREEDY)
+            assert answers[1].ids == alone[0].ids
+
+
+def validate(loaded: Loaded, tokens: int) -> None:
+    loaded.engine.validate([1] * tokens, SamplingParams(max_tokens=4))
+
+
+def test_a_sequence_keeps_no_more_than_is_planned_for(folder: Path, tmp_path: Path) -> None:
+    topology = inspect(EngineConfig(folder, tmp_path)).topology
+    assert topology.lane.lane is Lane.SEQUENTIAL
+    assert "keeps a state of its sequence" in topology.lane.line
+    with small(folder) as loaded, torch.inference_mode():
+        lane = loaded.engine.runner.lane
+        assert isinstance(lane, SequentialLane)
+        for tokens in (1, 8, 100):
+            lane.run([LanePart((tokens, 0), (), [3] * tokens, 0)], [tokens - 1])
+            held = kept_numbers(lane._caches[tokens, 0])
+            planned = topology.kv_fixed_numbers + tokens * topology.kv_numbers_per_token
+            assert 0.5 * planned < held <= planned
