@@ -76,9 +76,11 @@ PARTS: dict[str, dict[str, Any]] = {
         ],
         "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
     },
+    "cohere2_moe": {"logit_scale": 1.0},
     # Its experts are rows of an embedding, picked by a product of two keys: a square number.
     "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2},
     "dots3_note_text": DOTS3_NOTE,
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"]},
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [32, 32],
         "rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]},
@@ -92,6 +94,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_moe": {"rope_parameters": ROPE},
     "hy_v4": {"indexer_types": ["full", "shared", "full", "shared"]},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,

@@ -25,8 +25,8 @@ TABLES = (
 )
 LEFT_OUT = {
     "diffusion_gemma": "writes by block diffusion, not token by token",
-    "nemo_speechlm": "transcribes speech; its language model is nemotron_h",
-    "qwen3_omni_moe": "speaks through a second model; its thinker is checked as a type of its own",
+    "nemo_speechlm": "transcribes speech, with the language model of nemotron_h",
+    "qwen3_omni_moe": "speaks through a second model; qwen3_omni_moe_thinker, which thinks, is checked",
 }
 DECORATOR = "@use_experts_implementation"
 EXPERTS_CLASS = re.compile(r"^class \w*Experts?(?=[A-Z(])\w*\(", re.MULTILINE)
