@@ -14,7 +14,7 @@ DEMO_FLAGS := --expert-format int8 --dense-format int8 --host-memory 20MiB
 export MOESTRO_TORCH
 export PYTHON
 
-.PHONY: help run setup dev test check test-fast test-slow clients gpu-check bench bench-full clean
+.PHONY: help run setup dev test check test-fast test-slow families clients gpu-check bench bench-full clean
 
 help: ## this text
 	@echo "moestro: a server for Mixture-of-Experts models larger than the memory they run in."
@@ -39,10 +39,13 @@ check: dev ## format, lint and types alone
 	@scripts/check.sh
 
 test-fast: dev
-	@.venv/bin/pytest -m "not slow and not gpu and not clients" $(PYTEST_ARGS)
+	@.venv/bin/pytest -m "not slow and not gpu and not clients and not families" $(PYTEST_ARGS)
 
 test-slow: dev ## the tests that take more than a few seconds
 	@.venv/bin/pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+families: dev ## every model type with experts against stock (ARGS=--write writes engine/FAMILIES.md)
+	@.venv/bin/pytest -m families tests/families $(ARGS) $(PYTEST_ARGS)
 
 clients: dev ## openai, litellm, langchain, lm-eval and schemathesis against the demo model
 	@.venv/bin/pytest -m clients tests/clients $(PYTEST_ARGS)

@@ -1,0 +1,97 @@
+"""A tiny random checkpoint of any model type with experts, in the layout of its releases."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+
+from family_fields import PARTS, WITHIN
+from family_registry import moe_model_types
+from family_sizes import LANGUAGE, LAYERS, TOWER, WHOLE
+from tiny import write_tokenizer
+
+MAX_WEIGHTS = 20_000_000
+KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type")
+
+
+def tiny_config(kind: str) -> Any:
+    """A configuration of model type `kind` that is small in every field known to be a size."""
+    return _small(hf.CONFIG_MAPPING[kind](), kind, "")
+
+
+def model_class(kind: str) -> Any:
+    return getattr(hf, moe_model_types()[kind])
+
+
+def count_weights(kind: str, config: Any) -> int:
+    with torch.device("meta"):
+        model = model_class(kind)._from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build(kind: str, folder: Path) -> Path:
+    """Write a random fp32 model of type `kind` with its tokenizer into `folder`; returns it."""
+    config = tiny_config(kind)
+    weights = count_weights(kind, config)
+    if weights > MAX_WEIGHTS:
+        raise ValueError(f"{kind}: {weights} weights are not tiny; see tests/support/family_sizes")
+    torch.manual_seed(0)
+    model = model_class(kind)._from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "bias" in name.rpartition(".")[2] and tensor.is_floating_point():
+            torch.nn.init.normal_(tensor, std=0.1)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def oracle(kind: str, folder: Path) -> Any:
+    """The same checkpoint in stock transformers, fp32, eager."""
+    return (
+        model_class(kind)
+        .from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+        .train(False)
+    )
+
+
+def _small(default: Any, kind: str, path: str) -> Any:
+    """The configuration like `default`, one part of type `kind`'s, with small sizes."""
+    parts = {k: v for k, v in vars(default).items() if isinstance(v, hf.PreTrainedConfig)}
+    if path:
+        table = TOWER
+    else:
+        table = WHOLE if "text_config" in parts else LANGUAGE
+    if path == "text_config" or path.endswith(("attn_config", "ffn_config")):
+        table = LANGUAGE
+    given: dict[str, Any] = {}
+    for name, value in vars(default).items():
+        if name in parts:
+            given[name] = _small(value, kind, f"{path}.{name}".lstrip("."))
+        elif name in KINDS_OF_LAYERS and isinstance(value, list) and table is LANGUAGE:
+            given[name] = _few_of_each(value)
+        elif name in table:
+            given[name] = table[name]
+    if "kv_lora_rank" in given:  # latent attention: every head has keys of its own
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    fields = vars(default)
+    if "qk_rope_head_dim" in given and fields.get("head_dim") == fields["qk_rope_head_dim"]:
+        given["head_dim"] = given["qk_rope_head_dim"]
+    given |= PARTS.get(default.model_type, {}) | WITHIN.get(f"{kind}:{path}", {})
+    return type(default)(**given)
+
+
+def _few_of_each(kinds: list[str]) -> list[str]:
+    """LAYERS entries that have every kind in `kinds`: a dense one once, the others in turn."""
+    order = list(dict.fromkeys(kinds))
+    if order[0] == "dense":
+        return [order[0], *order[1:] * (LAYERS - 1)][:LAYERS]
+    return (order * LAYERS)[:LAYERS]
