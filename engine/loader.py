@@ -274,6 +274,7 @@ def _assemble(
         experts_per_token=blueprint.experts_per_token,
         expert_bytes=blueprint.spec.slot_bytes,
         expert_format=config.format_name,
+        lane=blueprint.topology.lane.lane.value,
         created_s=int(time.time()),
     )
     return Loaded(engine, cache, tokenizer, info, plan, load_s, prefetch)

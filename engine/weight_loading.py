@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from moestro.cache import (
@@ -19,7 +18,6 @@ from moestro.cache import (
 from moestro.engine.facts import Device, EngineConfig, StartError
 from moestro.engine.formats import encode_layer, in_tiles
 from moestro.engine.kernels import Scratch
-from moestro.engine.model import build_meta_model
 from moestro.engine.planning import Blueprint, MemoryPlan, compact_modules, release_freed_memory
 from moestro.engine.weights import DenseFile, LastRows, Shared, load_dense
 
@@ -42,7 +40,7 @@ def load_weights(
     layers = len(blueprint.experts)
 
     def fill(writer: PackWriter) -> None:
-        scratch = build_meta_model(checkpoint, torch.float32)  # experts keep the file's dtype
+        scratch = blueprint.build_model()  # experts keep the file's dtype
         missing = writer.missing
         for place, index in enumerate(missing):
             phases.report(layers - len(missing) + place, layers, "layers")

@@ -30,6 +30,7 @@ class ModelInfo:
     experts_per_token: int
     expert_bytes: int
     expert_format: str
+    lane: str  # how the sequences of a step go through it
     created_s: int  # unix time of the load
 
 

@@ -9,11 +9,9 @@ here, before anything is loaded.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from transformers import PreTrainedModel
 
 from moestro.engine.facts import Lane, LaneChoice, ModelRefused
-from moestro.engine.formats import is_experts_module
 from moestro.engine.model import (
     PackedCache,
     SequenceKV,
@@ -31,9 +29,6 @@ from .watch import Watch
 TRACE_TOKENS = 3
 # Of one sequence: as many at first, so many more. Windows and pools of few tokens are full by then.
 FIRST_TOKENS, MORE_TOKENS = 32, 64
-
-
-READABLE = (torch.nn.Linear, torch.nn.Embedding)
 
 
 class _NotThisLane(Exception):
@@ -134,12 +129,8 @@ def _facts(
     kv_fixed_numbers: int,
 ) -> Topology:
     paths = tuple(path for path, _, _ in watch.runs)
-    modules = watch.model.named_modules()
-    present = {path for path, module in modules if is_experts_module(module)}
     if len(set(paths)) != len(paths) or not paths:
         raise _NotThisLane("their experts do not run once per pass")
-    if silent := sorted(present - set(paths)):
-        raise _NotThisLane(f"a text pass does not run {silent[0]}")
     return Topology(
         experts_paths=paths,
         routers=tuple(watch.router(ids) for _, _, ids in watch.runs),
@@ -151,9 +142,6 @@ def _facts(
         kv_fixed_numbers=kv_fixed_numbers,
         writes_scores=watch.model.config._attn_implementation == "eager",
         inputs_unchanged=watch.inputs_unchanged,
-        read_in_place=frozenset(
-            path
-            for path, module in watch.model.named_modules()
-            if isinstance(module, READABLE) and path not in watch.called
-        ),
+        read_in_place=frozenset(watch.read_in_place),
+        absent_paths=watch.never_run(),
     )

@@ -2,8 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from moestro.engine.formats import is_experts_module
@@ -19,6 +24,10 @@ class Watch:
         self.read_by: dict[str, int] = {}  # module path -> storage of its only input
         self.runs: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # experts path, hidden, ids
         self.called: set[str] = set()  # paths of modules
+        self.touched: set[int] = set()  # parameters that some operation took, by identity
+        self.read_in_place: set[str] = (
+            set()
+        )  # linear layers and embeddings whose weights others read
         self.inputs_unchanged = True
         self._versions: dict[int, int] = {}  # of linear layers' inputs, by identity
         self._alive: list[torch.Tensor] = []  # keeps storages from being reused under our keys
@@ -26,8 +35,12 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Passes inside are watched; the model's experts answer nothing."""
-        handles = []
+        handles, watched = [], list[torch.nn.Module]()
         for path, module in self.model.named_modules():
+            if type(module) in _OBSERVED:
+                watched.append(module)
+                module.__dict__["moestro_note"] = partial(self.read_in_place.add, path)
+                module.__class__ = _OBSERVED[type(module)]
             if is_experts_module(module):
                 bind(module, self.experts)
             elif path:
@@ -35,10 +48,14 @@ class Watch:
             if isinstance(module, torch.nn.Linear):
                 handles.append(module.register_forward_pre_hook(self._before_linear))
         try:
-            yield
+            with _Touches(self.touched):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+            for module in watched:
+                del module.__dict__["moestro_note"]
+                module.__class__ = _STOCK[type(module)]
 
     def _hook(self, path: str) -> Callable[..., None]:
         def after(_: torch.nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -73,6 +90,27 @@ class Watch:
         self.runs.append((path, hidden, ids))
         return torch.empty_like(hidden)
 
+    def never_run(self) -> tuple[str, ...]:
+        """Modules that a text pass has no use for: towers of other kinds of input, and experts.
+
+        Of the modules around the decoder's layers, those of whose parameters nothing is taken.
+        """
+        ran = {path for path, _, _ in self.runs}
+        first = next(iter(ran), "").split(".")
+        depth = next((place for place, part in enumerate(first) if part.isdigit()), 0)
+        around = {".".join(first[:place]) for place in range(depth)}
+        found: list[str] = []
+        for path, module in self.model.named_modules():
+            silent_experts = is_experts_module(module) and path not in ran
+            if path.startswith(tuple(f"{above}." for above in found)):
+                continue
+            if silent_experts or (path and path.rpartition(".")[0] in around):
+                parameters = list(module.parameters())
+                runs = any(other == path or other.startswith(f"{path}.") for other in ran)
+                if parameters and not runs and self.touched.isdisjoint(map(id, parameters)):
+                    found.append(path)
+        return tuple(found)
+
     def router(self, ids: torch.Tensor) -> RouterPlace | None:
         made = self.made_by.get(_storage(ids))
         if made is None or made[0] not in self.read_by:
@@ -84,6 +122,84 @@ class Watch:
             if weight is None or weight.dim() != 1:
                 norm_path = None
         return RouterPlace(path, index, norm_path)
+
+
+class _Touches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every parameter that an operation takes; answers what depends on numbers by shapes."""
+
+    def __init__(self, found: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._found = found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        self._found.update(id(each) for each in leaves if isinstance(each, torch.nn.Parameter))
+        if func is torch.ops.aten.nonzero.default:  # as many as could be
+            (tensor,) = args
+            return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device="meta")
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        if func in _INDEXED and any(_is_mask(index) for index in args[1]):
+            args = (args[0], _all_places(args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+_INDEXED = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+
+
+def _is_mask(index: Any) -> bool:
+    return index is not None and index.dtype == torch.bool
+
+
+def _all_places(indices: Any) -> list[Any]:
+    """A mask as indices of as many places as it could choose."""
+    found: list[Any] = []
+    for index in indices:
+        if _is_mask(index):
+            places = torch.empty(index.numel(), dtype=torch.long, device="meta")
+            found += [places] * index.dim()
+        else:
+            found.append(index)
+    return found
+
+
+class _ObservedLinear(torch.nn.Linear):
+    """Notes when something else than its own `forward` asks for its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        parameters = self._parameters
+        return F.linear(input, parameters["weight"], parameters.get("bias"))  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.__dict__["moestro_note"]()
+        return super().__getattr__(name)
+
+
+class _ObservedEmbedding(torch.nn.Embedding):
+    """The same of an embedding."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self._parameters["weight"]
+        return F.embedding(input, weight, self.padding_idx)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.__dict__["moestro_note"]()
+        return super().__getattr__(name)
+
+
+_OBSERVED: dict[type, type] = {
+    torch.nn.Linear: _ObservedLinear,
+    torch.nn.Embedding: _ObservedEmbedding,
+}
+_STOCK = {observed: stock for stock, observed in _OBSERVED.items()}
 
 
 def _storage(tensor: torch.Tensor) -> int:

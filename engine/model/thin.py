@@ -50,7 +50,7 @@ def takes_rows(module: torch.nn.Module) -> bool:
     """Rows are all that it has to be called with."""
     kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     given = [each for each in signature(module.forward).parameters.values() if each.kind in kinds]
-    return bool(given) and all(each.default is not Parameter.empty for each in given[1:])
+    return len(given) == 1
 
 
 def norm_of(module: torch.nn.Module) -> Norm | None:

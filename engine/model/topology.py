@@ -28,9 +28,8 @@ class Topology:
     kv_fixed_numbers: int  # numbers that all layers keep for one sequence, however long
     writes_scores: bool  # attention takes memory for every pair of tokens
     inputs_unchanged: bool  # no layer changes a tensor in place that a linear layer after it reads
-    read_in_place: frozenset[
-        str
-    ]  # linear layers and embeddings that are not called: others read them
+    absent_paths: tuple[str, ...]  # modules that a text pass never runs: they get no weights
+    read_in_place: frozenset[str]  # linear layers and embeddings whose weights others read
 
     @property
     def stock_paths(self) -> list[str]:

@@ -60,8 +60,7 @@ class Blueprint:
 
     def build_model(self) -> PreTrainedModel:
         """Without weights, for its lane."""
-        dtype = self.device.compute_dtype
-        return build_meta_model(self.checkpoint, dtype, self.topology.lane.lane)
+        return _build(self.checkpoint, self.device, self.topology)
 
     @property
     def spec(self) -> PackSpec:
@@ -80,16 +79,17 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
     """The same from files that are already open, or from a sketch of them."""
     manifest = Manifest.read(config.model_path)
     experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
-    model = build_meta_model(checkpoint, device.compute_dtype)
+    topology = choose_lane(
+        build_meta_model(checkpoint, device.compute_dtype),
+        lambda: build_meta_model(checkpoint, device.compute_dtype, Lane.SEQUENTIAL),
+    )
+    model = _build(checkpoint, device, topology)
     modules, dense_keys = checkpoint.split_keys(model)
     most = min(entry.num_experts for entry in modules)
     if experts_per_token > most:
         raise StartError(
             f"--experts-per-token {experts_per_token}: the model has {most} experts per layer"
         )
-    topology = choose_lane(
-        model, lambda: build_meta_model(checkpoint, device.compute_dtype, Lane.SEQUENTIAL)
-    )
     by_path = {entry.path: entry for entry in modules}
     experts = tuple(by_path[path] for path in topology.experts_paths)
     dtype, kind = device.compute_dtype, device.place.type
@@ -97,6 +97,11 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
     return Blueprint(
         checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale, codec, device
     )
+
+
+def _build(checkpoint: Checkpoint, device: Device, topology: Topology) -> PreTrainedModel:
+    dtype = device.compute_dtype
+    return build_meta_model(checkpoint, dtype, topology.lane.lane, topology.absent_paths)
 
 
 def _experts_per_token(

@@ -5,7 +5,6 @@ from transformers import PreTrainedModel
 
 from moestro.engine.facts import EngineConfig
 from moestro.engine.formats import Codec, codec_of, in_tiles, pack_layer
-from moestro.engine.model import build_meta_model
 from moestro.engine.weights import replacements, saved_bytes
 
 from .blueprint import Blueprint
@@ -21,7 +20,7 @@ def gains_of(config: EngineConfig, blueprint: Blueprint) -> Gains | None:
     chosen = (config.format_name, config.dense_format)
     if NATIVE not in chosen or not in_tiles(dtype, kind):
         return None
-    model = build_meta_model(blueprint.checkpoint, dtype)
+    model = blueprint.build_model()
     dense = {
         name: _dense_bytes(blueprint, model, name)
         for name in dict.fromkeys([config.dense_format, *(name for _, name in DEMO_PERPLEXITY)])
@@ -54,6 +53,6 @@ def _dense_bytes(blueprint: Blueprint, model: PreTrainedModel, dense_format: str
     looked_up = sum(
         replaced.get(path, itemsize * module.weight.numel())
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding)
+        if isinstance(module, torch.nn.Embedding) and module._parameters
     )
     return kept - saved_bytes(model, found, itemsize) - looked_up

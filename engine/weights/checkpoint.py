@@ -8,7 +8,8 @@ Knows no request, no budget and no pack.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -27,10 +28,11 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from moestro.cache import human_bytes
 from moestro.engine.facts import ModelNotFound, ModelRefused
 from moestro.engine.formats import ExpertsModule, is_experts_module
 
-from .completeness import refuse_missing
+from .completeness import Renamed, refuse_missing
 from .tying import same_numbers, tied_twice, untie, warn_untied
 from .weight_files import few, one_line, open_weights, readable, weight_files
 
@@ -103,6 +105,7 @@ class Checkpoint:
         renamed = {
             key: rename_source_key(key, renamings, converters, prefix, meta) for key in self._slices
         }
+        renamed = self._used(renamed, meta)
         refuse_missing(self.folder, model, converters, renamed)
         spare = self._settle_ties(model, {key: target for key, (target, _) in renamed.items()})
         keys_of_path: dict[str, dict[str, list[str]]] = {}
@@ -123,6 +126,19 @@ class Checkpoint:
                 f" {self.config.model_type!r}; if it is dense, split it with `moestro factorize`"
             )
         return modules, dense
+
+    def _used(self, renamed: dict[str, Renamed], wanted: Collection[str]) -> dict[str, Renamed]:
+        """Without what the model has no place for: it is named once, and never read."""
+        spare = {key for key, (target, _) in renamed.items() if target not in wanted}
+        if spare:
+            size_bytes = sum(_stored_bytes(self._slices[key]) for key in spare)
+            log.info(
+                "not read: %d tensors (%s) that a text pass of the model's class does not use: %s",
+                len(spare),
+                human_bytes(size_bytes),
+                few(spare),
+            )
+        return {key: found for key, found in renamed.items() if key not in spare}
 
     def _settle_ties(self, model: PreTrainedModel, targets: dict[str, str]) -> set[str]:
         """Keys that say again what another one says. Models built from now on tie the rest."""
@@ -210,8 +226,6 @@ class Checkpoint:
             raise ModelRefused(
                 f"{self.folder}: tensors are missing in the files: {few(info.missing_keys)}"
             )
-        if info.unexpected_keys:
-            log.info("tensors that the model does not use: %s", few(info.unexpected_keys))
 
     def _load(self, model: PreTrainedModel, keys: list[str], device: torch.device) -> Any:
         load_config = _load_config(model, device)
@@ -315,6 +329,13 @@ def _damaged(folder: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ModelRefused(f"{folder}: {one_line(error)}") from error
+
+
+def _stored_bytes(part: Any) -> int:
+    """Of a tensor in the files, of whatever dtype: F8_E4M3, BF16, I64, BOOL."""
+    bits = re.search(r"\d+", part.get_dtype())
+    numbers = torch.Size(part.get_shape()).numel()
+    return numbers * (int(bits.group()) // 8 if bits else 1)
 
 
 def _by_layer(keys: list[str]) -> list[list[str]]:

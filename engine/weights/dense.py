@@ -58,7 +58,7 @@ def replacements(
     found = []
     for path, module in model.named_modules():
         key = f"{path}.weight"
-        if f"{path}.".startswith(stock):
+        if f"{path}.".startswith(stock) or module._parameters.get("weight") is None:
             continue
         if type(module) is torch.nn.Linear:
             stored = checkpoint.stored_dtype(key) or checkpoint.stored_dtype(ties.get(key, key))
@@ -150,6 +150,15 @@ def _replace(model: PreTrainedModel, what: Replacement, shared: Shared) -> None:
         else:
             new = CompactLinear(old, Int8Weights.encode(old.weight.detach()), shared.last)
     put_module(model, what.path, new)
+    _settle_parent(model, what.path)
+
+
+def _settle_parent(model: PreTrainedModel, path: str) -> None:
+    """Of a module that has all its tensors nothing is initialized: its children are others now."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    own = (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
+    if not any(tensor.is_meta for tensor in own):
+        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def put_module(model: PreTrainedModel, path: str, new: torch.nn.Module) -> None:

@@ -49,6 +49,7 @@ MODEL = ModelInfo(
     experts_per_token=2,
     expert_bytes=1000,
     expert_format="native",
+    lane="packed",
     created_s=1_700_000_000,
 )
 STATS = EngineStats(
