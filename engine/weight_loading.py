@@ -91,7 +91,7 @@ def _dense_model(
 
     Raises ModelRefused where the checkpoint does not fit the model.
     """
-    checkpoint, experts = blueprint.checkpoint, list(blueprint.experts)
+    checkpoint = blueprint.checkpoint
     device = blueprint.device
     model = blueprint.build_model()
     compact = compact_modules(config, blueprint, model)
@@ -102,14 +102,13 @@ def _dense_model(
         tiled = in_tiles(device.compute_dtype, device.place.type)
         kept = DenseFile.of(checkpoint, config.dense_format, folder, tiled=tiled)
     if kept is not None and kept.path.exists():
-        if kept.restore(model, experts, compact, shared):
+        if kept.restore(model, compact, shared):
             return model
         model = blueprint.build_model()
     load_dense(
         checkpoint,
         model,
         blueprint.dense_keys,
-        experts,
         compact,
         shared,
         lambda done, total: report(done, total, "groups"),

@@ -91,7 +91,7 @@ class Watch:
         return torch.empty_like(hidden)
 
     def never_run(self) -> tuple[str, ...]:
-        """Modules that a text pass has no use for: towers of other kinds of input, and experts.
+        """Modules that a text pass has no use for, as towers of other kinds of input.
 
         Of the modules around the decoder's layers, those of whose parameters nothing is taken.
         """
@@ -101,10 +101,7 @@ class Watch:
         around = {".".join(first[:place]) for place in range(depth)}
         found: list[str] = []
         for path, module in self.model.named_modules():
-            silent_experts = is_experts_module(module) and path not in ran
-            if path.startswith(tuple(f"{above}." for above in found)):
-                continue
-            if silent_experts or (path and path.rpartition(".")[0] in around):
+            if path and path.rpartition(".")[0] in around:
                 parameters = list(module.parameters())
                 runs = any(other == path or other.startswith(f"{path}.") for other in ran)
                 if parameters and not runs and self.touched.isdisjoint(map(id, parameters)):

@@ -17,7 +17,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.cache import ComputeBelow, ExpertCache, Phase, Routed
 from moestro.engine.facts import index_on
-from moestro.engine.formats import is_experts_module
 from moestro.engine.kernels import Activation, combine
 from moestro.engine.kernels import Routed as RoutedRows
 
@@ -62,14 +61,18 @@ def experts_aside(model: torch.nn.Module) -> Iterator[None]:
 
     It depends on every chosen expert's number and share, so that no other choice gives the same.
     """
-    bound = [(each, each.moestro_experts) for each in model.modules() if is_experts_module(each)]
+    bound = [
+        (each, each.__dict__["moestro_experts"])
+        for each in model.modules()
+        if "moestro_experts" in each.__dict__
+    ]
     try:
         for module, _ in bound:
             bind(module, _aside)
         yield
     finally:
         for module, function in bound:
-            bind(module, function)  # type: ignore[arg-type]
+            bind(module, function)
 
 
 def _aside(

@@ -91,6 +91,9 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
             f"--experts-per-token {experts_per_token}: the model has {most} experts per layer"
         )
     by_path = {entry.path: entry for entry in modules}
+    for path in topology.experts_paths:
+        if path not in by_path:
+            raise ModelRefused(f"{checkpoint.folder}: the files hold no weights for {path}")
     experts = tuple(by_path[path] for path in topology.experts_paths)
     dtype, kind = device.compute_dtype, device.place.type
     codec = expert_codec(config.expert_format, experts, dtype, kind)

@@ -117,8 +117,9 @@ class Checkpoint:
             elif key not in spare:
                 dense.append(key)
         modules = [
-            self._experts_module(model, path, keys_of_path.get(path, {}))
+            self._experts_module(model, path, keys_of_path[path])
             for path in dict.fromkeys(parameters.values())
+            if path in keys_of_path
         ]
         if not modules:
             raise ModelRefused(
@@ -167,8 +168,6 @@ class Checkpoint:
             dtype = reduce(torch.promote_types, dtypes) if dtypes else parameter.dtype
             tensors[name] = (dtype, tuple(parameter.shape))
         keys = tuple(key for group in sources.values() for key in group)
-        if not keys:
-            raise ModelRefused(f"{self.folder}: the files hold no weights for {path}")
         num_experts = next(iter(tensors.values()))[1][0]
         transposed = bool(module.is_transposed)
         return ExpertsModule(path, num_experts, tensors, keys, transposed)
@@ -185,15 +184,21 @@ class Checkpoint:
         `model` stays without weights. Raises ModelRefused where the file does not fit the model.
         """
         module = model.get_submodule(entry.path)
-        metas = dict(module.named_parameters(recurse=False))
+        # A conversion may fill other experts' parameters from the same tensors.
+        metas = [
+            (each, dict(each.named_parameters(recurse=False)))
+            for each in model.modules()
+            if is_experts_module(each)
+        ]
         for name, (dtype, shape) in entry.tensors.items():
             module.register_parameter(name, _meta_parameter(shape, dtype))
         try:
             self._load(model, list(entry.source_keys), torch.device("cpu"))
             loaded = {name: getattr(module, name).detach() for name in entry.tensors}
         finally:
-            for name, parameter in metas.items():
-                module.register_parameter(name, parameter)
+            for each, parameters in metas:
+                for name, parameter in parameters.items():
+                    each.register_parameter(name, parameter)
         for name, tensor in loaded.items():
             if tensor.is_meta:
                 raise ModelRefused(f"{self.folder}: {entry.path}.{name} is missing in the files")
@@ -203,7 +208,6 @@ class Checkpoint:
         self,
         model: PreTrainedModel,
         keys: list[str],
-        entries: list[ExpertsModule],
         after_group: Callable[[int, int], None],
         device: torch.device = torch.device("cpu"),  # noqa: B008  # a value like any other
     ) -> None:
@@ -212,7 +216,7 @@ class Checkpoint:
         On `device`, in the dtype that `model` has, or where its class says so (fp16, bf16) in fp32.
         Layer after layer; `after_group(done, total)` may replace modules that have their weights.
         """
-        drop_experts(model, entries)
+        drop_experts(model)
         missing, unexpected = set(model.state_dict()), set()
         groups = _by_layer(keys)
         for done, group in enumerate(groups, start=1):
@@ -244,13 +248,13 @@ class Checkpoint:
         return info
 
 
-def drop_experts(model: PreTrainedModel, entries: list[ExpertsModule]) -> None:
-    """Their modules lose their parameters for good."""
-    for entry in entries:
-        module = model.get_submodule(entry.path)
-        for name in entry.tensors:
-            del module._parameters[name]
-        module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
+def drop_experts(model: PreTrainedModel) -> None:
+    """All experts modules lose their parameters for good."""
+    for module in model.modules():
+        if is_experts_module(module):
+            for name, _ in list(module.named_parameters(recurse=False)):
+                del module._parameters[name]
+            module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
 
 
 def _load_config(model: PreTrainedModel, device: torch.device) -> LoadStateDictConfig:

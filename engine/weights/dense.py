@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from moestro.engine.formats import ExpertsModule, tile_format
+from moestro.engine.formats import tile_format
 from moestro.engine.kernels import TileFormat
 
 from .checkpoint import Checkpoint
@@ -107,7 +107,6 @@ def load_dense(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     keys: list[str],
-    experts: list[ExpertsModule],
     found: Iterable[Replacement],
     shared: Shared,
     report: Callable[[int, int], None],
@@ -128,7 +127,7 @@ def load_dense(
             _replace(model, left.pop(path), shared)
         report(done, total)
 
-    checkpoint.load_dense(model, keys, experts, after_group, device)
+    checkpoint.load_dense(model, keys, after_group, device)
     for each in left.values():  # tied to another tensor: it has its weights only now
         _replace(model, each, shared)
 

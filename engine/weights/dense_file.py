@@ -23,7 +23,6 @@ from moestro.cache import (
     read_tensors,
     write_tensors,
 )
-from moestro.engine.formats import ExpertsModule
 from moestro.engine.kernels import ROWS, TILE16
 
 from .checkpoint import Checkpoint, drop_experts
@@ -60,14 +59,13 @@ class DenseFile:
     def restore(
         self,
         model: PreTrainedModel,
-        experts: Sequence[ExpertsModule],
         found: Sequence[Replacement],
         shared: Shared,
     ) -> bool:
         """Give `model` (on meta) its dense weights. False: neither it nor the file is of use."""
         try:
             source = _Source(self.path, self.key)
-            drop_experts(model, list(experts))
+            drop_experts(model)
             _fill(model, source, found, shared)
         except PackInvalid as error:
             log.warning("the dense weights are made anew: %s", error)
