@@ -7,11 +7,12 @@ import torch
 import transformers as hf
 
 from family_fields import PARTS, WITHIN
-from family_registry import moe_model_types
+from family_names import KNOWN
 from family_sizes import LANGUAGE, LAYERS, TOWER, WHOLE
 from tiny import write_tokenizer
 
 MAX_WEIGHTS = 20_000_000
+LANGUAGE_PARTS = ("text_config", "attn_config", "ffn_config")
 KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type")
 
 
@@ -21,7 +22,7 @@ def tiny_config(kind: str) -> Any:
 
 
 def model_class(kind: str) -> Any:
-    return getattr(hf, moe_model_types()[kind])
+    return getattr(hf, KNOWN[kind])
 
 
 def count_weights(kind: str, config: Any) -> int:
@@ -66,12 +67,7 @@ def oracle(kind: str, folder: Path) -> Any:
 def _small(default: Any, kind: str, path: str) -> Any:
     """The configuration like `default`, one part of type `kind`'s, with small sizes."""
     parts = {k: v for k, v in vars(default).items() if isinstance(v, hf.PreTrainedConfig)}
-    if path:
-        table = TOWER
-    else:
-        table = WHOLE if "text_config" in parts else LANGUAGE
-    if path == "text_config" or path.endswith(("attn_config", "ffn_config")):
-        table = LANGUAGE
+    table = _table(path, whole="text_config" in parts)
     given: dict[str, Any] = {}
     for name, value in vars(default).items():
         if name in parts:
@@ -87,6 +83,12 @@ def _small(default: Any, kind: str, path: str) -> Any:
         given["head_dim"] = given["qk_rope_head_dim"]
     given |= PARTS.get(default.model_type, {}) | WITHIN.get(f"{kind}:{path}", {})
     return type(default)(**given)
+
+
+def _table(path: str, *, whole: bool) -> dict[str, Any]:
+    if path in LANGUAGE_PARTS or not (path or whole):
+        return LANGUAGE
+    return TOWER if path else WHOLE
 
 
 def _few_of_each(kinds: list[str]) -> list[str]:
