@@ -39,15 +39,27 @@ def build(kind: str, folder: Path) -> Path:
         raise ValueError(f"{kind}: {weights} weights are not tiny; see tests/support/family_sizes")
     torch.manual_seed(0)
     model = model_class(kind)._from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "bias" in name.rpartition(".")[2] and tensor.is_floating_point():
-            torch.nn.init.normal_(tensor, std=0.1)
+    _randomize(model)
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+def _randomize(model: Any) -> None:
+    """Matrices and biases, buffers among them, normal 0.1; what else is a vector moves by that.
+
+    No two norms are alike then, and sinks differ from head to head.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+            else:
+                std = 1.0 if name.endswith("sinks") else 0.1
+                parameter += torch.empty_like(parameter).normal_(std=std)
+        for name, buffer in model.named_buffers():
+            if "bias" in name.rpartition(".")[2] and buffer.is_floating_point():
+                buffer.normal_(std=0.1)
 
 
 def oracle(kind: str, folder: Path) -> Any:
