@@ -75,7 +75,8 @@ def generate_each(
 def run_logits(loaded: Loaded, steps: Sequence[Sequence[tuple[int, list[int]]]]) -> torch.Tensor:
     """Raw logits of hand-made steps: each a list of (sequence number, its next ids).
 
-    Every part ends its pending tokens, so each gives one row; rows of all steps, stacked.
+    A sequence's first ids are its prompt. Every part ends its pending tokens, so each gives one
+    row; rows of all steps, stacked.
     """
     known: dict[int, Running] = {}
     rows = []
@@ -83,8 +84,9 @@ def run_logits(loaded: Loaded, steps: Sequence[Sequence[tuple[int, list[int]]]])
         parts = []
         for number, ids in step:
             if number not in known:
-                known[number] = Running(number, [], SamplingParams(max_tokens=64))
-            known[number].token_ids += ids
+                known[number] = Running(number, ids, SamplingParams(max_tokens=64))
+            else:
+                known[number].token_ids += ids
             parts.append(Part(known[number], len(ids)))
         for sequence in known.values():
             sequence.pages = sequence.pages or loaded.engine.scheduler.pool.take(8)

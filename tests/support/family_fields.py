@@ -60,7 +60,11 @@ NEMOTRON_H = {
 PARTS: dict[str, dict[str, Any]] = {
     "axk2": {"gated_norm_rank": 8},
     "dbrx": {"d_model": WIDTH, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": 512},
-    "deepseek_ocr2_text": {"mlp_layer_types": ONE_DENSE, **HEADS},
+    "deepseek_ocr2_text": {
+        **HEADS,
+        "mlp_layer_types": ONE_DENSE,
+        "topk_method": "group_limited_greedy",
+    },
     "deepseek_v2": {"topk_method": "group_limited_greedy"},
     "deepseek_v4": {
         "num_key_value_heads": 1,
@@ -79,6 +83,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "cohere2_moe": {"logit_scale": 1.0},
     # Its experts are rows of an embedding, picked by a product of two keys: a square number.
     "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2},
+    "dots1": {"layer_types": SLIDING},
     "dots3_note_text": DOTS3_NOTE,
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"]},
     "ernie4_5_vl_moe_text": {
@@ -126,8 +131,12 @@ PARTS: dict[str, dict[str, Any]] = {
         "hidden_sizes": [16],
         "depths": [1],
     },
-    "muse_spark_text": {"moe_hidden_size": 32},
+    "muse_spark_text": {"moe_hidden_size": 32, "output_multiplier": 1.0},
     "nemotron_h": NEMOTRON_H,
+    "qwen2_moe": {"use_sliding_window": True, "layer_types": SLIDING},
+    # With a window, stock's cache forgets what its mask still shows.
+    "qwen3_omni_moe_text": {"sliding_window": None},
+    "qwen3_vl_moe_text": {"sliding_window": None},
     "qwen4_exp_text": QWEN4_EXP,
     "radio": {"video_temporal_patch_size": 2},
     "step3p5": {
@@ -136,7 +145,8 @@ PARTS: dict[str, dict[str, Any]] = {
         "share_expert_dim": 32,
         "num_sliding_attention_heads": 8,
     },
-    "unlimited_ocr_text": HEADS,
+    # It sees its whole prompt, and that many of the tokens that come after.
+    "unlimited_ocr_text": {**HEADS, "sliding_window": 8},
     "zaya": {
         "num_experts_per_tok": 1,  # the only number that it takes
         "layer_types": ["hybrid", "hybrid_sliding"] * 2,

