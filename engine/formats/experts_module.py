@@ -12,6 +12,7 @@ class ExpertsModule:
     path: str
     num_experts: int
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the same as its class keeps them
     source_keys: tuple[str, ...]
     transposed: bool  # matrices are [in, out], not [out, in]
 

@@ -103,9 +103,7 @@ def _llama4(moe: Any, _: PreTrainedModel) -> None:
         gave = experts_hook(experts, read, ids.reshape(-1, 1), torch.ones_like(shares).view(-1, 1))
         return moe.shared_expert(rows) + gave.view(*ids.shape, -1).sum(1), logits
 
-    _offer(
-        experts, experts.num_experts, transposed=True, activate=partial(_gated, experts.act_fn)
-    )
+    _offer(experts, experts.num_experts, transposed=True, activate=partial(_gated, experts.act_fn))
     moe.forward = forward
 
 
@@ -130,9 +128,26 @@ def _jetmoe(moe: Any, model: PreTrainedModel) -> None:
     ]
 
 
+def _jetmoe_gating(gating: Any, _: PreTrainedModel) -> None:
+    """Of its attention too. Its own counts rows on the host, which on meta have no numbers."""
+
+    def forward(rows: torch.Tensor) -> tuple[Any, ...]:
+        logits = gating.layer(rows).float()
+        best, ids = logits.topk(gating.top_k, dim=1)
+        shares, flat = best.softmax(1).to(rows.dtype).flatten(), ids.flatten()
+        order = flat.sort(stable=True).indices
+        counts = [len(flat)] + [0] * (gating.num_experts - 1)
+        if not flat.is_meta:
+            counts = flat.bincount(minlength=gating.num_experts).tolist()
+        return order, order // gating.top_k, shares[order], counts, logits
+
+    gating.forward = forward
+
+
 ADAPTERS: dict[str, Callable[[Any, PreTrainedModel], None]] = {
     "modeling_dbrx.DbrxExperts": _dbrx,
     "modeling_jetmoe.JetMoeMoE": _jetmoe,
+    "modeling_jetmoe.JetMoeTopKGating": _jetmoe_gating,
     "modeling_llama4.Llama4TextMoe": _llama4,
     "modeling_longcat_flash.LongcatFlashExperts": _longcat_flash,
     "modeling_step3p7.Step3p7Experts": _step3p7,

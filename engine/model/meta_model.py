@@ -22,6 +22,7 @@ from moestro.engine.facts import Lane, ModelRefused
 from moestro.engine.weights import Checkpoint, refusing
 
 from . import attention, experts
+from .adapters import adapt
 
 # A text model alone where there is one; else the whole of which the text half is taken.
 CLASSES = (
@@ -50,6 +51,7 @@ def build_meta_model(
             model = _build(checkpoint, dtype, STOCK_ATTENTIONS[0])
         except ModelRefused:
             model = _build(checkpoint, dtype, STOCK_ATTENTIONS[1])
+    adapt(model)
     for path in absent_paths:
         for module in model.get_submodule(path).modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # nothing to initialize

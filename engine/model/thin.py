@@ -50,7 +50,7 @@ def takes_rows(module: torch.nn.Module) -> bool:
     """Rows are all that it has to be called with."""
     kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     given = [each for each in signature(module.forward).parameters.values() if each.kind in kinds]
-    return len(given) == 1
+    return bool(given) and all(each.default is not Parameter.empty for each in given[1:])
 
 
 def norm_of(module: torch.nn.Module) -> Norm | None:
@@ -67,7 +67,13 @@ def norm_of(module: torch.nn.Module) -> Norm | None:
     assert weight is not None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((3, len(weight)), generator=generator) * torch.tensor([[0.01], [1], [50]])
-    wanted = module(rows)
+    try:
+        wanted = module(rows)
+    except (
+        AttributeError,
+        TypeError,
+    ):  # its other arguments only look as if they could be left out
+        return None
     for candidate in (weight.detach(), weight.detach() + 1):
         norm = Norm(candidate.contiguous(), eps)
         if wanted.shape == rows.shape and agrees(normalize(rows, norm), wanted):

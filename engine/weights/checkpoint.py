@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -91,7 +91,7 @@ class Checkpoint:
 
     def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
         """Experts modules in the order the model holds them, and the keys of everything else."""
-        mapping = get_model_conversion_mapping(model)
+        mapping = _conversions(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         meta = model.state_dict()
@@ -168,9 +168,13 @@ class Checkpoint:
             dtype = reduce(torch.promote_types, dtypes) if dtypes else parameter.dtype
             tensors[name] = (dtype, tuple(parameter.shape))
         keys = tuple(key for group in sources.values() for key in group)
-        num_experts = next(iter(tensors.values()))[1][0]
+        empty = {name: _meta_parameter(shape, dtype) for name, (dtype, shape) in tensors.items()}
+        arranged = {
+            name: (each.dtype, tuple(each.shape)) for name, each in _arranged(module, empty).items()
+        }
+        num_experts = next(iter(arranged.values()))[1][0]
         transposed = bool(module.is_transposed)
-        return ExpertsModule(path, num_experts, tensors, keys, transposed)
+        return ExpertsModule(path, num_experts, arranged, tensors, keys, transposed)
 
     def dense_bytes(self, keys: list[str], itemsize_bytes: int) -> int:
         """Bytes of the tensors `keys` when each number takes `itemsize_bytes`."""
@@ -190,11 +194,11 @@ class Checkpoint:
             for each in model.modules()
             if is_experts_module(each)
         ]
-        for name, (dtype, shape) in entry.tensors.items():
+        for name, (dtype, shape) in entry.stored.items():
             module.register_parameter(name, _meta_parameter(shape, dtype))
         try:
             self._load(model, list(entry.source_keys), torch.device("cpu"))
-            loaded = {name: getattr(module, name).detach() for name in entry.tensors}
+            loaded = {name: getattr(module, name).detach() for name in entry.stored}
         finally:
             for each, parameters in metas:
                 for name, parameter in parameters.items():
@@ -202,7 +206,7 @@ class Checkpoint:
         for name, tensor in loaded.items():
             if tensor.is_meta:
                 raise ModelRefused(f"{self.folder}: {entry.path}.{name} is missing in the files")
-        return loaded
+        return _arranged(module, loaded)
 
     def load_dense(
         self,
@@ -257,11 +261,24 @@ def drop_experts(model: PreTrainedModel) -> None:
             module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
 
 
+def _arranged(
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """As the experts interface has them, of a class that keeps them in another way."""
+    arrange = module.__dict__.get("moestro_arrange", dict)
+    return {name: tensor.contiguous() for name, tensor in arrange(tensors).items()}
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    """From the names in the files to those of `model`."""
+    return [*get_model_conversion_mapping(model), *model.__dict__.get("moestro_renamings", ())]
+
+
 def _load_config(model: PreTrainedModel, device: torch.device) -> LoadStateDictConfig:
     return LoadStateDictConfig(
         device_map={"": device},
         dtype_plan=model._get_dtype_plan(model.dtype),
-        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]  # as stock does
+        weight_mapping=_conversions(model),
     )
 
 
