@@ -22,7 +22,7 @@ DIFFERENT = {
     "deepseek_v3": "latent attention, a dense layer",
     "flint": "sinks and dense layers among windows",
     "gemma4_text": "widths that differ by layer, a dense layer beside the experts",
-    "glm4_moe_lite": "latent attention that is expanded",
+    "glm4_moe_lite": "latent attention, rotated in part",
     "gpt_oss": "interleaved matrices with biases, sinks",
     "granitemoeshared": "multipliers, a shared expert",
     "hunyuan_v1_moe": "norms after the rotation",

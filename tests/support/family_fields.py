@@ -35,7 +35,7 @@ DOTS3_NOTE = {
     "swa_kv_lora_rank": 16,
     "swa_head_dim": 16,
     "swa_qk_nope_head_dim": 8,
-    "swa_v_head_dim": 16,
+    "swa_v_head_dim": 8,
 }
 QWEN4_EXP = {
     "layer_types": ["linear_attention", "indexed_attention"] * 2,

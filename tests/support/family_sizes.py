@@ -62,11 +62,16 @@ LANGUAGE: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "qk_head_dim": 16,
-    "v_head_dim": 16,
+    "v_head_dim": 8,  # narrower than the keys
     "index_n_heads": 8,
     "index_head_dim": 16,
     "index_topk": 4,
     "num_nextn_predict_layers": 0,
+    # Multipliers
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.8,
+    "logits_scaling": 2.0,
     # Windows
     "sliding_window": 4,
     "sliding_window_size": 4,
