@@ -59,14 +59,14 @@ def _step3p7(experts: Any, _: PreTrainedModel) -> None:
 
 def _longcat_flash(experts: Any, _: PreTrainedModel) -> None:
     """Experts behind the routed ones give back what they get."""
-    count = experts.num_routed_experts
+    count: int = experts.num_routed_experts
 
     def arrange(tensors: Tensors) -> Tensors:
         return {name: tensor[:count] for name, tensor in tensors.items()}
 
     def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        routed = experts_hook(experts, hidden, ids, weights)
-        unchanged = (weights * (ids >= count)).sum(1, keepdim=True)
+        routed: torch.Tensor = experts_hook(experts, hidden, ids, weights)
+        unchanged: torch.Tensor = (weights * (ids >= count)).sum(1, keepdim=True)
         return routed + hidden * unchanged.to(hidden.dtype)
 
     _offer(experts, count, activate=partial(_gated, experts.act_fn), arrange=arrange)
@@ -84,7 +84,8 @@ def _dbrx(experts: Any, _: PreTrainedModel) -> None:
 
     def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return experts_hook(glu, flat, ids, weights).view(hidden.shape)
+        found: torch.Tensor = experts_hook(glu, flat, ids, weights).view(hidden.shape)
+        return found
 
     activate = partial(_gated, glu.activation_fn)
     _offer(glu, experts.num_experts, activate=activate, arrange=arrange)
@@ -118,7 +119,8 @@ def _jetmoe(moe: Any, model: PreTrainedModel) -> None:
         rows = hidden.reshape(-1, hidden.shape[-1])
         best, ids = router.layer(rows).float().topk(router.top_k, dim=1)
         shares = best.softmax(1).to(rows.dtype)
-        return (experts_hook(experts, rows, ids, shares) + moe.bias).view(hidden.shape)
+        found: torch.Tensor = experts_hook(experts, rows, ids, shares) + moe.bias
+        return found.view(hidden.shape)
 
     _offer(experts, router.num_experts, activate=partial(_gated, moe.activation))
     moe.forward = forward

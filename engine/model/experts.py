@@ -178,7 +178,7 @@ class OffloadedExperts:
         here = self.cache.resident(self.layer, list(wanted), self.step.phase, routed)
         if here is not None:
             self._look_ahead(hidden)
-            once = complete and tokens == 1
+            once = complete and tokens == 1 and len(wanted) == k  # no expert chosen twice
             rows = RoutedRows.of_one_token(k) if once else rows_of(list(wanted.values()), k)
             self.math.together(module, here, rows, hidden, results, self._activation)
         else:
@@ -235,7 +235,7 @@ class OffloadedExperts:
     ) -> torch.Tensor:
         """The rows of all `places`, one below the other, each through its own expert."""
         experts = [self.math.open(each) for each in tensors]
-        if len(hidden) == 1:
+        if len(hidden) == 1 and all(len(some) == 1 for some in places):
             return self.math.apart(module, rows, experts)
         of_token = [place // k for some in places for place in some]
         below = accumulate((len(some) for some in places), initial=0)

@@ -30,6 +30,7 @@ class NextGate:
     router: torch.nn.Module
     ids_index: int
     ratio: torch.Tensor | None  # [H]
+    num_experts: int  # a router may know others behind these, that are none to load
 
     def __call__(self, hidden: torch.Tensor) -> HostCopy:
         """`hidden` [T, H]: what the experts of the layer before read -> ids [T, k]."""
@@ -127,7 +128,9 @@ class Prefetch:
 
     def _fetch(self, layer: int, ids: HostCopy, took_s: float) -> None:
         began_s = self._work_clock()
-        experts = list(in_rank_order(ids.tolist()))
+        gate = self._gates[layer - 1]
+        assert gate is not None
+        experts = [each for each in in_rank_order(ids.tolist()) if each < gate.num_experts]
         chosen = self._cache.absent(layer, experts)[: self._most]
         if chosen:
             self._cache.prefetch(layer, experts, self._most)
@@ -162,12 +165,15 @@ class Prefetch:
 def next_gates(model: PreTrainedModel, topology: Topology) -> list[NextGate | None]:
     """For each experts module, what to ask after it; None where the next one cannot be guessed."""
     gates: list[NextGate | None] = []
-    for here, there in zip(topology.routers, topology.routers[1:], strict=False):
+    follow = zip(topology.routers, topology.routers[1:], topology.experts_paths[1:], strict=False)
+    for here, there, path in follow:
         if here is None or there is None:
             gates.append(None)
             continue
         router = model.get_submodule(there.path)
-        gates.append(NextGate(router, there.ids_index, _norm_ratio(model, here, there)))
+        ratio = _norm_ratio(model, here, there)
+        count = int(model.get_submodule(path).num_experts)  # type: ignore[arg-type]
+        gates.append(NextGate(router, there.ids_index, ratio, count))
     return [*gates, None]
 
 

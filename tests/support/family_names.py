@@ -86,9 +86,7 @@ KNOWN = {
 }
 
 # What the engine neither carries nor refuses: a test that is expected to fail, until it does not.
-BROKEN = {
-    "afmoe": "a router's linear layer in tiles has no weight for transformers to initialise",
-}
+BROKEN: dict[str, str] = {}
 
 
 def without_config(there: dict[str, str]) -> list[str]:

@@ -6,6 +6,7 @@ is a failure. Logits are compared, not only tokens: some tiny models repeat one 
 
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,15 @@ def _packed(loaded: Loaded, stock: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits found and wanted, for steps that mix prompts, chunks and single tokens."""
     ids = torch.randint(200, (2, 15), generator=torch.Generator().manual_seed(1)).tolist()
     first, second = ids[0], ids[1][:9]
+    alone = 12  # of the first prompt, in chunks; where its class takes none, at once
+    chunk = alone if loaded.engine.scheduler.limits.whole_prompts else 8
     steps = [
-        [(1, first[:8]), (2, second[:7])],  # two prompts in one row
-        [(1, first[8:12]), (2, second[7:8])],  # a chunk that goes on, beside a single token
-        *[[(1, [token])] for token in first[12:]],  # alone, one by one
+        [(1, first[:chunk]), (2, second[:7])],  # two prompts in one row
+        [(1, first[chunk:alone]), (2, second[7:8])],  # a chunk that goes on, beside a single token
+        *[[(1, [token])] for token in first[alone:]],  # alone, one by one
         [(2, second[8:])],
     ]
+    steps = [[part for part in step if part[1]] for step in steps]
     with torch.inference_mode():
         of_first, of_second = (
             stock(
@@ -102,7 +106,10 @@ def _packed(loaded: Loaded, stock: Any) -> tuple[torch.Tensor, torch.Tensor]:
             ).logits[0]
             for tokens in (first, second)
         )
-    wanted = [of_first[7], of_second[6], of_first[11], of_second[7], *of_first[12:], of_second[8]]
+    logits, done, wanted = {1: of_first, 2: of_second}, {1: 0, 2: 0}, []
+    for number, tokens in chain(*steps):
+        done[number] += len(tokens)
+        wanted.append(logits[number][done[number] - 1])
     return run_logits(loaded, steps), torch.stack(wanted)
 
 

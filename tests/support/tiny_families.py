@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from family_fields import PARTS, WITHIN
 from family_names import KNOWN
 from family_sizes import LANGUAGE, LAYERS, TOWER, WHOLE
 from tiny import write_tokenizer
 
+# Their releases name tensors without the prefix that saving writes, and conversion wants them so.
+RELEASED_WITHOUT_PREFIX = {"deepseek_v4"}
 MAX_WEIGHTS = 20_000_000
 SEED = 2  # one with which stock's own steps and whole prompts differ by 2e-5 at the most
 LANGUAGE_PARTS = ("text_config", "attn_config", "ffn_config")
@@ -42,6 +45,8 @@ def build(kind: str, folder: Path) -> Path:
     model = model_class(kind)._from_config(config, dtype=torch.float32)
     _randomize(model)
     model.save_pretrained(folder)
+    if kind in RELEASED_WITHOUT_PREFIX:
+        _drop_prefix(folder / "model.safetensors")
     write_tokenizer(folder)
     return folder
 
@@ -61,6 +66,11 @@ def _randomize(model: Any) -> None:
         for name, buffer in model.named_buffers():
             if "bias" in name.rpartition(".")[2] and buffer.is_floating_point():
                 buffer.normal_(std=0.1)
+
+
+def _drop_prefix(path: Path) -> None:
+    tensors = {key.removeprefix("model."): tensor for key, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
 
 
 def oracle(kind: str, folder: Path) -> Any:

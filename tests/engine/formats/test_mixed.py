@@ -91,7 +91,7 @@ def module(transposed: bool) -> tuple[ExpertsModule, dict[str, torch.Tensor]]:
         "up_proj_bias": torch.randn(EXPERTS, OUT, dtype=torch.bfloat16),
     }
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return ExpertsModule("x", EXPERTS, kinds, (), transposed), tensors
+    return ExpertsModule("x", EXPERTS, kinds, kinds, (), transposed), tensors
 
 
 MAP = FormatMap("int8", {"x": {"native": [1, 2], "int4": [3, 5]}})
