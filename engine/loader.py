@@ -35,17 +35,15 @@ from moestro.engine.facts import (
 )
 from moestro.engine.formats import ExpertsModule, in_tiles
 from moestro.engine.kernels import set_pool_threads
-from moestro.engine.lanes import PackedLane, PassLane, SequentialLane
+from moestro.engine.lanes import PackedLane, PassLane, SequentialLane, packed_lane
 from moestro.engine.model import (
     MathByFlags,
     OffloadedExperts,
-    PackedCache,
     Prefetch,
     Regret,
     StepPhase,
     Thinner,
     bind,
-    install,
     next_gates,
 )
 from moestro.engine.planning import (
@@ -149,7 +147,7 @@ def load(
         tiled = in_tiles(device.compute_dtype, device.place.type)
         lane = _lane(blueprint, model, _limits(config, plan).pages)
         if tiled and isinstance(lane, PackedLane):
-            compare_thin(PackedLane(model, lane.cache, 2), blueprint.vocab_size)
+            compare_thin(lane.with_own_pages(2), blueprint.vocab_size)
         elif tiled:
             Thinner(model, None)
         whole_prompts = not _check_once(config, blueprint, lane)
@@ -293,10 +291,7 @@ def _limits(config: EngineConfig, plan: MemoryPlan) -> SchedulerLimits:
 def _lane(blueprint: Blueprint, model: PreTrainedModel, pages: int) -> PassLane:
     if blueprint.topology.lane.lane is Lane.SEQUENTIAL:
         return SequentialLane(model)
-    packed = PackedCache()
-    packed.expanded_layers = set(blueprint.topology.expanded_layers)
-    install(model, packed)
-    return PackedLane(model, packed, pages)
+    return packed_lane(model, blueprint.topology, pages)
 
 
 def _check_once(config: EngineConfig, blueprint: Blueprint, lane: PassLane) -> bool:
@@ -322,7 +317,7 @@ def _check_once(config: EngineConfig, blueprint: Blueprint, lane: PassLane) -> b
 
 
 def _check(lane: PassLane, vocab_size: int, *, coarse: bool) -> Verdict:
-    own = PackedLane(lane.model, lane.cache, 3) if isinstance(lane, PackedLane) else lane
+    own = lane.with_own_pages(3) if isinstance(lane, PackedLane) else lane
     found = check_lane(own, vocab_size, coarse=coarse)
     what = "in company, in chunks and alone" if found.continues else "in company and alone"
     log.info("self-check: %s agree (relative difference %.1e)", what, found.worst)

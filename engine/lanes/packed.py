@@ -15,10 +15,22 @@ class PackedLane:
 
     packs = True
 
-    def __init__(self, model: PreTrainedModel, cache: PackedCache, kv_pages: int) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PackedCache,
+        kv_pages: int,
+        *,
+        keeps_states: bool = False,
+    ) -> None:
+        """`model` has had its hooks and `cache` installed."""
+        self.model, self.cache, self.keeps_states = model, cache, keeps_states
         self._store = KVStore(kv_pages)
         self._kv: dict[Key, SequenceKV] = {}
+
+    def with_own_pages(self, pages: int) -> "PackedLane":
+        """Another one over the same model, with a store of its own."""
+        return PackedLane(self.model, self.cache, pages, keeps_states=self.keeps_states)
 
     @property
     def held_sequences(self) -> int:

@@ -20,6 +20,7 @@ class SequentialLane:
     """A pass of one sequence at a time."""
 
     packs = False
+    keeps_states = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

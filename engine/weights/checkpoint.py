@@ -33,6 +33,7 @@ from moestro.engine.facts import ModelNotFound, ModelRefused
 from moestro.engine.formats import ExpertsModule, is_experts_module
 
 from .completeness import Renamed, refuse_missing
+from .linears import CompactLinear, StoredEmbedding, TileLinear
 from .tying import same_numbers, tied_twice, untie, warn_untied
 from .weight_files import few, one_line, open_weights, readable, weight_files
 
@@ -229,7 +230,8 @@ class Checkpoint:
             unexpected |= info.unexpected_keys
             after_group(done, len(groups))
         info.missing_keys, info.unexpected_keys = missing & set(model.state_dict()), unexpected
-        model._finalize_model_loading(model, _load_config(model, device), info)
+        with _placeholders(model):
+            model._finalize_model_loading(model, _load_config(model, device), info)
         if info.missing_keys:
             raise ModelRefused(
                 f"{self.folder}: tensors are missing in the files: {few(info.missing_keys)}"
@@ -256,9 +258,34 @@ def drop_experts(model: PreTrainedModel) -> None:
     """All experts modules lose their parameters for good."""
     for module in model.modules():
         if is_experts_module(module):
-            for name, _ in list(module.named_parameters(recurse=False)):
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            module.__dict__["moestro_dropped"] = tuple(names)
+            for name in names:
                 del module._parameters[name]
             module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
+
+
+@contextmanager
+def _placeholders(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what became of a module or stayed in the pack has tensors that count as initialized.
+
+    Classes initialize children of theirs by name, and some of those are others now.
+    """
+    done = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    done._is_hf_initialized = True  # type: ignore[attr-defined]
+    held: list[tuple[torch.nn.Module, str]] = []
+    for module in model.modules():
+        names = module.__dict__.get("moestro_dropped", ())
+        if isinstance(module, CompactLinear | TileLinear | StoredEmbedding):
+            names = ("weight",)
+        held += [(module, name) for name in names]
+    for module, name in held:
+        module.__dict__[name] = done
+    try:
+        yield
+    finally:
+        for module, name in held:
+            del module.__dict__[name]
 
 
 def _arranged(
