@@ -145,11 +145,7 @@ def load(
         phases.enter("check")
         step.phase = Phase.PREFILL  # what the check runs are prompts
         tiled = in_tiles(device.compute_dtype, device.place.type)
-        lane = _lane(blueprint, model, _limits(config, plan).pages)
-        if tiled and isinstance(lane, PackedLane):
-            compare_thin(lane.with_own_pages(2), blueprint.vocab_size)
-        elif tiled:
-            Thinner(model, None)
+        lane = _lane(blueprint, model, _limits(config, plan).pages, tiled=tiled)
         whole_prompts = not _check_once(config, blueprint, lane)
         if whole_prompts:
             log_whole_prompts(plan)
@@ -288,10 +284,16 @@ def _limits(config: EngineConfig, plan: MemoryPlan) -> SchedulerLimits:
     )
 
 
-def _lane(blueprint: Blueprint, model: PreTrainedModel, pages: int) -> PassLane:
+def _lane(blueprint: Blueprint, model: PreTrainedModel, pages: int, *, tiled: bool) -> PassLane:
+    """With what the library can compute in one call (`tiled`) replaced."""
     if blueprint.topology.lane.lane is Lane.SEQUENTIAL:
+        if tiled:
+            Thinner(model, None)
         return SequentialLane(model)
-    return packed_lane(model, blueprint.topology, pages)
+    lane = packed_lane(model, blueprint.topology, pages)
+    if tiled:
+        compare_thin(lane.with_own_pages(2), blueprint.vocab_size)
+    return lane
 
 
 def _check_once(config: EngineConfig, blueprint: Blueprint, lane: PassLane) -> bool:

@@ -122,11 +122,6 @@ class Checkpoint:
             for path in dict.fromkeys(parameters.values())
             if path in keys_of_path
         ]
-        if not modules:
-            raise ModelRefused(
-                f"{self.folder}: no experts that moestro can offload in a model of type"
-                f" {self.config.model_type!r}; if it is dense, split it with `moestro factorize`"
-            )
         return modules, dense
 
     def _used(self, renamed: dict[str, Renamed], wanted: Collection[str]) -> dict[str, Renamed]:
