@@ -5,6 +5,7 @@ is a failure. Logits are compared, not only tokens: some tiny models repeat one 
 """
 
 import re
+import shutil
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 
 from engine_kit import generate, opened, run_logits
-from moestro.engine import ModelRefused, SamplingParams
+from moestro.engine import EngineConfig, ModelRefused, SamplingParams
 from moestro.engine.loader import Loaded
+from moestro.engine.planning import Sketch, plan_memory, understand
+from moestro.engine.weights import Checkpoint
 from tiny_families import build, oracle
 
 TOLERANCE = 1e-4
@@ -35,12 +38,32 @@ class Outcome:
 def outcome_of(kind: str, folder: Path) -> Outcome:
     """Build the tiny model of type `kind` below `folder` and hold the engine to stock's logits."""
     model = build(kind, folder / kind)
+    _equal_plans(model, folder)
     stock = oracle(kind, model)
     try:
         lane = _compare(stock, model, folder / "cache")
     except ModelRefused as refusal:
         return Outcome("refused", reason=_plain(str(refusal), folder))
     return Outcome("passed", lane)
+
+
+def _equal_plans(model: Path, folder: Path) -> None:
+    """The config alone tells what the files tell: parts, experts, lane, or the same refusal."""
+    bare = folder / "bare"
+    bare.mkdir()
+    shutil.copy(model / "config.json", bare)
+    found = []
+    for path, kind in ((model, Checkpoint), (bare, Sketch)):
+        config = EngineConfig(path, folder)
+        try:
+            blueprint = understand(config, kind(path))
+        except ModelRefused as refusal:
+            found.append(str(refusal).replace(str(path), ""))
+            continue
+        parts = plan_memory(config, blueprint).parts()
+        layers = [(layer.num_experts, layer.layout) for layer in blueprint.spec.layers]
+        found.append(str(({**parts, "interpreter": 0}, layers, blueprint.topology)))
+    assert found[0] == found[1]
 
 
 def _compare(stock: Any, model: Path, cache: Path) -> str:

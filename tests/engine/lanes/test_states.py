@@ -15,6 +15,7 @@ from moestro.engine.lanes import LanePart, PackedLane, SequentialLane
 from moestro.engine.lanes.sequential import kept_numbers
 from moestro.engine.loader import Loaded
 from moestro.engine.planning import inspect
+from moestro.engine.step.sequence import Sequence as Running
 
 TOLERANCE = 1e-4
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
@@ -80,6 +81,26 @@ def test_whole_prompts_are_bounded_by_the_step(tmp_path: Path) -> None:
             answers = generate(loaded.engine, [[7] * 32, [8] * 20], GREEDY)
             alone = generate(loaded.engine, [[8] * 20], GREEDY)
             assert answers[1].ids == alone[0].ids
+
+
+def test_a_client_that_goes_away_takes_its_state_along(folder: Path) -> None:
+    with small(folder, max_step_tokens=16) as loaded:
+        engine = loaded.engine
+        staying = Running(1, list(range(20, 29)), GREEDY)
+        leaving = Running(2, list(range(40, 52)), GREEDY)
+        engine.add(staying)
+        engine.add(leaving)
+        said: list[int] = []
+        while not engine.idle:
+            for sequence, event in engine.step():
+                if sequence is staying:
+                    said += event.token_ids
+            if len(said) == 3:
+                engine.cancel(leaving)
+                assert engine.runner.held_sequences == 1
+            engine.check()
+        assert engine.runner.held_sequences == 0
+        assert said == generate(engine, [staying.token_ids[:9]], GREEDY)[0].ids
 
 
 def validate(loaded: Loaded, tokens: int) -> None:
