@@ -266,33 +266,23 @@ def _workspace_bytes(
     )
     kv_bytes = config.kv_memory_bytes or DEFAULT_KV_BYTES
     seen = min(demand.context_tokens, kv_bytes // demand.kv_bytes_per_token)
-    fixed = ALLOWANCE_BYTES + logits + widened
-    if blueprint.topology.lane.lane is Lane.SEQUENTIAL:
-        fixed += _own_cache_bytes(config, blueprint, demand, seen)
-        return fixed + step_tokens * (per_token + (MASK_BYTES + _scores_bytes(blueprint)) * seen)
-    if blueprint.device.room is not None:
-        fixed += _repeated_heads_bytes(blueprint, seen)
-    return fixed + step_tokens * (per_token + MASK_BYTES * seen)
-
-
-def _own_cache_bytes(
-    config: EngineConfig, blueprint: Blueprint, demand: Demand, context: int
-) -> int:
-    """What caches of the model's own class take beside what grows with the tokens.
-
-    States of every sequence, and the layer that is being joined with its new rows.
-    """
     topology = blueprint.topology
     states = config.max_running * topology.kv_fixed_numbers * blueprint.itemsize
-    return states + 2 * context * demand.kv_bytes_per_token // topology.attention_layers
+    fixed = ALLOWANCE_BYTES + logits + widened + states
+    if topology.lane.lane is Lane.SEQUENTIAL:  # a layer that is being joined with its new rows
+        fixed += 2 * seen * demand.kv_bytes_per_token // topology.attention_layers
+    elif blueprint.device.room is not None:
+        fixed += _repeated_heads_bytes(blueprint, seen)
+    return fixed + step_tokens * (per_token + (MASK_BYTES + _scores_bytes(blueprint)) * seen)
 
 
 def _scores_bytes(blueprint: Blueprint) -> int:
     """Of a token and one that it may see, where the stock attention writes its scores out."""
     if not blueprint.topology.writes_scores:
         return 0
-    heads = int(getattr(blueprint.checkpoint.config.get_text_config(), "num_attention_heads", 1))
-    return SCORE_COPIES * heads * blueprint.itemsize
+    text_config = blueprint.checkpoint.config.get_text_config()
+    heads = [getattr(text_config, name, None) for name in ("num_attention_heads", "index_n_heads")]
+    return SCORE_COPIES * max(int(count or 1) for count in heads) * blueprint.itemsize
 
 
 def _repeated_heads_bytes(blueprint: Blueprint, context: int) -> int:
