@@ -6,6 +6,7 @@ from moestro.cache import human_bytes
 from moestro.engine.facts import EngineConfig, Threads
 from moestro.engine.kernels import MISSING, chosen
 from moestro.engine.planning import Blueprint, MemoryPlan, gains_of
+from moestro.engine.text import Tokenizer
 
 log = logging.getLogger("moestro.engine")
 
@@ -42,6 +43,18 @@ def log_whole_prompts(plan: MemoryPlan) -> None:
         " on with one",
         plan.demand.step_tokens,
     )
+
+
+def warn_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """An embedding with spare rows is usual; a tokenizer with spare tokens is not."""
+    if tokenizer.num_ids > vocab_size:
+        log.warning(
+            "the tokenizer has token ids up to %d, and the embedding %d rows: prompts with ids from"
+            " %d on are refused",
+            tokenizer.num_ids - 1,
+            vocab_size,
+            vocab_size,
+        )
 
 
 def _log_products() -> None:

@@ -133,6 +133,11 @@ class Tokenizer:
         reading = reader(self._vocabulary, prompt_ids, skip_special_tokens)
         return TextStream(reading, stop, include_stop)
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest id; some below it may have no token."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
     @cached_property
     def special_texts(self) -> frozenset[str]:
         """What the special tokens say where they are not skipped."""
