@@ -37,6 +37,11 @@ def log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> N
         _log_products()
 
 
+def log_plan(plan: MemoryPlan) -> None:
+    for line in plan.lines():
+        log.info("%s", line)
+
+
 def log_whole_prompts(plan: MemoryPlan) -> None:
     log.info(
         "prompts: computed whole, up to %d tokens (--max-step-tokens): the model's class cannot go"

@@ -148,7 +148,7 @@ class Checkpoint:
     def _refuse_misfits(
         self,
         renamed: Mapping[str, Renamed],
-        wanted: Mapping[str, torch.Tensor],
+        wanted: Mapping[str, Any],
         experts: Collection[str],
     ) -> None:
         """Of what the headers can say before anything is read: dtypes, and the shapes of tensors

@@ -55,8 +55,7 @@ def no_weights(folder: Path) -> None:
 
 
 def own_code(folder: Path) -> None:
-    auto_map = {"AutoModelForCausalLM": "modeling_evil.Evil"}
-    edit_config(folder, model_type="evil", auto_map=auto_map)
+    edit_config(folder, model_type="evil", auto_map={"AutoConfig": "modeling_evil.Evil"})
 
 
 def quantized(folder: Path) -> None:
