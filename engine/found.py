@@ -37,9 +37,13 @@ def log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> N
         _log_products()
 
 
-def log_plan(plan: MemoryPlan) -> None:
+def log_plan(config: EngineConfig, blueprint: Blueprint, plan: MemoryPlan) -> None:
+    """The sums, and what smaller formats would gain."""
     for line in plan.lines():
         log.info("%s", line)
+    gains = gains_of(config, blueprint)
+    if gains is not None:
+        log.info("%s", gains.line())
 
 
 def log_whole_prompts(plan: MemoryPlan) -> None:
@@ -68,9 +72,3 @@ def _log_products() -> None:
         log.warning("%s", MISSING)
     else:
         log.info("products: %s", name)
-
-
-def log_gains(config: EngineConfig, blueprint: Blueprint) -> None:
-    gains = gains_of(config, blueprint)
-    if gains is not None:
-        log.info("%s", gains.line())
