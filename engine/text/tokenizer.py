@@ -19,7 +19,7 @@ from .prompt_slices import doubled_tokens, token_slices
 from .reader import reader
 from .text_bound import most_chars_per_token
 from .text_stream import TextStream
-from .tokenizer_files import log_own_code, refuse_stand_ins, refuse_tokenizer
+from .tokenizer_files import RefusingTokenizer, log_own_code, refuse_stand_ins
 from .vocabulary import Vocabulary
 
 log = logging.getLogger("moestro.engine")
@@ -44,13 +44,11 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         refuse_stand_ins(folder)
-        try:
+        with RefusingTokenizer(folder):
             slow = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
             self._fast: FastTokenizer = slow.backend_tokenizer
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
-            refuse_tokenizer(folder, error)
         log_own_code(folder)
         # tokenizer.json may say how its maker cut and padded; a prompt is taken as it is
         self._fast.no_truncation()

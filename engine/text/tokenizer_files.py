@@ -1,6 +1,7 @@
 """The files that a tokenizer is read from: damaged ones are named before a library stumbles."""
 
 import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,9 +12,10 @@ log = logging.getLogger("moestro.engine")
 
 FAST_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
-JSON_NAMES = (FAST_NAME, CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "vocab.json")
-TEXT_NAMES = ("chat_template.jinja", "chat_template.json", "merges.txt")
-BINARY_NAMES = ("tokenizer.model", "tekken.json")  # read only where there is no tokenizer.json
+TEMPLATE_NAME = "chat_template.jinja"
+JSON_NAMES = (FAST_NAME, CONFIG_NAME, "special_tokens_map.json", "added_tokens.json")
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+SLOW_NAMES = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")  # without FAST_NAME
 
 
 def refuse_stand_ins(folder: Path) -> None:
@@ -21,17 +23,41 @@ def refuse_stand_ins(folder: Path) -> None:
     and empty files. What transformers would not read is not looked at.
     """
     fast = is_there(folder / FAST_NAME)
-    for name in (*JSON_NAMES, *TEXT_NAMES, *(() if fast else BINARY_NAMES)):
-        if is_there(folder / name) and not (name in TEXT_NAMES and _is_blank(folder / name)):
+    for name in (*JSON_NAMES, TEMPLATE_NAME, *(() if fast else SLOW_NAMES)):
+        if is_there(folder / name) and not _says_nothing(folder / name):
             refuse_stand_in(folder / name)
 
 
-def _is_blank(path: Path) -> bool:
-    """An empty template or list of merges is one that says nothing."""
-    return path.is_file() and path.stat().st_size == 0
+def _says_nothing(path: Path) -> bool:
+    """An empty template is one, and makes every chat's prompt empty: the maker's own wish."""
+    return path.name == TEMPLATE_NAME and path.is_file() and path.stat().st_size == 0
 
 
-def refuse_tokenizer(folder: Path, error: Exception) -> NoReturn:
+class RefusingTokenizer:
+    """Around reading a tokenizer: turns what the libraries raise over it into ModelRefused.
+
+    `tokenizers` has no error of its own: it raises `Exception` itself, which only this tells from
+    its subclasses.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if kind is Exception:
+            raise ModelRefused(
+                f"{self._folder / FAST_NAME} is not one that tokenizers {version('tokenizers')}"
+                f" reads: {' '.join(str(error).split())}; fetch it again, or the release of the"
+                " model that this version knows"
+            ) from error
+        if isinstance(error, READ_ERRORS):
+            _refuse(self._folder, error)
+
+
+def _refuse(folder: Path, error: Exception) -> NoReturn:
     """Raises ModelRefused: which file is at fault, else in the words of `error`."""
     found = {name: json_object(folder / name, "a tokenizer's file") for name in JSON_NAMES}
     words = " ".join(str(error).split()) or type(error).__name__

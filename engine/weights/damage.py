@@ -7,6 +7,7 @@ missing, and is never taken for one that the model does without. Knows no format
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ def refuse_stand_in(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise ModelRefused(f"{path} is not a regular file; fetch it again")
         with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no page beyond is read
             head = file.read(HEAD_BYTES)
     if not head.strip():
         raise ModelRefused(
@@ -82,8 +84,8 @@ def _pointer_words(path: Path, head: bytes) -> str:
     size = f", of {int(said[1])} bytes," if said else ""
     return (
         f"{path} is a Git LFS pointer of {path.stat().st_size} bytes, not the file{size} that it"
-        " stands for; fetch that with `git lfs pull` in the folder, or with `huggingface-cli"
-        " download`"
+        " stands for; fetch that with `git lfs pull` in the folder, or with `hf download` (once"
+        " `huggingface-cli download`)"
     )
 
 

@@ -103,7 +103,8 @@ def padded_slices(path: Path, cause: str) -> tuple[dict[str, PaddedSlice], int]:
             f" speaks of; fetch it again"
         )
     spare_bytes = size_bytes - end_bytes
-    if not 0 < spare_bytes <= MAX_PADDING_BYTES:
+    known = all(part.dtype_name in DTYPES for part in slices.values())
+    if not known or not 0 < spare_bytes <= MAX_PADDING_BYTES:
         raise ModelRefused(
             f"{path} is not a whole safetensors file: it has {size_bytes} bytes, and its header"
             f" speaks of {end_bytes} ({cause}); fetch it again"
@@ -124,7 +125,8 @@ def _parsed(
             first, last = entry["data_offsets"]
             shape = tuple(map(int, entry["shape"]))
             numbers = torch.Size(shape).numel()
-            if first != end_bytes or last - first != numbers * DTYPES[entry["dtype"]].itemsize:
+            dtype = DTYPES.get(entry["dtype"])
+            if first != end_bytes or (dtype and last - first != numbers * dtype.itemsize):
                 return None
             slices[key] = PaddedSlice(path, entry["dtype"], shape, data_at_bytes + first)
             end_bytes = last

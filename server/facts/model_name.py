@@ -4,12 +4,14 @@ The hub's cache keeps `org/name` in `models--org--name/snapshots/<commit>`, so t
 name says nothing there.
 """
 
+from functools import cache
 from pathlib import Path
 
 _HUB_PREFIX = "models--"
 _HUB_SNAPSHOTS = "snapshots"
 
 
+@cache  # asked for with each request, and links may change
 def model_name(folder: Path) -> str:
     """`folder` is absolute. One that is a link is called as the link is."""
     named = folder.resolve() if folder.name == ".." else folder

@@ -96,6 +96,16 @@ def test_a_truncated_file_is_named_with_both_sizes(lost: int, folder: Path) -> N
     )
 
 
+def test_a_truncated_file_with_numbers_that_are_not_carried(folder: Path) -> None:
+    tensors = {"a": torch.zeros(64).to(torch.float8_e4m3fn)}
+    save_file(tensors, folder / ONE, {"format": "pt"})
+    data = (folder / ONE).read_bytes()
+    (folder / ONE).write_bytes(data[:-1])
+    assert f"it has {len(data) - 1} bytes of the {len(data)} that" in refusal(folder)
+    (folder / ONE).write_bytes(data + b"\0")
+    assert f"it has {len(data) + 1} bytes, and its header speaks of {len(data)}" in refusal(folder)
+
+
 @pytest.mark.parametrize("kept", [1, 8, 9, 200])
 def test_a_file_truncated_in_its_header(kept: int, sharded: Path) -> None:
     data = (sharded / SECOND).read_bytes()
@@ -154,6 +164,14 @@ def test_a_shard_that_the_index_does_not_name_is_warned_of(
     save_file({"model.norm.weight": torch.zeros(64)}, sharded / extra)
     understood(sharded)
     assert said(caplog) == [f"{sharded}: {extra} not read, because {INDEX} does not name it"]
+
+
+def test_shards_beside_a_single_file_are_warned_of(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file({"model.norm.weight": torch.zeros(64)}, folder / SECOND)
+    understood(folder)
+    assert said(caplog) == [f"{folder}: {SECOND} not read, because the model is in {ONE}"]
 
 
 def test_tensors_of_a_shard_that_the_index_forgets_are_missing(
@@ -228,7 +246,7 @@ def test_a_pointer_of_git_lfs_is_called_one(name: str, folder: Path) -> None:
     assert start_refusal(folder) == (
         f"{folder / name} is a Git LFS pointer of {len(POINTER)} bytes, not the file, of 4976698672"
         " bytes, that it stands for; fetch that with `git lfs pull` in the folder, or with"
-        " `huggingface-cli download`"
+        " `hf download` (once `huggingface-cli download`)"
     )
 
 
