@@ -151,9 +151,10 @@ class Checkpoint:
         wanted: Mapping[str, Any],
         experts: Collection[str],
     ) -> None:
-        """Of what the headers can say before anything is read: dtypes, and the shapes of tensors
-        that become parameters as they stand. Raises ModelRefused.
+        """Of what the headers can say before anything is read: dtypes, the shapes of tensors that
+        become parameters as they stand, and of experts beside each other. Raises ModelRefused.
         """
+        first: dict[Renamed, str] = {}
         for key, (target, pattern) in renamed.items():
             meta = wanted[target]
             if not isinstance(meta, torch.Tensor):
@@ -165,6 +166,12 @@ class Checkpoint:
                 raise ModelRefused(
                     f"{self._file_of_key[key]}: {key} is {found} in the file,"
                     f" {tuple(meta.shape)} in the config; the two are not of one model"
+                )
+            other = first.setdefault((target, pattern), key)
+            if target in experts and found != tuple(self._slices[other].get_shape()):
+                raise ModelRefused(
+                    f"{self._file_of_key[key]}: {key} is {found}, and {other}"
+                    f" {tuple(self._slices[other].get_shape())}; fetch the files again"
                 )
 
     def _settle_ties(self, model: PreTrainedModel, targets: dict[str, str]) -> set[str]:

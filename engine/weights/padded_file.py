@@ -77,30 +77,15 @@ def padded_slices(path: Path, cause: str) -> tuple[dict[str, PaddedSlice], int]:
     Raises ModelRefused, with the sizes, where it is not whole.
     """
     refuse_stand_in(path)
-    with readable(path), path.open("rb") as file:
-        size_bytes = os.fstat(file.fileno()).st_size
-        length_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        start = file.read(1)
-        data_at_bytes = LENGTH_BYTES + length_bytes
-        if size_bytes > LENGTH_BYTES and (length_bytes > MAX_HEADER_BYTES or start != b"{"):
-            raise ModelRefused(
-                f"{path} is not a safetensors file: its {size_bytes} bytes begin with no header"
-                f" ({cause}); fetch it again"
-            )
-        if size_bytes < data_at_bytes:
-            raise ModelRefused(
-                f"{path} is truncated: it has {size_bytes} bytes, and its header alone ends at"
-                f" {max(data_at_bytes, LENGTH_BYTES)}; fetch it again"
-            )
-        text = start + file.read(length_bytes - 1)
-    found = _parsed(text, path, data_at_bytes)
+    size_bytes, header = _header(path, cause)
+    found = _parsed(header, path, LENGTH_BYTES + len(header))
     if found is None:
         raise ModelRefused(f"{path} is not a whole safetensors file ({cause}); fetch it again")
     slices, end_bytes = found
     if size_bytes < end_bytes:
         raise ModelRefused(
             f"{path} is truncated: it has {size_bytes} bytes of the {end_bytes} that its header"
-            f" speaks of; fetch it again"
+            " speaks of; fetch it again"
         )
     spare_bytes = size_bytes - end_bytes
     known = all(part.dtype_name in DTYPES for part in slices.values())
@@ -110,6 +95,26 @@ def padded_slices(path: Path, cause: str) -> tuple[dict[str, PaddedSlice], int]:
             f" speaks of {end_bytes} ({cause}); fetch it again"
         )
     return slices, spare_bytes
+
+
+def _header(path: Path, cause: str) -> tuple[int, bytes]:
+    """The file's size in bytes, and its header. Raises ModelRefused where it has no whole one."""
+    with readable(path), path.open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        length_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        end_bytes = LENGTH_BYTES + length_bytes
+        start = file.read(1)
+        if size_bytes > LENGTH_BYTES and (length_bytes > MAX_HEADER_BYTES or start != b"{"):
+            raise ModelRefused(
+                f"{path} is not a safetensors file: its {size_bytes} bytes begin with no header"
+                f" ({cause}); fetch it again"
+            )
+        if size_bytes < end_bytes:
+            raise ModelRefused(
+                f"{path} is truncated: it has {size_bytes} bytes, and its header alone ends at"
+                f" {end_bytes}; fetch it again"
+            )
+        return size_bytes, (start + file.read(max(0, length_bytes - 1)))[:length_bytes]
 
 
 def _parsed(

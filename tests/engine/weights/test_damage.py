@@ -213,6 +213,17 @@ def test_a_wrong_shape_is_refused_before_anything_is_read(key: str, folder: Path
     assert "in the file, (64" in found
 
 
+def test_an_expert_that_is_unlike_the_others_is_named(folder: Path) -> None:
+    key = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[key.format(3)] = tensors[key.format(3)][:32].clone()
+
+    edit(folder / ONE, cut)
+    words = f"{folder / ONE}: {key.format(3)} is (32, 64), and {key.format(0)} (64, 64)"
+    assert words in refusal(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_a_dense_tensor_in_a_dtype_of_quantized_weights_is_refused(
     dtype: torch.dtype, folder: Path
