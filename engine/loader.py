@@ -35,17 +35,15 @@ from moestro.engine.facts import (
 )
 from moestro.engine.formats import ExpertsModule, in_tiles
 from moestro.engine.kernels import set_pool_threads
-from moestro.engine.lanes import PackedLane, PassLane, SequentialLane
+from moestro.engine.lanes import PackedLane, PassLane, SequentialLane, packed_lane
 from moestro.engine.model import (
     MathByFlags,
     OffloadedExperts,
-    PackedCache,
     Prefetch,
     Regret,
     StepPhase,
     Thinner,
     bind,
-    install,
     next_gates,
 )
 from moestro.engine.planning import (
@@ -146,11 +144,7 @@ def load(
         phases.enter("check")
         step.phase = Phase.PREFILL  # what the check runs are prompts
         tiled = in_tiles(device.compute_dtype, device.place.type)
-        lane = _lane(blueprint, model, _limits(config, plan).pages)
-        if tiled and isinstance(lane, PackedLane):
-            compare_thin(PackedLane(model, lane.cache, 2), blueprint.vocab_size)
-        elif tiled:
-            Thinner(model, None)
+        lane = _lane(blueprint, model, _limits(config, plan).pages, tiled=tiled)
         whole_prompts = not _check_once(config, blueprint, lane)
         if whole_prompts:
             log_whole_prompts(plan)
@@ -289,13 +283,16 @@ def _limits(config: EngineConfig, plan: MemoryPlan) -> SchedulerLimits:
     )
 
 
-def _lane(blueprint: Blueprint, model: PreTrainedModel, pages: int) -> PassLane:
+def _lane(blueprint: Blueprint, model: PreTrainedModel, pages: int, *, tiled: bool) -> PassLane:
+    """With what the library can compute in one call (`tiled`) replaced."""
     if blueprint.topology.lane.lane is Lane.SEQUENTIAL:
+        if tiled:
+            Thinner(model, None)
         return SequentialLane(model)
-    packed = PackedCache()
-    packed.expanded_layers = set(blueprint.topology.expanded_layers)
-    install(model, packed)
-    return PackedLane(model, packed, pages)
+    lane = packed_lane(model, blueprint.topology, pages)
+    if tiled:
+        compare_thin(lane.with_own_pages(2), blueprint.vocab_size)
+    return lane
 
 
 def _check_once(config: EngineConfig, blueprint: Blueprint, lane: PassLane) -> bool:
@@ -321,7 +318,7 @@ def _check_once(config: EngineConfig, blueprint: Blueprint, lane: PassLane) -> b
 
 
 def _check(lane: PassLane, vocab_size: int, *, coarse: bool) -> Verdict:
-    own = PackedLane(lane.model, lane.cache, 3) if isinstance(lane, PackedLane) else lane
+    own = lane.with_own_pages(3) if isinstance(lane, PackedLane) else lane
     found = check_lane(own, vocab_size, coarse=coarse)
     what = "in company, in chunks and alone" if found.continues else "in company and alone"
     log.info("self-check: %s agree (relative difference %.1e)", what, found.worst)

@@ -46,10 +46,12 @@ def check_lane(lane: PassLane, vocab_size: int, *, coarse: bool = False) -> Verd
         single = _beside(lane, first, other, [SPLIT_TOKENS, 1, 1])
     worst, least = _difference(chunked, alone), _difference(single, alone)
     most = COARSE_TOLERANCE if coarse else TOLERANCE
-    chunks_most = most if lane.packs else min(most, max(TOLERANCE, CHUNKS_FACTOR * least))
+    chunks_most = most
+    if lane.keeps_states:
+        chunks_most = min(most, max(TOLERANCE, CHUNKS_FACTOR * least))
     if worst <= chunks_most:
         return Verdict(worst, continues=True)
-    if least <= most and not lane.packs:
+    if least <= most and lane.keeps_states:
         return Verdict(least, continues=False)
     kind = lane.model.config.model_type
     raise ModelRefused(

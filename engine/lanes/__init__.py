@@ -1,6 +1,6 @@
 """How the sequences of one step go through the model: all in one row, or one after the other."""
 
-from .choice import choose_lane
+from .choice import choose_lane, packed_lane
 from .lane import LanePart, PassLane
 from .packed import PackedLane, last_rows
 from .scoring import HeldStates
@@ -14,4 +14,5 @@ __all__ = [
     "SequentialLane",
     "choose_lane",
     "last_rows",
+    "packed_lane",
 ]

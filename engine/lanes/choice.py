@@ -21,9 +21,10 @@ from moestro.engine.model import (
 )
 
 from .lane import LanePart
-from .packed import last_rows, run_packed
+from .packed import PackedLane, last_rows, run_packed
 from .sequential import kept_numbers, run_one
-from .states import own_cache_class, stateful_modules
+from .split import split_stateful
+from .states import own_cache_class
 from .watch import Watch
 
 TRACE_TOKENS = 3
@@ -51,15 +52,32 @@ def choose_lane(packed: PreTrainedModel, sequential: Callable[[], PreTrainedMode
         raise ModelRefused(f"models of type {kind!r} are not carried yet: {error}") from error
 
 
+def packed_lane(model: PreTrainedModel, topology: Topology, pages: int) -> PackedLane:
+    """`model` with its weights, hooks and cache, as it was traced."""
+    cache = PackedCache()
+    cache.expanded_layers = set(topology.expanded_layers)
+    cache.block_masks = topology.block_masks
+    install(model, cache)
+    stateful = split_stateful(model, cache)
+    return PackedLane(model, cache, pages, keeps_states=bool(stateful))
+
+
 def _trace_packed(model: PreTrainedModel) -> Topology:
-    """One pass over a row of two sequences."""
-    if stateful := stateful_modules(model):
-        name = type(model.get_submodule(stateful[0])).__name__
-        raise _NotThisLane(f"{name} keeps a state of its sequence")
+    """One pass over a row of two sequences, and another one where the model reads its masks."""
     if own := own_cache_class(model):
         raise _NotThisLane(f"it keeps its state in a class of its own ({own})")
-    watch, cache = Watch(model), PackedCache()
+    cache = PackedCache()
     install(model, cache)
+    split_stateful(model, cache)
+    try:
+        return _trace_row(model, cache)
+    except _NotThisLane:
+        cache.block_masks = True
+        return _trace_row(model, cache)
+
+
+def _trace_row(model: PreTrainedModel, cache: PackedCache) -> Topology:
+    watch = Watch(model)
     kvs = [SequenceKV.alone(TRACE_TOKENS) for _ in range(2)]
     parts = [LanePart((number, 0), (), [0] * TRACE_TOKENS, 0) for number in range(2)]
     with _naming_faults(), watch.watching():
@@ -72,10 +90,11 @@ def _trace_packed(model: PreTrainedModel) -> Topology:
     return _facts(
         watch,
         expanded_layers=frozenset(cache.expanded_layers),
-        kv_numbers_per_token=kv.numbers_per_token,
-        attention_layers=len(kv.layers),
+        block_masks=cache.block_masks,
+        kv_numbers_per_token=max(1, kv.numbers_per_token),
+        attention_layers=max(1, len(kv.layers)),
         lane=LaneChoice(Lane.PACKED),
-        kv_fixed_numbers=0,
+        kv_fixed_numbers=kept_numbers(kvs[0].state),
     )
 
 
@@ -95,6 +114,7 @@ def _trace_sequential(model: PreTrainedModel, reason: str) -> Topology:
     return _facts(
         watch,
         expanded_layers=frozenset(),
+        block_masks=False,
         kv_numbers_per_token=per_token,
         attention_layers=max(1, len(getattr(cache, "layers", ()))),
         lane=LaneChoice(Lane.SEQUENTIAL, reason),
@@ -123,6 +143,7 @@ def _facts(
     watch: Watch,
     *,
     expanded_layers: frozenset[int],
+    block_masks: bool,
     kv_numbers_per_token: int,
     attention_layers: int,
     lane: LaneChoice,
@@ -133,14 +154,15 @@ def _facts(
         raise _NotThisLane("their experts do not run once per pass")
     return Topology(
         experts_paths=paths,
-        routers=tuple(watch.router(ids) for _, _, ids in watch.runs),
+        routers=tuple(watch.router(hidden, ids) for _, hidden, ids in watch.runs),
         experts_per_token=tuple(ids.shape[1] for _, _, ids in watch.runs),
         expanded_layers=expanded_layers,
+        block_masks=block_masks,
         kv_numbers_per_token=kv_numbers_per_token,
         attention_layers=attention_layers,
         lane=lane,
         kv_fixed_numbers=kv_fixed_numbers,
-        writes_scores=watch.model.config._attn_implementation == "eager",
+        writes_scores=block_masks or watch.model.config._attn_implementation == "eager",
         inputs_unchanged=watch.inputs_unchanged,
         read_in_place=frozenset(watch.read_in_place),
         absent_paths=watch.never_run(),

@@ -24,6 +24,8 @@ class PassLane(Protocol):
     model: PreTrainedModel
     packs: bool
     """Whether one pass takes several sequences. If not, none shares KV with another either."""
+    keeps_states: bool
+    """Whether something beside keys and values goes on from one chunk of a prompt to the next."""
 
     @property
     def held_sequences(self) -> int: ...

@@ -1,6 +1,7 @@
 """All sequences of a step in one row: attention and mask hooks keep them apart."""
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from transformers import PreTrainedModel
@@ -15,10 +16,22 @@ class PackedLane:
 
     packs = True
 
-    def __init__(self, model: PreTrainedModel, cache: PackedCache, kv_pages: int) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PackedCache,
+        kv_pages: int,
+        *,
+        keeps_states: bool = False,
+    ) -> None:
+        """`model` has had its hooks and `cache` installed."""
+        self.model, self.cache, self.keeps_states = model, cache, keeps_states
         self._store = KVStore(kv_pages)
         self._kv: dict[Key, SequenceKV] = {}
+
+    def with_own_pages(self, pages: int) -> "PackedLane":
+        """Another one over the same model, with a store of its own."""
+        return PackedLane(self.model, self.cache, pages, keeps_states=self.keeps_states)
 
     @property
     def held_sequences(self) -> int:
@@ -63,9 +76,16 @@ def run_packed(
         position_ids=torch.tensor([positions], device=device),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=torch.tensor(list(keep), device=device),
+        **head_rows(model, keep),
     )
     return rows_kept(output.logits[0], keep)
+
+
+def head_rows(model: PreTrainedModel, keep: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Tells `model` the rows that its head has to compute, where it can be told."""
+    if "logits_to_keep" not in signature(model.forward).parameters:
+        return {}
+    return {"logits_to_keep": torch.tensor(list(keep), device=model.device)}
 
 
 def rows_kept(logits: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:

@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from .lane import Key, LanePart
-from .packed import rows_kept
+from .packed import head_rows, rows_kept
 
 
 class SequentialLane:
     """A pass of one sequence at a time."""
 
     packs = False
+    keeps_states = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -49,11 +50,9 @@ def run_one(
 ) -> tuple[torch.Tensor, Any]:
     """Logits [len(keep), V], fp32, and the cache after it; with None the model makes one."""
     device, taken = model.device, signature(model.forward).parameters
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = dict(head_rows(model, keep))
     if "position_ids" in taken:
         given["position_ids"] = torch.arange(start, start + len(ids), device=device)[None]
-    if "logits_to_keep" in taken:
-        given["logits_to_keep"] = torch.tensor(list(keep), device=device)
     output = model(
         input_ids=torch.tensor([ids], device=device),
         past_key_values=cache,

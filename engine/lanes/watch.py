@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class Watch:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.made_by: dict[int, tuple[str, int]] = {}  # storage -> (module path, output index)
-        self.read_by: dict[str, int] = {}  # module path -> storage of its only input
+        self.read_by: dict[str, int] = {}  # module path -> storage of its only input that changes
+        self.constants: dict[str, dict[str, str]] = {}  # module path -> names of its other inputs
         self.runs: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # experts path, hidden, ids
         self.called: set[str] = set()  # paths of modules
         self.touched: set[int] = set()  # parameters that some operation took, by identity
@@ -30,6 +32,7 @@ class Watch:
         )  # linear layers and embeddings whose weights others read
         self.inputs_unchanged = True
         self._versions: dict[int, int] = {}  # of linear layers' inputs, by identity
+        self._own = {id(each): name for name, each in _tensors_of(model)}
         self._alive: list[torch.Tensor] = []  # keeps storages from being reused under our keys
 
     @contextmanager
@@ -44,7 +47,7 @@ class Watch:
             if is_experts_module(module):
                 bind(module, self.experts)
             elif path:
-                handles.append(module.register_forward_hook(self._hook(path)))
+                handles.append(module.register_forward_hook(self._hook(path), with_kwargs=True))
             if isinstance(module, torch.nn.Linear):
                 handles.append(module.register_forward_pre_hook(self._before_linear))
         try:
@@ -58,16 +61,24 @@ class Watch:
                 module.__class__ = _STOCK[type(module)]
 
     def _hook(self, path: str) -> Callable[..., None]:
-        def after(_: torch.nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        def after(
+            module: torch.nn.Module,
+            inputs: tuple[object, ...],
+            named: dict[str, object],
+            output: object,
+        ) -> None:
             self.called.add(path)
             outputs = output if isinstance(output, tuple) else (output,)
             for index, tensor in enumerate(outputs):
                 if isinstance(tensor, torch.Tensor):
                     self._alive.append(tensor)
                     self.made_by.setdefault(_storage(tensor), (path, index))
-            if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor):
-                self._alive.append(inputs[0])
-                self.read_by[path] = _storage(inputs[0])
+            given = _by_name(module, inputs, named)
+            constants = {name: self._own.get(id(each)) for name, each in given[1:]}
+            if given and isinstance(given[0][1], torch.Tensor) and None not in constants.values():
+                self._alive.append(given[0][1])
+                self.read_by[path] = _storage(given[0][1])
+                self.constants[path] = {name: own for name, own in constants.items() if own}
 
         return after
 
@@ -108,17 +119,35 @@ class Watch:
                     found.append(path)
         return tuple(found)
 
-    def router(self, ids: torch.Tensor) -> RouterPlace | None:
+    def _answers(self, path: str, index: int, hidden: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Whether the module at `path` gives ids for rows [T, H] alone."""
+        module = self.model.get_submodule(path)
+        own = {name: self._tensor(each) for name, each in self.constants[path].items()}
+        try:
+            found = module(hidden.reshape(-1, hidden.shape[-1]), **own)[index]
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False
+        return isinstance(found, torch.Tensor) and found.shape == ids.shape
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        path, _, last = name.rpartition(".")
+        found: torch.Tensor = getattr(self.model.get_submodule(path), last)
+        return found
+
+    def router(self, hidden: torch.Tensor, ids: torch.Tensor) -> RouterPlace | None:
+        """Who chose `ids`, where it can be asked again with what the experts read."""
         made = self.made_by.get(_storage(ids))
-        if made is None or made[0] not in self.read_by:
+        if made is None or self.read_by.get(made[0]) != _storage(hidden):
             return None
         path, index = made
+        if not self._answers(path, index, hidden, ids):
+            return None
         norm_path, _ = self.made_by.get(self.read_by[path], (None, 0))
         if norm_path is not None:
             weight = getattr(self.model.get_submodule(norm_path), "weight", None)
             if weight is None or weight.dim() != 1:
                 norm_path = None
-        return RouterPlace(path, index, norm_path)
+        return RouterPlace(path, index, norm_path, self.constants[path])
 
 
 class _Touches(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -137,7 +166,7 @@ class _Touches(TorchDispatchMode):  # type: ignore[no-untyped-call]
             (tensor,) = args
             return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.long, device="meta")
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1
+            return 0
         if func in _INDEXED and any(_is_mask(index) for index in args[1]):
             args = (args[0], _all_places(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
@@ -197,6 +226,20 @@ _OBSERVED: dict[type, type] = {
     torch.nn.Embedding: _ObservedEmbedding,
 }
 _STOCK = {observed: stock for stock, observed in _OBSERVED.items()}
+
+
+def _by_name(
+    module: torch.nn.Module, given: tuple[object, ...], named: dict[str, object]
+) -> list[tuple[str, object]]:
+    """What a module was called with and is not None, the first argument first."""
+    names = list(signature(module.forward).parameters)
+    both = [*zip(names, given, strict=False), *named.items()]
+    return [(name, each) for name, each in both if each is not None]
+
+
+def _tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -4,7 +4,7 @@ from .attention import UnknownKeyword, install
 from .expert_math import MathByFlags
 from .experts import OffloadedExperts, StepPhase, bind, experts_aside
 from .host_share import HostShare
-from .kv import KVStore, PackedCache, SequenceKV
+from .kv import KVStore, PackedCache, SequenceKV, Span
 from .meta_model import build_meta_model
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
@@ -21,6 +21,7 @@ __all__ = [
     "Regret",
     "RouterPlace",
     "SequenceKV",
+    "Span",
     "StepPhase",
     "Thinner",
     "Topology",

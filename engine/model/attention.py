@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 
 from moestro.engine.kernels import attend_stored
@@ -52,11 +52,36 @@ class MaskRule:
         return mask.expand(new_tokens, start + new_tokens)
 
 
-def mask_hook(*_: object, mask_function: Callable[..., Any] | None = None, **__: object) -> Any:
-    """What transformers calls for a mask: None for plain causality, else the model's own rule."""
+def mask_hook(
+    *_: object,
+    mask_function: Callable[..., Any] | None = None,
+    config: Any = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  # a value like any other
+    **__: object,
+) -> Any:
+    """What transformers calls for a mask: None for plain causality, else the model's own rule.
+
+    For a model that reads its masks, a tensor: bool [1, 1, T, sum S], each sequence a block.
+    """
+    cache: PackedCache | None = config.__dict__.get("moestro_cache") if config is not None else None
+    if cache is not None and cache.block_masks:
+        return _blocks(cache, MaskRule(mask_function or causal_mask_function), device)
     if mask_function is None or mask_function is causal_mask_function:
         return None
     return MaskRule(mask_function)
+
+
+def _blocks(cache: PackedCache, rule: MaskRule, device: torch.device) -> torch.Tensor:
+    lengths = [span.kv.length_tokens + span.tokens for span in cache.spans]
+    tokens = cache.spans[-1].start + cache.spans[-1].tokens
+    found = torch.zeros((1, 1, tokens, sum(lengths)), dtype=torch.bool, device=device)
+    behind = 0
+    for span, length in zip(cache.spans, lengths, strict=True):
+        rows = slice(span.start, span.start + span.tokens)
+        block = rule.evaluate(span.kv.length_tokens, span.tokens, device)
+        found[0, 0, rows, behind : behind + length] = block
+        behind += length
+    return found
 
 
 class UnknownKeyword(Exception):
@@ -68,19 +93,23 @@ def attention_hook(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: MaskRule | None,
+    attention_mask: MaskRule | torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     s_aux: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **keywords: object,
 ) -> tuple[torch.Tensor, None]:
     """`query` [1, H, T, D] -> ([1, T, H, D], None). Raises UnknownKeyword by name."""
     for name, given in keywords.items():
         if given is not None and name not in HARMLESS:
             raise UnknownKeyword(f"attention keyword {name!r}")
-    if attention_mask is not None and not isinstance(attention_mask, MaskRule):
-        raise UnknownKeyword(f"an attention mask of type {type(attention_mask).__name__}")
     cache: PackedCache = module.moestro_cache  # type: ignore[assignment]  # set by `install`
+    in_blocks = cache.block_masks and isinstance(attention_mask, torch.Tensor)
+    if attention_mask is not None and not isinstance(attention_mask, MaskRule) and not in_blocks:
+        raise UnknownKeyword(f"an attention mask of type {type(attention_mask).__name__}")
+    if indices is not None and not in_blocks:
+        raise UnknownKeyword("attention keyword 'indices'")
     layer, returned = cache.written
     direct = key is returned
     if not direct and returned is not None:
@@ -98,18 +127,37 @@ def attention_hook(
                 key[0, :, offset : offset + length],
                 value[0, :, offset : offset + length],
             )
-        offset += length
+        behind, offset = offset, offset + length
         if done is not None and span.tokens == 1:
             outputs.append(done.pop(0))
             continue
         rows = query[:, :, span.start : span.start + span.tokens]  # [1, H, n, D]
-        mask = _mask(cache, attention_mask, index, span, rows.device)
+        mask: torch.Tensor | None
+        if isinstance(attention_mask, torch.Tensor):
+            mask = _block(attention_mask, indices, span, slice(behind, offset))
+        else:
+            mask = _mask(cache, attention_mask, index, span, rows.device)
         if s_aux is not None:
             outputs.append(_attend_with_sinks(rows, keys, values, mask, scaling, s_aux))
         else:
             outputs.append(_attend(rows, keys, values, mask, scaling))
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return packed.transpose(1, 2).contiguous(), None
+
+
+def _block(
+    masks: torch.Tensor, indices: torch.Tensor | None, span: Span, keys: slice
+) -> torch.Tensor:
+    """Bool [n, S]: what `masks` [1, 1, T, sum S] lets a sequence's new tokens see.
+
+    Of that, where there are `indices` [1, T, k] of the whole row's keys, those.
+    """
+    rows = slice(span.start, span.start + span.tokens)
+    seen = masks[0, 0, rows]
+    if indices is not None:
+        chosen = torch.zeros_like(seen).scatter_(1, indices[0, rows].long(), True)
+        seen = seen & chosen
+    return seen[:, keys]
 
 
 def _mask(
@@ -218,3 +266,6 @@ def install(model: torch.nn.Module, cache: PackedCache) -> None:
     """Let every module of `model` find the cache of its own engine."""
     for module in model.modules():
         module.__dict__["moestro_cache"] = cache
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config.__dict__["moestro_cache"] = cache

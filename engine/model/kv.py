@@ -4,9 +4,10 @@ Shape letters: H heads, S tokens of one sequence so far, T tokens of the packed 
 Knows no scheduling: whose a page is, and how long, is decided elsewhere.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,6 +55,7 @@ class SequenceKV:
     def __init__(self, store: KVStore, pages: Sequence[int]) -> None:
         self.store = store
         self.length_tokens = 0
+        self.state: Any = None  # of modules that keep one beside keys and values
         self._runs = _runs_of(pages)
 
     @classmethod
@@ -97,6 +99,7 @@ class SequenceKV:
         """
         twin = SequenceKV(self.store, pages)
         twin.length_tokens = self.length_tokens
+        twin.state = copy.deepcopy(self.state)
         whole = self.length_tokens // PAGE_TOKENS * PAGE_TOKENS
         if whole < self.length_tokens:
             (old,) = self._rows(whole, self.length_tokens)
@@ -175,6 +178,7 @@ class PackedCache:
         self.spans: tuple[Span, ...] = ()
         self.written: tuple[int, torch.Tensor | None] = (-1, None)  # last layer and returned keys
         self.masks: dict[tuple[int, int], torch.Tensor] = {}  # (rule, span) -> mask of this pass
+        self.block_masks = False  # masks are tensors over the whole row: the model reads them
         self.forgets: list[Callable[[], None]] = []  # called when a pass begins
         self.attended_by_library: set[int] = set()
         """Layers whose single tokens the library attends for, whatever else is in a pass."""
@@ -223,6 +227,16 @@ class PackedCache:
         all_values = torch.cat([pair[1] for pair in held], dim=1)[None]
         self.written = (layer_idx, None)
         return all_keys, all_values
+
+    def update_indexer(self, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """`keys` [1, T, D] by which an indexer chooses -> those of all tokens [1, sum S, D]."""
+        name, rows = -1 - layer_idx, keys[0][None]  # one head
+        none = rows[:, :, :0]
+        for span in self.spans:
+            new = slice(span.start, span.start + span.tokens)
+            span.kv.write(name, rows[:, new], none[:, new])
+        held = [span.kv.read(name, span.tokens)[0] for span in self.spans]
+        return torch.cat(held, dim=1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are always passed, so nobody needs the answer

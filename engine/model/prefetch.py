@@ -7,7 +7,7 @@ guess is held against what the layer then asks for, and all of them against thei
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +30,13 @@ class NextGate:
     router: torch.nn.Module
     ids_index: int
     ratio: torch.Tensor | None  # [H]
+    constants: Mapping[str, torch.Tensor]  # that it is given, too
     num_experts: int  # a router may know others behind these, that are none to load
 
     def __call__(self, hidden: torch.Tensor) -> HostCopy:
         """`hidden` [T, H]: what the experts of the layer before read -> ids [T, k]."""
         guess = hidden if self.ratio is None else hidden * self.ratio
-        ids: torch.Tensor = self.router(guess)[self.ids_index]
+        ids: torch.Tensor = self.router(guess, **self.constants)[self.ids_index]
         return HostCopy(ids)
 
 
@@ -173,8 +174,15 @@ def next_gates(model: PreTrainedModel, topology: Topology) -> list[NextGate | No
         router = model.get_submodule(there.path)
         ratio = _norm_ratio(model, here, there)
         count = int(model.get_submodule(path).num_experts)  # type: ignore[arg-type]
-        gates.append(NextGate(router, there.ids_index, ratio, count))
+        constants = {name: _tensor(model, each) for name, each in there.constants.items()}
+        gates.append(NextGate(router, there.ids_index, ratio, constants, count))
     return [*gates, None]
+
+
+def _tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
+    path, _, last = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(path), last)
+    return found
 
 
 def _norm_ratio(

@@ -131,7 +131,10 @@ def router_of(module: torch.nn.Module) -> ThinRouter | None:
     if not takes_rows(module):
         return None
     rows = torch.randn((4, weight.shape[1]), generator=torch.Generator().manual_seed(0))
-    wanted = module(rows)
+    try:
+        wanted = module(rows)
+    except (AttributeError, TypeError):  # its other arguments only look optional
+        return None
     if not isinstance(wanted, tuple) or len(wanted) != 3:
         return None
     for normalized in (False, True):

@@ -1,5 +1,6 @@
 """What a model looks like from its experts: facts, found by watching passes without weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moestro.engine.facts import LaneChoice
@@ -12,6 +13,7 @@ class RouterPlace:
     path: str
     ids_index: int  # position in the router's output tuple
     norm_path: str | None  # the norm whose output it reads, where there is one
+    constants: Mapping[str, str]  # by argument: tensors of the model that it is given, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class Topology:
     routers: tuple[RouterPlace | None, ...]  # aligned; None: not a module of its own
     experts_per_token: tuple[int, ...]  # aligned
     expanded_layers: frozenset[int]
+    block_masks: bool  # the model reads its masks: tensors over the whole row
     kv_numbers_per_token: int  # numbers (not bytes) that all layers keep for one token
     attention_layers: int
     lane: LaneChoice

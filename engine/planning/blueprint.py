@@ -21,6 +21,7 @@ from moestro.engine.formats import (
     ExpertsModule,
     expert_codec,
     in_tiles,
+    is_experts_module,
     order_of,
     pack_layer,
 )
@@ -79,17 +80,14 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
     """The same from files that are already open, or from a sketch of them."""
     manifest = Manifest.read(config.model_path)
     experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
+    packed = build_meta_model(checkpoint, device.compute_dtype)
+    _check_experts(checkpoint, packed, experts_per_token)
     topology = choose_lane(
-        build_meta_model(checkpoint, device.compute_dtype),
+        packed,
         lambda: build_meta_model(checkpoint, device.compute_dtype, Lane.SEQUENTIAL),
     )
     model = _build(checkpoint, device, topology)
     modules, dense_keys = checkpoint.split_keys(model)
-    most = min(entry.num_experts for entry in modules)
-    if experts_per_token > most:
-        raise StartError(
-            f"--experts-per-token {experts_per_token}: the model has {most} experts per layer"
-        )
     by_path = {entry.path: entry for entry in modules}
     for path in topology.experts_paths:
         if path not in by_path:
@@ -100,6 +98,20 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
     return Blueprint(
         checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale, codec, device
     )
+
+
+def _check_experts(checkpoint: Checkpoint, model: PreTrainedModel, per_token: int) -> None:
+    """Raises ModelRefused where there are none, StartError where a token cannot have so many."""
+    counts = [int(module.num_experts) for module in model.modules() if is_experts_module(module)]  # type: ignore[arg-type]
+    if not counts:
+        raise ModelRefused(
+            f"{checkpoint.folder}: no experts that moestro can offload in a model of type"
+            f" {checkpoint.config.model_type!r}; if it is dense, split it with `moestro factorize`"
+        )
+    if per_token > min(counts):
+        raise StartError(
+            f"--experts-per-token {per_token}: the model has {min(counts)} experts per layer"
+        )
 
 
 def _build(checkpoint: Checkpoint, device: Device, topology: Topology) -> PreTrainedModel:

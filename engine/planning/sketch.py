@@ -82,11 +82,6 @@ class Sketch(Checkpoint):
             )
             for path, names in _experts_names(model)
         ]
-        if not modules:
-            raise ModelRefused(
-                f"{self.folder}: no experts that moestro can offload in a model of type"
-                f" {self.config.model_type!r}"
-            )
         taken = {key for entry in modules for key in entry.source_keys}
         return modules, [name for name in tensors if name not in taken]
 

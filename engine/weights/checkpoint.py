@@ -33,6 +33,7 @@ from moestro.engine.formats import ExpertsModule, is_experts_module
 from .completeness import Renamed, refuse_missing
 from .config import read_config
 from .damage import few, one_line, readable
+from .linears import CompactLinear, StoredEmbedding, TileLinear
 from .nested_config import warn_disagreements
 from .tying import same_numbers, tied_twice, untie, warn_untied
 from .weight_files import open_weights, weight_files
@@ -125,11 +126,6 @@ class Checkpoint:
             for path in dict.fromkeys(parameters.values())
             if path in keys_of_path
         ]
-        if not modules:
-            raise ModelRefused(
-                f"{self.folder}: no experts that moestro can offload in a model of type"
-                f" {self.config.model_type!r}; if it is dense, split it with `moestro factorize`"
-            )
         return modules, dense
 
     def _used(self, renamed: dict[str, Renamed], wanted: Collection[str]) -> dict[str, Renamed]:
@@ -262,7 +258,8 @@ class Checkpoint:
             unexpected |= info.unexpected_keys
             after_group(done, len(groups))
         info.missing_keys, info.unexpected_keys = missing & set(model.state_dict()), unexpected
-        model._finalize_model_loading(model, _load_config(model, device), info)
+        with _placeholders(model):
+            model._finalize_model_loading(model, _load_config(model, device), info)
         if info.missing_keys:
             raise ModelRefused(
                 f"{self.folder}: tensors are missing in the files: {few(info.missing_keys)}"
@@ -289,9 +286,34 @@ def drop_experts(model: PreTrainedModel) -> None:
     """All experts modules lose their parameters for good."""
     for module in model.modules():
         if is_experts_module(module):
-            for name, _ in list(module.named_parameters(recurse=False)):
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            module.__dict__["moestro_dropped"] = tuple(names)
+            for name in names:
                 del module._parameters[name]
             module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
+
+
+@contextmanager
+def _placeholders(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what became of a module or stayed in the pack has tensors that count as initialized.
+
+    Classes initialize children of theirs by name, and some of those are others now.
+    """
+    done = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    done._is_hf_initialized = True  # type: ignore[attr-defined]
+    held: list[tuple[torch.nn.Module, str]] = []
+    for module in model.modules():
+        names = module.__dict__.get("moestro_dropped", ())
+        if isinstance(module, CompactLinear | TileLinear | StoredEmbedding):
+            names = ("weight",)
+        held += [(module, name) for name in names]
+    for module, name in held:
+        module.__dict__[name] = done
+    try:
+        yield
+    finally:
+        for module, name in held:
+            del module.__dict__[name]
 
 
 def _arranged(

@@ -149,15 +149,6 @@ def _replace(model: PreTrainedModel, what: Replacement, shared: Shared) -> None:
         else:
             new = CompactLinear(old, Int8Weights.encode(old.weight.detach()), shared.last)
     put_module(model, what.path, new)
-    _settle_parent(model, what.path)
-
-
-def _settle_parent(model: PreTrainedModel, path: str) -> None:
-    """Of a module that has all its tensors nothing is initialized: its children are others now."""
-    parent = model.get_submodule(path.rpartition(".")[0])
-    own = (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
-    if not any(tensor.is_meta for tensor in own):
-        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def put_module(model: PreTrainedModel, path: str, new: torch.nn.Module) -> None:

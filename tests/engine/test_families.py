@@ -9,7 +9,6 @@ import torch
 import tiny
 from engine_kit import KIB, opened, run_logits
 from family_run import outcome_of
-from moestro.engine import ModelRefused
 
 TOLERANCE = 1e-4
 
@@ -50,26 +49,6 @@ def test_half_precision_checkpoints_compute_in_fp32(dtype: torch.dtype, tmp_path
         assert loaded.info.expert_bytes == 12 * KIB  # 3 x 32 x 64 numbers of 2 bytes
         found = run_logits(loaded, [[(1, prompt)]])[0]
     assert (found - wanted).abs().max() < TOLERANCE
-
-
-def test_a_model_with_recurrent_state_is_refused_by_name(tmp_path: Path) -> None:
-    import transformers as hf
-
-    config = hf.Qwen3NextConfig(
-        **tiny.WIDTHS,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    )
-    folder = tiny.save(config, tmp_path / "model")
-    words = "'qwen3_next' are not carried yet"
-    with pytest.raises(ModelRefused, match=words), opened(folder, tmp_path / "cache"):
-        pass
 
 
 def test_sinks_in_blocks_equal_sinks_at_once(

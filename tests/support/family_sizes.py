@@ -63,7 +63,7 @@ LANGUAGE: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "qk_head_dim": 16,
     "v_head_dim": 8,  # narrower than the keys
-    "index_n_heads": 8,
+    "index_n_heads": 32,
     "index_head_dim": 16,
     "index_topk": 4,
     "num_nextn_predict_layers": 0,

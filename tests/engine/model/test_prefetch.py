@@ -40,7 +40,7 @@ class Rig:
         self.router = Router(3, 4, 5)
         self.regret = Regret(0.0, cache.stats)
         self.now_s = self.worked_s = 0.0
-        gates = [NextGate(self.router, 1, None, 8), None, None]
+        gates = [NextGate(self.router, 1, None, {}, 8), None, None]
         self.prefetch = Prefetch(
             gates, cache, self.step, experts_per_layer, self.regret, lambda: self.now_s, self.work
         )
@@ -124,7 +124,7 @@ def test_a_guess_that_a_failed_step_left_is_forgotten(rig: Make) -> None:
 
 def test_the_input_is_rescaled_by_the_norms() -> None:
     router = Router(0)
-    gate = NextGate(router, 1, torch.tensor([2.0, 1.0, 0.5, 1.0]), 8)
+    gate = NextGate(router, 1, torch.tensor([2.0, 1.0, 0.5, 1.0]), {}, 8)
     assert gate(torch.ones(1, 4)).tolist() == [[0]]
     assert router.inputs[0].tolist() == [[2.0, 1.0, 0.5, 1.0]]
 
@@ -134,7 +134,7 @@ def test_the_first_choices_of_all_tokens_come_first() -> None:
         def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
             return (torch.tensor([[1, 2], [3, 1]]),)
 
-    ids = NextGate(Two(), 0, None, 8)(torch.ones(2, 4))
+    ids = NextGate(Two(), 0, None, {}, 8)(torch.ones(2, 4))
     assert list(in_rank_order(ids.tolist())) == [1, 3, 2]
 
 

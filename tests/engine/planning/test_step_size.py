@@ -9,7 +9,7 @@ import tiny
 from engine_kit import generate, opened
 from moestro.engine import BadParameter, BudgetTooSmall, EngineConfig, SamplingParams
 from moestro.engine.facts.units import MIB
-from moestro.engine.planning import blueprint
+from moestro.engine.planning import budgets
 from moestro.engine.planning.blueprint import inspect
 from moestro.engine.planning.budgets import MASK_BYTES, plan_memory
 from moestro.engine.planning.memory import Demand, MemoryPlan, settle
@@ -156,7 +156,7 @@ def test_what_others_hold_changes_budgets_and_never_the_step(
     config = EngineConfig(folder, tmp_path)
     understood, plans = inspect(config), []
     for available_bytes in (1 << 50, 0):
-        monkeypatch.setattr(blueprint, "memory_available", lambda free=available_bytes: free)
+        monkeypatch.setattr(budgets, "memory_available", lambda free=available_bytes: free)
         plans.append(plan_memory(config, understood))
     plenty, none = plans
     assert plenty.experts_bytes == plenty.demand.experts_total_bytes
@@ -171,12 +171,12 @@ def test_a_cache_in_memory_is_counted_with_the_pack_that_is_to_come(
     config = EngineConfig(folder, tmp_path)
     understood = inspect(config)
     (tmp_path / "held").write_bytes(bytes(3 << 20))
-    monkeypatch.setattr(blueprint, "is_in_memory", lambda place: place == tmp_path)
+    monkeypatch.setattr(budgets, "is_in_memory", lambda place: place == tmp_path)
     held = plan_memory(config, understood).demand.files_bytes
     assert 3 << 20 <= held < 4 << 20
     packing = plan_memory(config, understood, packing=True).demand.files_bytes
     assert packing == held + understood.spec.total_bytes
-    monkeypatch.setattr(blueprint, "is_in_memory", lambda _: False)
+    monkeypatch.setattr(budgets, "is_in_memory", lambda _: False)
     assert plan_memory(config, understood, packing=True).demand.files_bytes == 0
 
 
