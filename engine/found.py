@@ -6,6 +6,7 @@ from moestro.cache import human_bytes
 from moestro.engine.facts import EngineConfig, Threads
 from moestro.engine.kernels import MISSING, chosen
 from moestro.engine.planning import Blueprint, MemoryPlan, gains_of
+from moestro.engine.text import Tokenizer
 
 log = logging.getLogger("moestro.engine")
 
@@ -36,6 +37,15 @@ def log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> N
         _log_products()
 
 
+def log_plan(config: EngineConfig, blueprint: Blueprint, plan: MemoryPlan) -> None:
+    """The sums, and what smaller formats would gain."""
+    for line in plan.lines():
+        log.info("%s", line)
+    gains = gains_of(config, blueprint)
+    if gains is not None:
+        log.info("%s", gains.line())
+
+
 def log_whole_prompts(plan: MemoryPlan) -> None:
     log.info(
         "prompts: computed whole, up to %d tokens (--max-step-tokens): the model's class cannot go"
@@ -44,15 +54,21 @@ def log_whole_prompts(plan: MemoryPlan) -> None:
     )
 
 
+def warn_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """An embedding with spare rows is usual; a tokenizer with spare tokens is not."""
+    if tokenizer.num_ids > vocab_size:
+        log.warning(
+            "the tokenizer has token ids up to %d, and the embedding %d rows: prompts with ids from"
+            " %d on are refused",
+            tokenizer.num_ids - 1,
+            vocab_size,
+            vocab_size,
+        )
+
+
 def _log_products() -> None:
     name = chosen()
     if name is None:
         log.warning("%s", MISSING)
     else:
         log.info("products: %s", name)
-
-
-def log_gains(config: EngineConfig, blueprint: Blueprint) -> None:
-    gains = gains_of(config, blueprint)
-    if gains is not None:
-        log.info("%s", gains.line())

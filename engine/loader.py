@@ -57,7 +57,7 @@ from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits
 from moestro.engine.text import Tokenizer
 
 from .choices import check_choices, check_device
-from .found import log_found, log_gains, log_whole_prompts
+from .found import log_found, log_plan, log_whole_prompts, warn_vocabulary
 from .phases import Phases
 from .placement import host_share
 from .selfcheck import Verdict, check_lane, compare_thin
@@ -126,10 +126,9 @@ def load(
     blueprint = inspect(config, device)
     plan = plan_memory(config, blueprint, packing=not config.pack_path.exists())
     log_found(blueprint, config, threads)
-    for line in plan.lines():
-        log.info("%s", line)
-    log_gains(config, blueprint)
+    log_plan(config, blueprint, plan)
     tokenizer = Tokenizer(config.model_path)
+    warn_vocabulary(tokenizer, blueprint.vocab_size)
     try:
         model, cache = load_weights(config, blueprint, plan, phases)
     except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile

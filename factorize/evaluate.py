@@ -30,7 +30,7 @@ def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
     with quiet_bars():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
+                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise FactorizeError(f"{folder} is not a model that loads: {error}") from error

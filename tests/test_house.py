@@ -33,6 +33,20 @@ def test_nothing_that_can_run_code_out_of_a_file() -> None:
     assert not wrong
 
 
+def test_whoever_reads_a_model_folder_says_that_its_code_is_not_run() -> None:
+    """Left out, the library asks on a terminal, or goes by what the folder's files say."""
+    silent = [
+        Sources().where(path, node.lineno)
+        for path in Sources().of_rooms()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "from_pretrained"
+        and "trust_remote_code" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not silent
+
+
 def handed_on(module: ast.Module) -> set[ast.expr]:
     """The `os.environ` of `{**os.environ, …}`: given to a child process whole, read by nobody."""
     return {

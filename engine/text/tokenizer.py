@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from moestro.engine.facts import BadParameter, ModelRefused, PromptTooLong
-from moestro.engine.weights import json_object
+from moestro.engine.weights import json_object, warn_disagreement
 
 from .chat_template import ChatTemplate, TemplateFacts
 from .grammar import Grammars
@@ -19,6 +19,7 @@ from .prompt_slices import doubled_tokens, token_slices
 from .reader import reader
 from .text_bound import most_chars_per_token
 from .text_stream import TextStream
+from .tokenizer_files import RefusingTokenizer, log_own_code, refuse_stand_ins
 from .vocabulary import Vocabulary
 
 log = logging.getLogger("moestro.engine")
@@ -35,18 +36,20 @@ class TokenizerInfo:
 
 
 class Tokenizer:
-    """A model's tokenizer. Thread safe. Raises ModelRefused where the folder has none."""
+    """A model's tokenizer. Thread safe.
+
+    Raises ModelRefused where the folder has none, ModelNotFound where a file of it is a link to
+    nowhere.
+    """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        refuse_stand_ins(folder)
+        with RefusingTokenizer(folder):
+            slow = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             self._fast: FastTokenizer = slow.backend_tokenizer
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            words = " ".join(str(error).split())
-            raise ModelRefused(
-                f"{folder} has no tokenizer that can be read: {words}; fetch tokenizer.json and"
-                " tokenizer_config.json again"
-            ) from error
+        log_own_code(folder)
         # tokenizer.json may say how its maker cut and padded; a prompt is taken as it is
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -128,6 +131,11 @@ class Tokenizer:
         reading = reader(self._vocabulary, prompt_ids, skip_special_tokens)
         return TextStream(reading, stop, include_stop)
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest id; some below it may have no token."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
     @cached_property
     def special_texts(self) -> frozenset[str]:
         """What the special tokens say where they are not skipped."""
@@ -181,7 +189,11 @@ def _stop_ids(folder: Path, own: int | list[int] | None) -> list[int]:
     generation = json_object(folder / "generation_config.json", "a generation config")
     config = json_object(folder / "config.json", "a config")
     text_config = config.get("text_config")
-    for source in (generation, config, text_config if isinstance(text_config, dict) else {}):
+    inner = text_config if isinstance(text_config, dict) else {}
+    said = [source.get("eos_token_id") for source in (generation, config, inner)]
+    if said[0] is None and None not in said[1:] and said[1] != said[2]:
+        warn_disagreement(folder, "eos_token_id", said[1], said[2], said[1])
+    for source in (generation, config, inner):
         if source.get("eos_token_id") is not None:
             return found + _ids(source["eos_token_id"])
     return found

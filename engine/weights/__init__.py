@@ -1,11 +1,14 @@
 """A checkpoint's tensors: found, complete, loaded; the dense part in compact form."""
 
-from .checkpoint import PLAIN_DTYPES, Checkpoint, read_config, refusing
+from .checkpoint import PLAIN_DTYPES, Checkpoint
+from .config import read_config, refusing
+from .damage import is_there, json_object, refuse_stand_in
 from .dense import DENSE_FORMATS, Replacement, load_dense, replacements, saved_bytes
 from .dense_file import DenseFile
 from .linears import LastRows, Shared, TileLinear, beside
 from .manifest import MANIFEST_NAME, Manifest
-from .weight_files import INDEX_NAME, json_object, weight_files
+from .nested_config import warn_disagreement
+from .weight_files import INDEX_NAME, weight_files
 
 __all__ = [
     "Checkpoint",
@@ -20,11 +23,14 @@ __all__ = [
     "Shared",
     "TileLinear",
     "beside",
+    "is_there",
     "json_object",
     "load_dense",
     "read_config",
+    "refuse_stand_in",
     "refusing",
     "replacements",
     "saved_bytes",
+    "warn_disagreement",
     "weight_files",
 ]

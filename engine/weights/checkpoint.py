@@ -6,7 +6,6 @@ Knows no request, no budget and no pack.
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,13 +27,16 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moestro.cache import human_bytes
-from moestro.engine.facts import ModelNotFound, ModelRefused
+from moestro.engine.facts import ModelRefused
 from moestro.engine.formats import ExpertsModule, is_experts_module
 
 from .completeness import Renamed, refuse_missing
+from .config import read_config
+from .damage import few, one_line, readable
 from .linears import CompactLinear, StoredEmbedding, TileLinear
+from .nested_config import warn_disagreements
 from .tying import same_numbers, tied_twice, untie, warn_untied
-from .weight_files import few, one_line, open_weights, readable, weight_files
+from .weight_files import open_weights, weight_files
 
 log = logging.getLogger("moestro.engine")
 
@@ -77,8 +78,9 @@ class Checkpoint:
         name = self._slices[key].get_dtype()
         if name not in PLAIN_DTYPES:
             raise ModelRefused(
-                f"{self._file_of_key[key]}: tensor {key} is {name}; quantized checkpoints are not"
-                " carried, use one in bf16, fp16 or fp32"
+                f"{self._file_of_key[key]}: tensor {key} is {name}, and weights must be"
+                f" {', '.join(PLAIN_DTYPES)}; quantized checkpoints are not carried, use one in"
+                " bf16, fp16 or fp32"
             )
         return PLAIN_DTYPES[name]
 
@@ -108,6 +110,8 @@ class Checkpoint:
         }
         renamed = self._used(renamed, meta)
         refuse_missing(self.folder, model, converters, renamed)
+        self._refuse_misfits(renamed, meta, parameters)
+        warn_disagreements(self.folder, model)
         spare = self._settle_ties(model, {key: target for key, (target, _) in renamed.items()})
         keys_of_path: dict[str, dict[str, list[str]]] = {}
         dense = []
@@ -136,6 +140,35 @@ class Checkpoint:
                 few(spare),
             )
         return {key: found for key, found in renamed.items() if key not in spare}
+
+    def _refuse_misfits(
+        self,
+        renamed: Mapping[str, Renamed],
+        wanted: Mapping[str, Any],
+        experts: Collection[str],
+    ) -> None:
+        """Of what the headers can say before anything is read: dtypes, the shapes of tensors that
+        become parameters as they stand, and of experts beside each other. Raises ModelRefused.
+        """
+        first: dict[Renamed, str] = {}
+        for key, (target, pattern) in renamed.items():
+            meta = wanted[target]
+            if not isinstance(meta, torch.Tensor):
+                continue  # a module's extra state
+            if meta.is_floating_point():
+                self.dtype_of(key)
+            found = tuple(self._slices[key].get_shape())
+            if pattern is None and target not in experts and found != tuple(meta.shape):
+                raise ModelRefused(
+                    f"{self._file_of_key[key]}: {key} is {found} in the file,"
+                    f" {tuple(meta.shape)} in the config; the two are not of one model"
+                )
+            other = first.setdefault((target, pattern), key)
+            if target in experts and found != tuple(self._slices[other].get_shape()):
+                raise ModelRefused(
+                    f"{self._file_of_key[key]}: {key} is {found}, and {other}"
+                    f" {tuple(self._slices[other].get_shape())}; fetch the files again"
+                )
 
     def _settle_ties(self, model: PreTrainedModel, targets: dict[str, str]) -> set[str]:
         """Keys that say again what another one says. Models built from now on tie the rest."""
@@ -302,67 +335,6 @@ def _load_config(model: PreTrainedModel, device: torch.device) -> LoadStateDictC
         dtype_plan=model._get_dtype_plan(model.dtype),
         weight_mapping=_conversions(model),
     )
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Raises ModelNotFound or ModelRefused."""
-    path = folder / "config.json"
-    with readable(folder):
-        if not folder.is_dir():
-            raise ModelNotFound(
-                f"{folder} is not a folder; give a Hugging Face model folder or `demo`"
-            )
-        if not path.is_file():
-            raise ModelNotFound(f"{folder} has no config.json: not a Hugging Face model folder")
-    with readable(path):
-        text = path.read_bytes()
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelRefused(f"{path}: {one_line(error)}") from error
-    if not isinstance(raw, dict):
-        raise ModelRefused(f"{path} is not a JSON object")
-    if "auto_map" in raw:
-        raise ModelRefused(f"{path} wants code of its own (auto_map); moestro runs none")
-    if raw.get("quantization_config"):
-        raise ModelRefused(f"{path}: quantized checkpoints are not carried, use bf16 or fp16")
-    with refusing(str(path)):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return config
-
-
-CONFIG_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """The one place that turns whatever transformers raises over a config into a refusal.
-
-    Wrong types and numbers end in errors of many kinds there: strict dataclasses, divisions by
-    zero, assertions of torch, names that are not found.
-    """
-    try:
-        yield
-    except CONFIG_ERRORS as error:
-        raise ModelRefused(f"{what}: {_named(error)}") from error
-
-
-def _named(error: Exception) -> str:
-    """Errors whose text alone says nothing (a key, a bare assertion) with their kind."""
-    line = one_line(error)
-    plain = isinstance(error, (KeyError, AssertionError, AttributeError, ArithmeticError))
-    return f"{type(error).__name__}: {line}" if plain else line
 
 
 @contextmanager

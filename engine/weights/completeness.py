@@ -14,7 +14,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from moestro.engine.facts import ModelRefused
 
-from .weight_files import few
+from .damage import few
 
 Renamed = tuple[str, str | None]  # the model's name, and the converter's pattern that gave it
 

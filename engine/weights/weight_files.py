@@ -4,11 +4,9 @@ The choice is transformers' own, so that a stray file is never read: those of th
 model.safetensors, else the only one. Pickles are never opened.
 """
 
-import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,15 @@ from safetensors import SafetensorError, safe_open
 
 from moestro.engine.facts import ModelNotFound, ModelRefused
 
+from .damage import few, one_line, read_json, readable, refuse_dangling, refuse_stand_in
+from .padded_file import LENGTH_BYTES, MAX_HEADER_BYTES, padded_slices
+
 log = logging.getLogger("moestro.engine")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_CAUSE_CHARS = 300
-LENGTH_BYTES = 8  # of the header, in front of it
-MAX_HEADER_BYTES = 100_000_000  # that safetensors takes
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -35,9 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
     found = [name for name in names if name.endswith(".safetensors")]
     if INDEX_NAME in names:
         chosen = sorted(set(weight_map(folder).values()))
-        for name in chosen:
-            if name not in found:
-                raise ModelRefused(f"{folder}: shard {name} is missing; fetch it again")
+        _refuse_lost_shards(folder, chosen, found)
     elif SINGLE_NAME in found:
         chosen = [SINGLE_NAME]
     elif len(found) > 1:
@@ -49,31 +47,59 @@ def weight_files(folder: Path) -> list[Path]:
         chosen = found
     if not chosen:
         _refuse_pickles(folder, names)
-    unread = sorted(set(found) - set(chosen))
-    if unread:
-        log.info("not read, because the model is in other files: %s", few(unread))
+    for name in chosen:
+        with readable(folder / name):
+            refuse_dangling(folder / name)
+    _log_unread(folder, sorted(set(found) - set(chosen)))
     return [folder / name for name in chosen]
 
 
+def _refuse_lost_shards(folder: Path, chosen: list[str], found: list[str]) -> None:
+    lost = [name for name in chosen if name not in found]
+    if lost:
+        raise ModelRefused(
+            f"{folder}: shard {few(lost)} is missing ({len(chosen) - len(lost)} of the"
+            f" {len(chosen)} that {INDEX_NAME} names are here); fetch it again"
+        )
+
+
+def _log_unread(folder: Path, unread: list[str]) -> None:
+    """One that is named like a shard is warned of: the index may be another model's."""
+    shards = [name for name in unread if _SHARD.fullmatch(name)]
+    others = [name for name in unread if name not in shards]
+    if shards:
+        log.warning(
+            "%s: %s not read, because %s",
+            folder,
+            few(shards),
+            f"{INDEX_NAME} does not name it"
+            if (folder / INDEX_NAME).exists()
+            else f"the model is in {SINGLE_NAME}",
+        )
+    if others:
+        log.info("not read, because the model is in other files: %s", few(others))
+
+
 def _refuse_pickles(folder: Path, names: list[str]) -> None:
-    pickled = [name for name in names if Path(name).suffix in (".bin", ".pt", ".pth")]
+    pickled = [name for name in names if Path(name).suffix in PICKLES]
     if pickled:
         raise ModelRefused(
-            f"{folder} has only {pickled[0]}, which can run code when it is opened;"
+            f"{folder} has only {few(pickled)}, which can run code when it is opened;"
             " use a version of the model with .safetensors files"
         )
-    raise ModelNotFound(f"{folder} has no .safetensors files")
+    packed = [name for name in names if name.endswith(".gguf")]
+    also = f", and {few(packed)} is not read; use a version with such" if packed else ""
+    raise ModelNotFound(f"{folder} has no .safetensors files{also}")
 
 
 def weight_map(folder: Path) -> dict[str, str]:
     """{tensor: file's name} of the index. Raises ModelRefused where it is none."""
     path = folder / INDEX_NAME
-    with readable(path):
-        text = path.read_bytes()
+    index = read_json(path, "a weight index")
     try:
-        found = json.loads(text)["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelRefused(f"{path} is not a weight index: {one_line(error)}") from error
+        found = index["weight_map"]
+    except (LookupError, TypeError) as error:
+        raise ModelRefused(f"{path} is not a weight index: it has no weight_map") from error
     if not isinstance(found, dict) or not found:
         raise ModelRefused(f"{path} is not a weight index: weight_map names no tensors")
     for name in found.values():
@@ -82,47 +108,49 @@ def weight_map(folder: Path) -> dict[str, str]:
     return found
 
 
-def json_object(path: Path, what: str) -> dict[str, Any]:
-    """{} where there is no such file. Raises ModelRefused, naming `what` it should have been."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelRefused(f"{path} is not {what}: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ModelRefused(f"{path} is not {what}: no JSON object")
-    return found
-
-
 def open_weights(paths: list[Path]) -> dict[str, tuple[Path, Any]]:
     """{key: (file, slice)} of all files. Raises ModelRefused, also where two have the same key."""
     found: dict[str, tuple[Path, Any]] = {}
     for path in paths:
-        handle = _open_safetensors(path)
-        for key in handle.keys():  # noqa: SIM118 (not a dict)
+        for key, part in _slices_of(path).items():
             if key in found:
                 raise ModelRefused(
                     f"{path.parent}: tensor {key} is in {found[key][0].name} and in {path.name}"
                 )
-            found[key] = (path, handle.get_slice(key))
+            found[key] = (path, part)
     if paths and (paths[0].parent / INDEX_NAME).is_file():
-        lost = [key for key in weight_map(paths[0].parent) if key not in found]
-        if lost:
-            raise ModelRefused(
-                f"{paths[0].parent}: tensors of the index are missing in its files: {few(lost)}"
-            )
+        _compare_index(paths[0].parent, {key: path.name for key, (path, _) in found.items()})
     return found
 
 
-def _open_safetensors(path: Path) -> Any:
+def _compare_index(folder: Path, name_of_key: dict[str, str]) -> None:
+    """Stock transformers takes a tensor from whichever shard has it; so do we, not in silence."""
+    said = weight_map(folder)
+    lost = [f"{key} (of {name})" for key, name in said.items() if key not in name_of_key]
+    if lost:
+        raise ModelRefused(
+            f"{folder / INDEX_NAME}: tensors of the index are missing in its files: {few(lost)};"
+            " the index and the files are not of one model, fetch them again"
+        )
+    moved = [
+        f"{key} ({name_of_key[key]}, not {name})"
+        for key, name in said.items()
+        if name_of_key[key] != name
+    ]
+    if moved:
+        log.warning("%s is wrong about where tensors are: %s", folder / INDEX_NAME, few(moved))
+
+
+def _slices_of(path: Path) -> dict[str, Any]:
+    """Raises ModelNotFound or ModelRefused. Nothing is checked twice in a file that opens."""
     _read_header(path)
     try:
-        return safe_open(path, framework="pt", device="cpu", backend="pread")
+        handle: Any = safe_open(path, framework="pt", device="cpu", backend="pread")
+        return {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise ModelRefused(
-            f"{path} is not a whole safetensors file ({one_line(error)}); fetch it again"
-        ) from error
+        slices, spare_bytes = padded_slices(path, one_line(error))
+    log.warning("%s has %d bytes behind its data; they are not read", path, spare_bytes)
+    return dict(slices)
 
 
 def _read_header(path: Path) -> None:
@@ -131,33 +159,8 @@ def _read_header(path: Path) -> None:
     Its own read lets the system read on into the weights, megabytes in each file. Asked apart, too,
     because what safetensors says of a file that it may not read is another cause.
     """
+    refuse_stand_in(path)
     with readable(path), path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         file.read(min(length, MAX_HEADER_BYTES))
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Whatever keeps the system from reading `path`, as one line with its cause."""
-    try:
-        yield
-    except OSError as error:
-        gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        kind = ModelNotFound if gone else ModelRefused
-        raise kind(f"cannot read {path}: {error.strerror or one_line(error)}") from error
-
-
-def one_line(error: object) -> str:
-    """An error's first line; with the next one, where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return line if len(line) <= MAX_CAUSE_CHARS else f"{line[:MAX_CAUSE_CHARS]}…"
-
-
-def few(keys: Any) -> str:
-    names = sorted(keys)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

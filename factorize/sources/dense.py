@@ -42,8 +42,6 @@ class DenseModel:
     @classmethod
     def open(cls, folder: Path) -> "DenseModel":
         """Raises SourceRefused and names what stands against an exact twin."""
-        if not (folder / "config.json").is_file():
-            raise SourceRefused(f"{folder} has no config.json: give the folder of a dense model")
         try:
             config = read_config(folder)
         except StartError as error:

@@ -29,7 +29,9 @@ def convert(gguf: Path, folder: Path, progress: ProgressFn) -> None:
     """
     progress(Progress("convert", 0, 0))
     config = _read_config(gguf)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     save_file(_read_tensors(gguf, config, progress), folder / "model.safetensors", {"format": "pt"})
@@ -43,7 +45,7 @@ def convert(gguf: Path, folder: Path, progress: ProgressFn) -> None:
 
 
 def _read_config(gguf: Path) -> LlamaConfig:
-    read = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     if read.model_type != "llama":
         raise SourceRefused(f"{gguf.name} is a {read.model_type} model; only Llama is read")
     # a fresh configuration: the one that was read says "quantized", and nobody may save that

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .keys import parse_keys, read_keys
+from .model_name import model_name
 from .origins import parse_origins
 from .refusal import Refused
 
@@ -257,7 +258,7 @@ class Settings(Places):
     @property
     def served_name(self) -> str:
         """What clients call the model; never a path of this machine."""
-        return self.served_model_name or (DEMO if self.is_demo else self.model_path.name)
+        return self.served_model_name or (DEMO if self.is_demo else model_name(self.model_path))
 
     @property
     def keys(self) -> frozenset[str]:

@@ -55,7 +55,7 @@ def no_weights(folder: Path) -> None:
 
 
 def own_code(folder: Path) -> None:
-    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    edit_config(folder, model_type="evil", auto_map={"AutoConfig": "modeling_evil.Evil"})
 
 
 def quantized(folder: Path) -> None:
@@ -159,8 +159,8 @@ def config_is_bytes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "kind", "words"),
     [
-        (truncate, ModelRefused, "model.safetensors is not a whole safetensors file"),
-        (html, ModelRefused, "model.safetensors is not a whole safetensors file"),
+        (truncate, ModelRefused, "model.safetensors is truncated: it has "),
+        (html, ModelRefused, "model.safetensors is a web page"),
         (pickled, ModelRefused, "pytorch_model.bin, which can run code"),
         (no_weights, ModelNotFound, "no .safetensors files"),
         (own_code, ModelRefused, "auto_map"),

@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from engine_kit import opened, run_logits
+from moestro.engine import ModelRefused
+from moestro.engine.model.meta_model import build_meta_model
+from moestro.engine.weights import Checkpoint
 from moestro.engine.weights.tying import same_numbers
 
 PROMPT = list(range(20, 40))
@@ -86,6 +89,22 @@ def test_equal_weights_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert model.get_parameter(HEAD) is model.get_parameter(EMBEDDING)
         held = sum(p.numel() * p.element_size() for p in model.parameters())
         assert loaded.plan.demand.dense_bytes == held
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_files_without_a_head_need_a_config_that_ties_it(says: bool, tmp_path: Path) -> None:
+    folder = tiny.build("granitemoeshared", tmp_path / "model")
+    assert HEAD not in load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": says}))
+    checkpoint = Checkpoint(folder)
+    model = build_meta_model(checkpoint, torch.float32)
+    if says:
+        checkpoint.split_keys(model)
+        assert model.get_parameter(HEAD) is model.get_parameter(EMBEDDING)
+    else:
+        with pytest.raises(ModelRefused, match=f"missing in the files: {HEAD}$"):
+            checkpoint.split_keys(model)
 
 
 def test_numbers_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,111 @@
+"""A model's config.json as transformers understands it. Runs no code of the folder's own."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moestro.engine.facts import ModelNotFound, ModelRefused
+
+from .damage import COPY_AGAIN, is_dangling, one_line, read_json, readable
+
+log = logging.getLogger("moestro.engine")
+
+CONFIG_NAME = "config.json"
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Without `auto_map`, so that nothing which is built from it looks for code.
+
+    Raises ModelNotFound or ModelRefused.
+    """
+    path = folder / CONFIG_NAME
+    with readable(folder):
+        if not folder.is_dir():
+            raise ModelNotFound(
+                f"{folder} is not a folder; give a Hugging Face model folder or `demo`"
+            )
+        _refuse_without_blobs(folder)
+        if not path.exists() and not path.is_symlink():
+            raise ModelNotFound(f"{folder} has no {CONFIG_NAME}: not a Hugging Face model folder")
+    raw = read_json(path, "a config")
+    if not isinstance(raw, dict):
+        raise ModelRefused(f"{path} is not a JSON object")
+    if raw.get("auto_map"):
+        _refuse_own_code(path, raw.get("model_type"))
+    if raw.get("quantization_config"):
+        raise ModelRefused(f"{path}: quantized checkpoints are not carried, use bf16 or fp16")
+    with refusing(str(path)):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    vars(config).pop("auto_map", None)
+    return config
+
+
+def _refuse_without_blobs(folder: Path) -> None:
+    """Where config.json and every other link of the folder lead nowhere, the folder is named."""
+    links = sorted(entry for entry in folder.iterdir() if entry.is_symlink())
+    nowhere = [link for link in links if is_dangling(link)]
+    if folder / CONFIG_NAME in nowhere and len(nowhere) > 1 and nowhere == links:
+        raise ModelNotFound(
+            f"{folder} has only links without their files ({len(links)}; {CONFIG_NAME} leads to"
+            f" {(folder / CONFIG_NAME).readlink()}), as a hub snapshot that was copied without its"
+            f" blobs; {COPY_AGAIN}"
+        )
+
+
+def _refuse_own_code(path: Path, kind: Any) -> None:
+    """Raises ModelRefused for a type that only the folder's own code knows; else says it once."""
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ModelRefused(
+            f"{path} wants code of its own (auto_map) for the type {kind!r}, which transformers"
+            f" {version('transformers')} does not know; moestro runs no code out of a checkpoint:"
+            " this model needs a release of transformers that knows the type"
+        )
+    log.info(
+        "%s: auto_map is ignored and no code of the folder is run; transformers has the type %r"
+        " itself",
+        path,
+        kind,
+    )
+
+
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """The one place that turns whatever transformers raises over a config into a refusal.
+
+    Wrong types and numbers end in errors of many kinds there: strict dataclasses, divisions by
+    zero, assertions of torch, names that are not found.
+    """
+    try:
+        yield
+    except CONFIG_ERRORS as error:
+        raise ModelRefused(f"{what}: {_named(error)}") from error
+
+
+def _named(error: Exception) -> str:
+    """Errors whose text alone says nothing (a key, a bare assertion) with their kind."""
+    line = one_line(error)
+    plain = isinstance(error, (KeyError, AssertionError, AttributeError, ArithmeticError))
+    return f"{type(error).__name__}: {line}" if plain else line
