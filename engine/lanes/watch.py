@@ -22,14 +22,12 @@ class Watch:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.made_by: dict[int, tuple[str, int]] = {}  # storage -> (module path, output index)
-        self.read_by: dict[str, int] = {}  # module path -> storage of its only input that changes
+        self.read_by: dict[str, torch.Tensor] = {}  # module path -> its only input that changes
         self.constants: dict[str, dict[str, str]] = {}  # module path -> names of its other inputs
         self.runs: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # experts path, hidden, ids
         self.called: set[str] = set()  # paths of modules
         self.touched: set[int] = set()  # parameters that some operation took, by identity
-        self.read_in_place: set[str] = (
-            set()
-        )  # linear layers and embeddings whose weights others read
+        self.read_in_place: set[str] = set()  # layers whose weights others read
         self.inputs_unchanged = True
         self._versions: dict[int, int] = {}  # of linear layers' inputs, by identity
         self._own = {id(each): name for name, each in _tensors_of(model)}
@@ -76,8 +74,7 @@ class Watch:
             given = _by_name(module, inputs, named)
             constants = {name: self._own.get(id(each)) for name, each in given[1:]}
             if given and isinstance(given[0][1], torch.Tensor) and None not in constants.values():
-                self._alive.append(given[0][1])
-                self.read_by[path] = _storage(given[0][1])
+                self.read_by[path] = given[0][1]
                 self.constants[path] = {name: own for name, own in constants.items() if own}
 
         return after
@@ -119,15 +116,15 @@ class Watch:
                     found.append(path)
         return tuple(found)
 
-    def _answers(self, path: str, index: int, hidden: torch.Tensor, ids: torch.Tensor) -> bool:
-        """Whether the module at `path` gives ids for rows [T, H] alone."""
+    def _answers(self, path: str, index: int, read: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Whether the module at `path` gives ids for rows [T, H] of `read` alone."""
         module = self.model.get_submodule(path)
         own = {name: self._tensor(each) for name, each in self.constants[path].items()}
         try:
-            found = module(hidden.reshape(-1, hidden.shape[-1]), **own)[index]
+            found = module(read.reshape(-1, read.shape[-1]), **own)[index]
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False
-        return isinstance(found, torch.Tensor) and found.shape == ids.shape
+        return isinstance(found, torch.Tensor) and found.numel() == ids.numel()
 
     def _tensor(self, name: str) -> torch.Tensor:
         path, _, last = name.rpartition(".")
@@ -135,19 +132,21 @@ class Watch:
         return found
 
     def router(self, hidden: torch.Tensor, ids: torch.Tensor) -> RouterPlace | None:
-        """Who chose `ids`, where it can be asked again with what the experts read."""
+        """Who chose `ids`, where it can be asked again for rows of what it read."""
         made = self.made_by.get(_storage(ids))
-        if made is None or self.read_by.get(made[0]) != _storage(hidden):
+        if made is None or made[0] not in self.read_by:
             return None
         path, index = made
-        if not self._answers(path, index, hidden, ids):
+        read = self.read_by[path]
+        if not self._answers(path, index, read, ids):
             return None
-        norm_path, _ = self.made_by.get(self.read_by[path], (None, 0))
+        norm_path, _ = self.made_by.get(_storage(read), (None, 0))
         if norm_path is not None:
             weight = getattr(self.model.get_submodule(norm_path), "weight", None)
             if weight is None or weight.dim() != 1:
                 norm_path = None
-        return RouterPlace(path, index, norm_path, self.constants[path])
+        as_experts = _storage(read) == _storage(hidden)
+        return RouterPlace(path, index, norm_path, as_experts, self.constants[path])
 
 
 class _Touches(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -47,6 +47,17 @@ def _offer(
         experts.__dict__["moestro_arrange"] = arrange
 
 
+class _Chooser(torch.nn.Module):
+    """Rows [T, H] -> shares and ids [T, k]: the choice as a module, which a guess can ask, too."""
+
+    def __init__(self, choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self._choose = choose
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._choose(rows)
+
+
 def _gated(act: Callable[[torch.Tensor], torch.Tensor], inner: torch.Tensor) -> torch.Tensor:
     gate, up = inner.chunk(2, dim=-1)
     return act(gate) * up
@@ -95,14 +106,14 @@ def _dbrx(experts: Any, _: PreTrainedModel) -> None:
 def _llama4(moe: Any, _: PreTrainedModel) -> None:
     """A share weighs what its expert reads, not what it gives."""
     experts = moe.experts
+    moe.chooser = _Chooser(lambda rows: moe.router(rows)[0].topk(moe.top_k, dim=1))
 
     def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = hidden.reshape(-1, moe.hidden_dim)
-        scores, logits = moe.router(rows)
-        shares, ids = scores.topk(moe.top_k, dim=1)
+        shares, ids = moe.chooser(rows)
         read = (rows[:, None] * shares[..., None]).flatten(0, 1)
         gave = experts_hook(experts, read, ids.reshape(-1, 1), torch.ones_like(shares).view(-1, 1))
-        return moe.shared_expert(rows) + gave.view(*ids.shape, -1).sum(1), logits
+        return moe.shared_expert(rows) + gave.view(*ids.shape, -1).sum(1), shares
 
     _offer(experts, experts.num_experts, transposed=True, activate=partial(_gated, experts.act_fn))
     moe.forward = forward
@@ -115,10 +126,15 @@ def _jetmoe(moe: Any, model: PreTrainedModel) -> None:
     del moe.input_linear, moe.output_linear
     moe.experts, router = experts, moe.router
 
+    def choose(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        best, ids = router.layer(rows).float().topk(router.top_k, dim=1)
+        return best.softmax(1).to(rows.dtype), ids
+
+    moe.chooser = _Chooser(choose)
+
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        best, ids = router.layer(rows).float().topk(router.top_k, dim=1)
-        shares = best.softmax(1).to(rows.dtype)
+        shares, ids = moe.chooser(rows)
         found: torch.Tensor = experts_hook(experts, rows, ids, shares) + moe.bias
         return found.view(hidden.shape)
 

@@ -23,6 +23,22 @@ from .topology import RouterPlace, Topology
 MOST_TOKENS = 32  # beyond, nearly all experts of a layer run and a guess says nothing
 
 
+class LastRead:
+    """Remembers what a router read last: the residual, or wider rows than its experts do."""
+
+    def __init__(self, router: torch.nn.Module) -> None:
+        self._seen = torch.empty(0)
+        router.register_forward_pre_hook(self._note)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[T, H]"""
+        return self._seen.reshape(-1, self._seen.shape[-1])
+
+    def _note(self, _: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        self._seen = given[0]
+
+
 @dataclass(frozen=True, slots=True)
 class NextGate:
     """Predicts a layer from the input of the one before it."""
@@ -30,12 +46,14 @@ class NextGate:
     router: torch.nn.Module
     ids_index: int
     ratio: torch.Tensor | None  # [H]
+    read: LastRead | None  # what the router before it read, where that is not what experts do
     constants: Mapping[str, torch.Tensor]  # that it is given, too
     num_experts: int  # a router may know others behind these, that are none to load
 
     def __call__(self, hidden: torch.Tensor) -> HostCopy:
         """`hidden` [T, H]: what the experts of the layer before read -> ids [T, k]."""
-        guess = hidden if self.ratio is None else hidden * self.ratio
+        seen = hidden if self.read is None else self.read.rows
+        guess = seen if self.ratio is None else seen * self.ratio
         ids: torch.Tensor = self.router(guess, **self.constants)[self.ids_index]
         return HostCopy(ids)
 
@@ -168,14 +186,15 @@ def next_gates(model: PreTrainedModel, topology: Topology) -> list[NextGate | No
     gates: list[NextGate | None] = []
     follow = zip(topology.routers, topology.routers[1:], topology.experts_paths[1:], strict=False)
     for here, there, path in follow:
-        if here is None or there is None:
+        if here is None or there is None or here.reads_as_experts != there.reads_as_experts:
             gates.append(None)
             continue
+        read = None if here.reads_as_experts else LastRead(model.get_submodule(here.path))
         router = model.get_submodule(there.path)
         ratio = _norm_ratio(model, here, there)
         count = int(model.get_submodule(path).num_experts)  # type: ignore[arg-type]
         constants = {name: _tensor(model, each) for name, each in there.constants.items()}
-        gates.append(NextGate(router, there.ids_index, ratio, constants, count))
+        gates.append(NextGate(router, there.ids_index, ratio, read, constants, count))
     return [*gates, None]
 
 

@@ -13,6 +13,7 @@ class RouterPlace:
     path: str
     ids_index: int  # position in the router's output tuple
     norm_path: str | None  # the norm whose output it reads, where there is one
+    reads_as_experts: bool  # the very tensor that its experts read
     constants: Mapping[str, str]  # by argument: tensors of the model that it is given, too
 
 

@@ -10,7 +10,7 @@ from manual_reader import ManualReader
 from moestro.cache import ExpertCache, Phase, plan_slots
 from moestro.engine import RecallStats
 from moestro.engine.model.experts import StepPhase, in_rank_order
-from moestro.engine.model.prefetch import MOST_TOKENS, NextGate, Prefetch
+from moestro.engine.model.prefetch import MOST_TOKENS, LastRead, NextGate, Prefetch
 from moestro.engine.model.regret import MEASURING_STEPS, WINDOW_STEPS, Regret, State
 from tiny_packs import build_tiny, tiny_spec
 
@@ -40,7 +40,7 @@ class Rig:
         self.router = Router(3, 4, 5)
         self.regret = Regret(0.0, cache.stats)
         self.now_s = self.worked_s = 0.0
-        gates = [NextGate(self.router, 1, None, {}, 8), None, None]
+        gates = [NextGate(self.router, 1, None, None, {}, 8), None, None]
         self.prefetch = Prefetch(
             gates, cache, self.step, experts_per_layer, self.regret, lambda: self.now_s, self.work
         )
@@ -124,7 +124,7 @@ def test_a_guess_that_a_failed_step_left_is_forgotten(rig: Make) -> None:
 
 def test_the_input_is_rescaled_by_the_norms() -> None:
     router = Router(0)
-    gate = NextGate(router, 1, torch.tensor([2.0, 1.0, 0.5, 1.0]), {}, 8)
+    gate = NextGate(router, 1, torch.tensor([2.0, 1.0, 0.5, 1.0]), None, {}, 8)
     assert gate(torch.ones(1, 4)).tolist() == [[0]]
     assert router.inputs[0].tolist() == [[2.0, 1.0, 0.5, 1.0]]
 
@@ -134,7 +134,7 @@ def test_the_first_choices_of_all_tokens_come_first() -> None:
         def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
             return (torch.tensor([[1, 2], [3, 1]]),)
 
-    ids = NextGate(Two(), 0, None, {}, 8)(torch.ones(2, 4))
+    ids = NextGate(Two(), 0, None, None, {}, 8)(torch.ones(2, 4))
     assert list(in_rank_order(ids.tolist())) == [1, 3, 2]
 
 
@@ -166,3 +166,21 @@ def test_while_it_is_paused_nobody_is_asked(rig: Make) -> None:
     assert len(made.router.inputs) == asked
     assert made.prefetch.stats().layers[1].guessed == guessed
     assert not made.prefetch.stats().on
+
+
+def test_a_router_that_reads_something_else_is_asked_with_that() -> None:
+    """As on the residual: the guess is made of what the router before it read, not the experts."""
+    first, router = torch.nn.Linear(4, 4), torch.nn.Linear(4, 8, bias=False)
+    gate = NextGate(Best(router), 0, None, LastRead(first), {}, 8)
+    residual = torch.randn(1, 3, 4)
+    first(residual)
+    assert gate(torch.randn(3, 2)).tolist() == router(residual[0]).topk(2).indices.tolist()
+
+
+class Best(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.inner(rows).topk(2).indices,)
