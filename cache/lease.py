@@ -21,6 +21,7 @@ from moestro.cache.tiers import MOST_BYTES_AT_ONCE, Arena, Failure
 
 from .loader import Loader
 
+GROUP_BYTES = 1 << 20  # of experts: computing with them takes as long as asking for it
 ComputeBelow = Callable[[int, int], int]
 """(residents, missing ones that lie in the tier below) -> how many of these to lend from there."""
 
@@ -105,7 +106,10 @@ class Lease:
         self.open = False
 
     def groups(self) -> Iterator[list[tuple[int, dict[str, torch.Tensor]]]]:
-        """All residents at once, in the order of the request, then whoever has arrived since."""
+        """All residents at once, in the order of the request, then whoever has arrived since.
+
+        Small experts wait for each other: one more group costs more than computing with them does.
+        """
         self._once()
         if self._here:
             yield self._lent(self._here)
@@ -115,12 +119,22 @@ class Lease:
         if self._below:
             yield self._below
         while self._coming or self._arrived or self._pending or self._failure:
-            slots = [self._next(), *self._arrived]
-            self._arrived.clear()
+            slots = self._gathered()
             yield self._lent(slots)
             if self._pending:
                 for slot in slots:
                     self._release(slot)
+
+    def _gathered(self) -> list[int]:
+        """Slots that have arrived: one at least, and as many as make a group worth its cost."""
+        slots, size_bytes = [self._next()], self._loader.strides[self._layer]
+        while True:
+            slots += self._arrived
+            self._arrived.clear()
+            enough = len(slots) * size_bytes >= GROUP_BYTES
+            if enough or not self._coming or self._pending or self._failure:
+                return slots
+            self.collect(self._loader.wait(self._phase))
 
     def _lent(self, slots: Sequence[int]) -> list[tuple[int, dict[str, torch.Tensor]]]:
         views, keys = self._views, self._table.keys
