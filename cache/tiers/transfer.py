@@ -12,8 +12,11 @@ from typing import Protocol, runtime_checkable
 from moestro.cache.facts import PackInvalid, ReadFailed
 from moestro.cache.pack import Pack, TensorViews, prove
 
-DISK_READERS = 2
-"""Threads that read packs: one reads while the other compares what it has read with its sum."""
+DISK_READERS = 4
+"""Threads that read packs: small reads wait for the disk together, and one waits while another
+
+compares what it has read with its sum.
+"""
 
 
 MOST_BYTES_AT_ONCE = 1 << 20
