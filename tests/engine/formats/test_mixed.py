@@ -191,7 +191,7 @@ def test_all_in_one_format_is_that_format(tmp_path: Path, name: str, family: str
     ("family", "default", "other"),
     [
         pytest.param("mixtral", "int8", "native", marks=pytest.mark.slow),
-        ("mixtral", "int4", "int8"),
+        pytest.param("mixtral", "int4", "int8", marks=pytest.mark.slow),
         ("gpt_oss", "int8", "native"),
     ],
 )

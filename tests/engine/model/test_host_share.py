@@ -47,7 +47,7 @@ def test_a_lone_miss_is_copied_now_and_then() -> None:
     assert [share(0, 1) for _ in range(2 * COPY_EVERY)].count(0) == 2
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.slow), "gpt_oss"])
 @pytest.mark.parametrize("host_slots", [32, 8])
 def test_placement_changes_no_bit_where_both_are_one_processor(
     family: str, host_slots: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
