@@ -181,7 +181,7 @@ def _prefetch(
     gates = next_gates(model, blueprint.topology)
     known = sum(gate is not None for gate in gates)
     if known == 0:
-        log.info("prefetch: off, no layer's router could be found as a module of its own")
+        log.info("prefetch: off, no layer's router can be asked before its layer")
         return None
     read_s = median(cache.time_reads(READS_S))
     log.info(

@@ -1,6 +1,7 @@
 """All sequences of a step in one row: attention and mask hooks keep them apart."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from inspect import signature
 
 import torch
@@ -81,9 +82,15 @@ def run_packed(
     return rows_kept(output.logits[0], keep)
 
 
+@cache
+def arguments_of(forward: Callable[..., object]) -> frozenset[str]:
+    """Names of what a class's `forward` takes. Looked up once: every pass asks."""
+    return frozenset(signature(forward).parameters)
+
+
 def head_rows(model: PreTrainedModel, keep: Sequence[int]) -> dict[str, torch.Tensor]:
     """Tells `model` the rows that its head has to compute, where it can be told."""
-    if "logits_to_keep" not in signature(model.forward).parameters:
+    if "logits_to_keep" not in arguments_of(type(model).forward):
         return {}
     return {"logits_to_keep": torch.tensor(list(keep), device=model.device)}
 

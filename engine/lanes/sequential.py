@@ -6,14 +6,13 @@ is. The experts are the same offloaded ones; a step of several sequences leases 
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .lane import Key, LanePart
-from .packed import head_rows, rows_kept
+from .packed import arguments_of, head_rows, rows_kept
 
 
 class SequentialLane:
@@ -49,7 +48,7 @@ def run_one(
     model: PreTrainedModel, cache: Any, ids: list[int], start: int, keep: Sequence[int]
 ) -> tuple[torch.Tensor, Any]:
     """Logits [len(keep), V], fp32, and the cache after it; with None the model makes one."""
-    device, taken = model.device, signature(model.forward).parameters
+    device, taken = model.device, arguments_of(type(model).forward)
     given: dict[str, Any] = dict(head_rows(model, keep))
     if "position_ids" in taken:
         given["position_ids"] = torch.arange(start, start + len(ids), device=device)[None]

@@ -25,7 +25,6 @@ class Watch:
         self.read_by: dict[str, torch.Tensor] = {}  # module path -> its only input that changes
         self.constants: dict[str, dict[str, str]] = {}  # module path -> names of its other inputs
         self.runs: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # experts path, hidden, ids
-        self.called: set[str] = set()  # paths of modules
         self.touched: set[int] = set()  # parameters that some operation took, by identity
         self.read_in_place: set[str] = set()  # layers whose weights others read
         self.inputs_unchanged = True
@@ -65,7 +64,6 @@ class Watch:
             named: dict[str, object],
             output: object,
         ) -> None:
-            self.called.add(path)
             outputs = output if isinstance(output, tuple) else (output,)
             for index, tensor in enumerate(outputs):
                 if isinstance(tensor, torch.Tensor):
@@ -116,20 +114,14 @@ class Watch:
                     found.append(path)
         return tuple(found)
 
-    def _answers(self, path: str, index: int, read: torch.Tensor, ids: torch.Tensor) -> bool:
-        """Whether the module at `path` gives ids for rows [T, H] of `read` alone."""
-        module = self.model.get_submodule(path)
-        own = {name: self._tensor(each) for name, each in self.constants[path].items()}
+    def _answers(self, place: RouterPlace, read: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Whether the module there gives ids for rows [T, H] of `read` alone."""
+        module, own = self.model.get_submodule(place.path), place.given_too(self.model)
         try:
-            found = module(read.reshape(-1, read.shape[-1]), **own)[index]
+            found = module(read.reshape(-1, read.shape[-1]), **own)[place.ids_index]
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False
         return isinstance(found, torch.Tensor) and found.numel() == ids.numel()
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        path, _, last = name.rpartition(".")
-        found: torch.Tensor = getattr(self.model.get_submodule(path), last)
-        return found
 
     def router(self, hidden: torch.Tensor, ids: torch.Tensor) -> RouterPlace | None:
         """Who chose `ids`, where it can be asked again for rows of what it read."""
@@ -138,15 +130,14 @@ class Watch:
             return None
         path, index = made
         read = self.read_by[path]
-        if not self._answers(path, index, read, ids):
-            return None
         norm_path, _ = self.made_by.get(_storage(read), (None, 0))
         if norm_path is not None:
             weight = getattr(self.model.get_submodule(norm_path), "weight", None)
             if weight is None or weight.dim() != 1:
                 norm_path = None
         as_experts = _storage(read) == _storage(hidden)
-        return RouterPlace(path, index, norm_path, as_experts, self.constants[path])
+        place = RouterPlace(path, index, norm_path, as_experts, self.constants[path])
+        return place if self._answers(place, read, ids) else None
 
 
 class _Touches(TorchDispatchMode):  # type: ignore[no-untyped-call]

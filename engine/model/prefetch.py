@@ -193,15 +193,9 @@ def next_gates(model: PreTrainedModel, topology: Topology) -> list[NextGate | No
         router = model.get_submodule(there.path)
         ratio = _norm_ratio(model, here, there)
         count = int(model.get_submodule(path).num_experts)  # type: ignore[arg-type]
-        constants = {name: _tensor(model, each) for name, each in there.constants.items()}
+        constants = there.given_too(model)
         gates.append(NextGate(router, there.ids_index, ratio, read, constants, count))
     return [*gates, None]
-
-
-def _tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
-    path, _, last = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(path), last)
-    return found
 
 
 def _norm_ratio(

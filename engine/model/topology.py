@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from moestro.engine.facts import LaneChoice
 
 
@@ -14,7 +16,15 @@ class RouterPlace:
     ids_index: int  # position in the router's output tuple
     norm_path: str | None  # the norm whose output it reads, where there is one
     reads_as_experts: bool  # the very tensor that its experts read
-    constants: Mapping[str, str]  # by argument: tensors of the model that it is given, too
+    constants: Mapping[str, str]  # by argument: names of the model's tensors that it is given, too
+
+    def given_too(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors of `constants`."""
+        found = {}
+        for argument, name in self.constants.items():
+            path, _, last = name.rpartition(".")
+            found[argument] = getattr(model.get_submodule(path), last)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,12 @@ def small(folder: Path, **settings: Any) -> Any:
     return opened(folder, folder.parent / "cache", host_memory_bytes=8 * 52 * 1024, **settings)
 
 
-@pytest.fixture(params=LANES)
+@pytest.fixture(
+    params=[
+        *(name for name in LANES if name not in WHOLE_PROMPTS),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in WHOLE_PROMPTS),
+    ]
+)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny_families.build(request.param, tmp_path / request.param)
 
