@@ -53,6 +53,7 @@ def test_greedy_tokens_in_company_equal_stock(folder: Path) -> None:
         assert ids == wanted[0, 9:].tolist()
 
 
+@pytest.mark.slow  # of every model type in `make families`
 def test_chunks_of_a_prompt_beside_another_equal_stock(folder: Path) -> None:
     if folder.name in WHOLE_PROMPTS:
         pytest.skip("its prompts are computed whole")
