@@ -18,7 +18,13 @@ from moestro.cache import (
 from moestro.engine.facts import Device, EngineConfig, StartError
 from moestro.engine.formats import encode_layer, in_tiles
 from moestro.engine.kernels import Scratch
-from moestro.engine.planning import Blueprint, MemoryPlan, compact_modules, release_freed_memory
+from moestro.engine.planning import (
+    Blueprint,
+    MemoryPlan,
+    compact_modules,
+    release_freed_memory,
+    trim_heap,
+)
 from moestro.engine.weights import DenseFile, LastRows, Shared, load_dense
 
 from .phases import Phases
@@ -105,15 +111,12 @@ def _dense_model(
         if kept.restore(model, compact, shared):
             return model
         model = blueprint.build_model()
-    load_dense(
-        checkpoint,
-        model,
-        blueprint.dense_keys,
-        compact,
-        shared,
-        lambda done, total: report(done, total, "groups"),
-        device.place,
-    )
+
+    def after_group(done: int, total: int) -> None:
+        trim_heap()  # what a group was converted from lies in the heaps of the threads that read it
+        report(done, total, "groups")
+
+    load_dense(checkpoint, model, blueprint.dense_keys, compact, shared, after_group, device.place)
     if kept is not None:
         kept.keep(model, lambda done, total: report(done, total, "bytes"))
     return model

@@ -16,7 +16,7 @@ from .forecast import (
     Work,
 )
 from .gains import DEMO_PERPLEXITY, Gains
-from .memory import MemoryPlan, release_freed_memory
+from .memory import MemoryPlan, release_freed_memory, trim_heap
 from .sketch import Sketch, weights_are_here
 from .token_reads import gains_of
 
@@ -47,6 +47,7 @@ __all__ = [
     "nearest_plan",
     "plan_memory",
     "release_freed_memory",
+    "trim_heap",
     "understand",
     "weights_are_here",
 ]

@@ -162,6 +162,11 @@ class MemoryPlan:
 def release_freed_memory() -> None:
     """Give pages that were freed back to the system, so that what is resident is what is used."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """The same without a collection of garbage: milliseconds, for inside long work."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc: its own allocator decides
