@@ -33,6 +33,7 @@ from moestro.cache.facts import (
 from moestro.cache.pack import (
     Pack,
     PackWriter,
+    holds_tensors,
     open_or_build,
     read_tensors,
     wait_for_lock,
@@ -134,6 +135,7 @@ __all__ = [
     "plan_slots",
     "plan_tiers",
     "read_fields",
+    "holds_tensors",
     "read_tensors",
     "replay",
     "replay_events",

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -16,16 +15,17 @@ from moestro.cache import (
     two_tiers,
 )
 from moestro.engine.facts import Device, EngineConfig, StartError
-from moestro.engine.formats import encode_layer, in_tiles
+from moestro.engine.formats import encode_layer
 from moestro.engine.kernels import Scratch
 from moestro.engine.planning import (
     Blueprint,
     MemoryPlan,
     compact_modules,
+    kept_dense,
     release_freed_memory,
     trim_heap,
 )
-from moestro.engine.weights import DenseFile, LastRows, Shared, load_dense
+from moestro.engine.weights import LastRows, Shared, load_dense
 
 from .phases import Phases
 
@@ -64,7 +64,7 @@ def load_weights(
         on_proof=lambda done, total: phases.report(done, total, "layers compared"),
     )
     phases.enter("load")
-    model = _dense_model(config, blueprint, path.parent, phases.report)
+    model = _dense_model(config, blueprint, phases.report)
     checkpoint.close()
     release_freed_memory()
     least = max(blueprint.topology.experts_per_token)
@@ -90,10 +90,8 @@ def _open_cache(
 Report = Callable[[int, int, str], None]  # done, total, unit
 
 
-def _dense_model(
-    config: EngineConfig, blueprint: Blueprint, folder: Path, report: Report
-) -> PreTrainedModel:
-    """The model with its dense weights: as an earlier start kept them in `folder`, or made anew.
+def _dense_model(config: EngineConfig, blueprint: Blueprint, report: Report) -> PreTrainedModel:
+    """The model with its dense weights: as an earlier start kept them, or made anew.
 
     Raises ModelRefused where the checkpoint does not fit the model.
     """
@@ -103,10 +101,7 @@ def _dense_model(
     compact = compact_modules(config, blueprint, model)
     last = LastRows() if blueprint.topology.inputs_unchanged else None
     shared = Shared(last, Scratch())
-    kept = None
-    if device.room is None:  # a GPU's weights would have to be kept in their own place and dtype
-        tiled = in_tiles(device.compute_dtype, device.place.type)
-        kept = DenseFile.of(checkpoint, config.dense_format, folder, tiled=tiled)
+    kept = kept_dense(config, blueprint)
     if kept is not None and kept.path.exists():
         if kept.restore(model, compact, shared):
             return model

@@ -4,7 +4,7 @@ from .blobfile import page_memory, stream_memory
 from .build import PackWriter, open_or_build
 from .file import Pack, prove
 from .lockfile import wait_for_lock
-from .tensor_file import read_tensors, write_tensors
+from .tensor_file import holds_tensors, read_tensors, write_tensors
 from .views import TensorViews, blob_views
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "open_or_build",
     "page_memory",
     "prove",
+    "holds_tensors",
     "read_tensors",
     "stream_memory",
     "wait_for_lock",

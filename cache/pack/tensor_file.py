@@ -129,6 +129,21 @@ def read_tensors(path: Path, key: str) -> dict[str, torch.Tensor]:
     return {place.name: views[place.offset_bytes] for place in places}
 
 
+def holds_tensors(path: Path, key: str) -> bool:
+    """Whether `read_tensors` finds a file of this owner there; only its header is read."""
+    try:
+        file = BlobFile(path)
+    except OSError:
+        return False
+    try:
+        _read_header(path, file, key)
+    except (PackInvalid, ReadFailed):
+        return False
+    finally:
+        file.close()
+    return True
+
+
 def _places(tensors: Mapping[str, torch.Tensor]) -> tuple[list[_Place], int]:
     """Where each tensor lies, and the bytes of the data: whole pages."""
     offsets: dict[int, int] = {}

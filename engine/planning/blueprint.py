@@ -27,7 +27,7 @@ from moestro.engine.formats import (
 )
 from moestro.engine.lanes import choose_lane
 from moestro.engine.model import Topology, build_meta_model
-from moestro.engine.weights import Checkpoint, Manifest, Replacement, replacements
+from moestro.engine.weights import Checkpoint, DenseFile, Manifest, Replacement, replacements
 
 log = logging.getLogger("moestro.engine")
 
@@ -155,3 +155,13 @@ def compact_modules(
         blueprint.checkpoint,
         tiled=in_tiles(blueprint.device.compute_dtype, blueprint.device.place.type),
     )
+
+
+def kept_dense(config: EngineConfig, blueprint: Blueprint) -> DenseFile | None:
+    """Where a start keeps its dense weights for the next one; None where it does not."""
+    device = blueprint.device
+    if device.room is not None:  # a GPU's would have to be kept in their own place and dtype
+        return None
+    tiled = in_tiles(device.compute_dtype, device.place.type)
+    folder = config.pack_path.parent
+    return DenseFile.of(blueprint.checkpoint, config.dense_format, folder, tiled=tiled)

@@ -25,7 +25,7 @@ from moestro.engine.facts import (
 )
 from moestro.engine.weights import saved_bytes
 
-from .blueprint import Blueprint, compact_modules
+from .blueprint import Blueprint, compact_modules, kept_dense
 from .device_memory import DEVICE_ALLOWANCE_BYTES, HostDemand, settle_host
 from .limits import HostMemory, is_in_memory, memory_available, memory_limit, resident_bytes
 from .memory import (
@@ -107,9 +107,6 @@ def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing:
             f"--max-model-len {wanted_context}: the model's own limit is {own_context} tokens"
         )
     dense_bytes = _dense_bytes(config, blueprint)
-    loading_bytes = 2 * _largest_bytes(blueprint)  # in two forms
-    if blueprint.device.room is None:  # else the dense weights are never here as a whole
-        loading_bytes += dense_bytes
     return Demand(
         interpreter_bytes=resident_bytes(),
         files_bytes=_files_bytes(config, spec, packing=packing),
@@ -119,7 +116,10 @@ def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing:
         experts_least_bytes=spec.slot_bytes * (least if config.link is None else LEAST_HOST_SLOTS),
         kv_bytes_per_token=topology.kv_numbers_per_token * blueprint.itemsize,
         context_tokens=wanted_context,
-        packing_bytes=max(_packing_bytes(blueprint) if packing else 0, loading_bytes),
+        packing_bytes=max(
+            _packing_bytes(blueprint) if packing else 0,
+            _loading_bytes(config, blueprint, dense_bytes),
+        ),
     )
 
 
@@ -222,6 +222,16 @@ def _largest_bytes(blueprint: Blueprint) -> int:
     """Of the dense tensors."""
     checkpoint = blueprint.checkpoint
     return max(checkpoint.dense_bytes([key], blueprint.itemsize) for key in blueprint.dense_keys)
+
+
+def _loading_bytes(config: EngineConfig, blueprint: Blueprint, dense_bytes: int) -> int:
+    """Of the dense weights, at the most: one tensor in two forms beside what is ready."""
+    kept = kept_dense(config, blueprint)
+    if kept is not None and kept.is_kept():
+        return dense_bytes  # read into place, in the form that is computed with
+    two_forms = 2 * _largest_bytes(blueprint)
+    # on a device of its own the dense weights are never here as a whole
+    return two_forms + (dense_bytes if blueprint.device.room is None else 0)
 
 
 def _packing_bytes(blueprint: Blueprint) -> int:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from moestro.cache import (
     PackInvalid,
     PackUnwritable,
+    holds_tensors,
     human_bytes,
     read_tensors,
     write_tensors,
@@ -55,6 +56,10 @@ class DenseFile:
             f"matrices in {TILE16 if tiled else ROWS}",
         )
         return cls(folder / f"dense.{dense_format}", ", ".join(parts))
+
+    def is_kept(self) -> bool:
+        """Whether an earlier start has written it, for this very key."""
+        return holds_tensors(self.path, self.key)
 
     def restore(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.cache import PackInvalid, PackUnwritable, read_tensors, write_tensors
+from moestro.cache import PackInvalid, PackUnwritable, holds_tensors, read_tensors, write_tensors
 
 KEY = "whose they are"
 
@@ -56,6 +56,9 @@ def test_what_is_read_is_what_was_written(written: Path) -> None:
 def test_a_file_of_another_owner_is_refused(written: Path) -> None:
     with pytest.raises(PackInvalid, match="another model, format or version"):
         read_tensors(written, "somebody else")
+    assert holds_tensors(written, KEY)
+    assert not holds_tensors(written, "somebody else")
+    assert not holds_tensors(written.with_name("none"), KEY)
 
 
 def test_what_two_keys_share_is_not_said(tmp_path: Path) -> None:

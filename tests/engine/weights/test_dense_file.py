@@ -51,6 +51,16 @@ def test_the_second_start_has_the_bits_of_the_first(
     assert torch.equal(first, second)
 
 
+def test_the_second_start_is_not_planned_to_convert(tmp_path: Path) -> None:
+    """What is read into place is never there in two forms; another format's file does not count."""
+    folder, planned = tiny.build("granitemoeshared", tmp_path / "model", torch.bfloat16), []
+    for dense_format in ("int8", "int8", "native"):
+        with opened(folder, tmp_path / "cache", dense_format=dense_format) as loaded:
+            demand = loaded.plan.demand
+        planned.append(demand.packing_bytes - demand.dense_bytes)
+    assert planned[0] > 0 == planned[1] < planned[2]
+
+
 @pytest.mark.parametrize("family", ["granitemoeshared", "gpt_oss", "deepseek_v3"])
 def test_every_tensor_is_the_same(family: str, tmp_path: Path) -> None:
     """Also those that no step reads, and the memory that they take together."""
