@@ -88,6 +88,7 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "facts": set(),
         "sources": {"facts"},
         "methods": {"facts", "sources"},
+        "recovery": {"facts"},
         "": {"facts", "sources", "methods"},
     },
     "server": {

@@ -1,0 +1,1 @@
+"""Brings a factorized model nearer to the dense one that it is made of."""

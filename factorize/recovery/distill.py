@@ -1,0 +1,122 @@
+"""Teaches the student, end to end, to predict what the dense model predicts.
+
+Low-rank deltas on gate, up and down (Hu et al., 2021, "LoRA") and the routers learn; the loss is
+the divergence of the student's next-token distribution from the teacher's (Hinton et al., 2015).
+The same seed, steps and threads give the same result on one machine.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moestro.engine import Progress, ProgressFn
+from moestro.factorize.facts import FactorizeError
+
+from .student import Student
+
+TIMED_STEPS = 8  # before a bound in minutes becomes a number of steps
+WARM_UP_STEPS = 15
+CONSTANT_SHARE = 0.6  # of the steps; then the rates fall in a line
+LEAST_RATE = 0.05  # of the full one, at the end
+BETAS = (0.9, 0.98)
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DistillOptions:
+    """All that the result depends on, beside the model, the plan, the texts and the threads."""
+
+    steps: int | None = None  # None: as many as fit into the minutes
+    minutes: float = 60.0
+    rank: int = 5
+    top_ks: tuple[int, ...] = (12, 12, 6)  # active experts, step by step in turns
+    scored_tokens: int = 128  # of each window, drawn anew for each step
+    into_rate: float = 2e-3
+    out_of_rate: float = 4e-4
+    router_rate: float = 3e-3  # of the routers' spread
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Distillation:
+    """How far it has come: `done` of `steps`, the last losses by number of active experts."""
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    rates: list[float]
+    generator: torch.Generator
+    order: torch.Tensor  # of windows
+    steps: int | None
+    done: int = 0
+
+    def scale_rates(self) -> None:
+        share = self.done / self.steps if self.steps else 0.0
+        scale = min(1.0, (self.done + 1) / WARM_UP_STEPS)
+        if share > CONSTANT_SHARE:
+            scale *= max(LEAST_RATE, (1 - share) / (1 - CONSTANT_SHARE))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * scale
+
+
+def begin(student: Student, windows: int, options: DistillOptions) -> Distillation:
+    groups = student.learning()
+    spread = float(torch.stack([router.detach().std() for router in groups["routers"]]).mean())
+    rates = [options.out_of_rate, options.into_rate, options.router_rate * spread]
+    parameters = [
+        {"params": groups[name], "lr": rate}
+        for name, rate in zip(("out_of", "into", "routers"), rates, strict=True)
+    ]
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(windows, generator=generator)
+    optimizer = torch.optim.Adam(parameters, betas=BETAS)
+    return Distillation(student, optimizer, rates, generator, order, options.steps)
+
+
+def distill(
+    student: Student,
+    windows: torch.Tensor,
+    options: DistillOptions,
+    progress: ProgressFn,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Trains `student` on `windows` [N, S]; the steps done.
+
+    Raises FactorizeError if it diverges.
+    """
+    state = begin(student, len(windows), options)
+    began_s = clock()
+    while state.steps is None or state.done < state.steps:
+        if state.steps is None and state.done == TIMED_STEPS:
+            step_s = (clock() - began_s) / TIMED_STEPS
+            state.steps = max(TIMED_STEPS, int(60 * options.minutes / max(step_s, 1e-6)))
+            continue
+        top_k = options.top_ks[state.done % len(options.top_ks)]
+        window = windows[state.order[state.done % len(windows)]][None]
+        loss = _step(state, window, top_k, options.scored_tokens)
+        if not math.isfinite(loss):
+            raise FactorizeError(
+                f"recovery diverged at step {state.done}: the loss is {loss}; give other texts"
+            )
+        progress(Progress("distill", state.done, state.steps or 0, "steps"))
+    return state.done
+
+
+def _step(state: Distillation, window: torch.Tensor, top_k: int, scored_tokens: int) -> float:
+    """The loss at `scored_tokens` drawn places of one window [1, S]."""
+    student = state.student
+    places = torch.randperm(window.shape[1] - 1, generator=state.generator)[:scored_tokens]
+    with torch.no_grad():
+        wanted = student.log_probabilities(student.hidden(window, None)[:, places])
+    found = student.log_probabilities(student.hidden(window, top_k)[:, places])
+    loss = (wanted.exp() * (wanted - found)).sum(dim=-1).mean()
+    state.scale_rates()
+    state.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    everything = [p for group in state.optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(everything, CLIP_NORM)
+    state.optimizer.step()
+    state.done += 1
+    return float(loss.detach())

@@ -1,0 +1,133 @@
+"""The student computes what the twin computes; repair and distillation bring it nearer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moestro.engine import Progress
+from moestro.factorize import FactorizeError, Plan, apply_plan
+from moestro.factorize.recovery.distill import DistillOptions, distill
+from moestro.factorize.recovery.repair import RepairOptions, repair
+from moestro.factorize.recovery.student import Student, straight_through
+
+EXPERTS, TOP_K = 4, 2
+
+
+def quiet(_: Progress) -> None:
+    pass
+
+
+def windows(count: int = 8, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, 250, (count, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def dense_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def student(dense: Path, plan: Plan) -> Student:
+    return Student(dense_model(dense), plan, rank=2)
+
+
+def logits(student: Student, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    with torch.no_grad():
+        return student.log_probabilities(student.hidden(ids, top_k))
+
+
+def divergence(student: Student, ids: torch.Tensor) -> float:
+    wanted, found = logits(student, ids, None), logits(student, ids, TOP_K)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights as they are on a processor without products of bfloat16."""
+    monkeypatch.setattr("moestro.factorize.recovery.student._multiplies_bfloat16", lambda: False)
+
+
+def test_without_masks_it_is_the_teacher(
+    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float32_only(monkeypatch)
+    model, ids = dense_model(dense), windows(2)
+    with torch.no_grad():
+        wanted = model(ids).logits.log_softmax(-1)
+    student = Student(model, plan, rank=2)
+    for top_k in (None, EXPERTS):
+        assert (logits(student, ids, top_k) - wanted).abs().max() < 1e-4
+
+
+def test_with_masks_it_is_the_twin(
+    dense: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float32_only(monkeypatch)
+    apply_plan(plan, dense, tmp_path / "twin", quiet)
+    twin, ids = dense_model(tmp_path / "twin"), windows(2)
+    with torch.no_grad():
+        wanted = twin(ids).logits.log_softmax(-1)
+    student = Student(dense_model(dense), plan, rank=2)
+    assert (logits(student, ids, plan.facts.options.top_k) - wanted).abs().max() < 1e-4
+
+
+def test_bfloat16_products_stay_near(student: Student, plan: Plan, dense: Path) -> None:
+    """Whether this processor has them or not; the teacher and the student round alike."""
+    wanted = dense_model(dense)(windows(2)).logits.log_softmax(-1)
+    assert (logits(student, windows(2), None) - wanted).abs().mean() < 0.1
+
+
+def test_a_mask_has_the_largest_and_a_gradient_at_its_border() -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.0, -4.0]], requires_grad=True)
+    mask = straight_through(scores, 2)
+    assert mask.detach().tolist() == [[1.0, 0.0, 1.0, 0.0]]
+    mask.sum().backward()
+    assert scores.grad is not None and bool((scores.grad > 0).all())
+    assert scores.grad[0, 3] < scores.grad[0, 1]
+
+
+def test_repair_leaves_a_whole_model_alone(student: Student) -> None:
+    before = [ffn.down.linear.weight.float().clone() for ffn in student.ffns]
+    repair(student, windows(16), EXPERTS, RepairOptions(), quiet)
+    for ffn, weight in zip(student.ffns, before, strict=True):
+        assert torch.allclose(ffn.down.linear.weight.float(), weight, atol=1e-3)
+
+
+def test_repair_brings_the_student_nearer(student: Student) -> None:
+    """On windows that it has not read: the text's distribution is the same."""
+    before = divergence(student, windows(8, seed=11))
+    left = repair(student, windows(256), TOP_K, RepairOptions(), quiet)
+    assert len(left) == len(student.ffns) and min(left) < 0.95
+    assert divergence(student, windows(8, seed=11)) < 0.95 * before
+
+
+def test_distillation_brings_the_student_nearer(student: Student) -> None:
+    """On what it reads: nothing can be learnt of random tokens but they themselves."""
+    before = divergence(student, windows(6))
+    options = DistillOptions(steps=90, top_ks=(TOP_K,), into_rate=1e-2, out_of_rate=2e-3)
+    assert distill(student, windows(6), options, quiet) == 90
+    assert divergence(student, windows(6)) < 0.8 * before
+
+
+def test_the_same_seed_teaches_the_same(dense: Path, plan: Plan) -> None:
+    found = []
+    for _ in range(2):
+        student = Student(dense_model(dense), plan, rank=2)
+        distill(student, windows(6), DistillOptions(steps=4, top_ks=(TOP_K,)), quiet)
+        found.append(logits(student, windows(2), TOP_K))
+    assert torch.equal(*found)
+
+
+def test_minutes_become_steps(student: Student) -> None:
+    """Of a clock on which every step takes a quarter of a minute."""
+    ticks = iter(range(0, 10_000, 120))
+    options = DistillOptions(minutes=3.0, top_ks=(TOP_K,))
+    assert distill(student, windows(4), options, quiet, clock=lambda: next(ticks)) == 12
+
+
+def test_a_loss_that_is_no_number_ends_it(student: Student) -> None:
+    student.ffns[0].router.data.fill_(float("nan"))
+    student.ffns[0].down.into.data.fill_(float("inf"))
+    with pytest.raises(FactorizeError, match="diverged at step"):
+        distill(student, windows(4), DistillOptions(steps=4, top_ks=(TOP_K,)), quiet)
