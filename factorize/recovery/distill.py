@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,7 @@ CONSTANT_SHARE = 0.6  # of the steps; then the rates fall in a line
 LEAST_RATE = 0.05  # of the full one, at the end
 BETAS = (0.9, 0.98)
 CLIP_NORM = 1.0
+KEEP_STEPS = 20  # between two notes of where it stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,16 @@ class Distillation:
             group["lr"] = rate * scale
 
 
+class Kept(Protocol):
+    """Where a run that was stopped goes on."""
+
+    def keep(self, state: Distillation) -> None:
+        """Notes where it stands."""
+
+    def restore(self, state: Distillation) -> bool:
+        """Sets `state` to what was noted; False where nothing was."""
+
+
 def begin(student: Student, windows: int, options: DistillOptions) -> Distillation:
     groups = student.learning()
     spread = float(torch.stack([router.detach().std() for router in groups["routers"]]).mean())
@@ -81,15 +93,18 @@ def distill(
     options: DistillOptions,
     progress: ProgressFn,
     clock: Callable[[], float] = time.monotonic,
+    kept: Kept | None = None,
 ) -> int:
-    """Trains `student` on `windows` [N, S]; the steps done.
+    """Trains `student` on `windows` [N, S]; the steps done, those of a stopped run before included.
 
     Raises FactorizeError if it diverges.
     """
     state = begin(student, len(windows), options)
-    began_s = clock()
+    if kept is not None:
+        kept.restore(state)
+    began_s, began = clock(), state.done
     while state.steps is None or state.done < state.steps:
-        if state.steps is None and state.done == TIMED_STEPS:
+        if state.steps is None and state.done == began + TIMED_STEPS:
             step_s = (clock() - began_s) / TIMED_STEPS
             state.steps = max(TIMED_STEPS, int(60 * options.minutes / max(step_s, 1e-6)))
             continue
@@ -101,6 +116,8 @@ def distill(
                 f"recovery diverged at step {state.done}: the loss is {loss}; give other texts"
             )
         progress(Progress("distill", state.done, state.steps or 0, "steps"))
+        if kept is not None and state.steps and state.done % KEEP_STEPS == 0:
+            kept.keep(state)
     return state.done
 
 

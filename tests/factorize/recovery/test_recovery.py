@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from moestro.engine import Progress
 from moestro.factorize import FactorizeError, Plan, apply_plan
 from moestro.factorize.recovery.distill import DistillOptions, distill
+from moestro.factorize.recovery.kept import KeptFile
+from moestro.factorize.recovery.recover import RecoverOptions, recover, stages_of
 from moestro.factorize.recovery.repair import RepairOptions, repair
 from moestro.factorize.recovery.student import Student, straight_through
 
@@ -131,3 +133,74 @@ def test_a_loss_that_is_no_number_ends_it(student: Student) -> None:
     student.ffns[0].down.into.data.fill_(float("inf"))
     with pytest.raises(FactorizeError, match="diverged at step"):
         distill(student, windows(4), DistillOptions(steps=4, top_ks=(TOP_K,)), quiet)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    dense: Path, plan: Plan, tmp_path: Path
+) -> None:
+    whole = Student(dense_model(dense), plan, rank=2)
+    options = DistillOptions(steps=45, top_ks=(TOP_K,))
+    distill(whole, windows(6), options, quiet)
+
+    def stop(news: Progress) -> None:
+        if news.done == 33:
+            raise KeyboardInterrupt
+
+    kept = KeptFile(tmp_path / "state", "this run")
+    with pytest.raises(KeyboardInterrupt):
+        stopped = Student(dense_model(dense), plan, rank=2)
+        distill(stopped, windows(6), options, stop, kept=kept)
+    again, seen = Student(dense_model(dense), plan, rank=2), []
+    distill(again, windows(6), options, lambda news: seen.append(news.done), kept=kept)
+    assert seen == list(range(21, 46))
+    assert torch.equal(logits(whole, windows(2), TOP_K), logits(again, windows(2), TOP_K))
+
+
+def test_another_runs_state_is_not_taken(dense: Path, plan: Plan, tmp_path: Path) -> None:
+    student = Student(dense_model(dense), plan, rank=2)
+    options = DistillOptions(steps=20, top_ks=(TOP_K,))
+    distill(student, windows(2), options, quiet, kept=KeptFile(tmp_path / "state", "one"))
+    assert distill(
+        student, windows(2), options, quiet, kept=KeptFile(tmp_path / "state", "two")
+    ) == len(range(20))
+    (tmp_path / "state").write_bytes(b"nothing")
+    with pytest.raises(FactorizeError, match="remove it to start anew"):
+        distill(student, windows(2), options, quiet, kept=KeptFile(tmp_path / "state", "one"))
+
+
+@pytest.mark.parametrize("stages", [("repair",), ("lora",), ("repair", "lora")])
+def test_what_recovery_gives_is_what_it_has_learnt(
+    stages: tuple[str, ...], dense: Path, plan: Plan
+) -> None:
+    """The dense weights with the deltas, under the new routers, predict what the student does."""
+    options = RecoverOptions(stages, steps=12, rank=8)
+    student_model = dense_model(dense)
+    recovered, deltas = recover(student_model, plan, windows(64), options, quiet, "the command")
+    deltas.check_fits(3, 48, 32, recovered.sha256)
+    assert ("down.whole" in deltas.tensors) == ("repair" in stages)
+    assert ("gate.into" in deltas.tensors) == ("lora" in stages)
+    rebuilt = dense_model(dense)
+    for number, layer in enumerate(rebuilt.model.layers):
+        for part in ("gate", "up", "down"):
+            weight = layer.mlp.get_submodule(f"{part}_proj").weight
+            weight.data = deltas.add_to(weight.detach(), part, number)
+    with torch.no_grad():
+        found = Student(rebuilt, recovered, 1)
+        wanted = [layer.mlp for layer in student_model.model.layers]
+        inputs = torch.randn(4, 32)
+        for ffn, learnt in zip(found.ffns, wanted, strict=True):
+            ffn.top_k = learnt.top_k = TOP_K
+            assert (ffn(inputs) - learnt(inputs)).norm() < 0.02 * learnt(inputs).norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (RecoverOptions(stages_of(["repair,prune"])), "not prune"),
+        (RecoverOptions(stages_of([])), "not none"),
+        (RecoverOptions(rank=0), "above zero"),
+    ],
+)
+def test_unfit_options_are_refused(options: RecoverOptions, words: str) -> None:
+    with pytest.raises(FactorizeError, match=words):
+        options.check()
