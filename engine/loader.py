@@ -21,6 +21,7 @@ from moestro.cache import (
     Phase,
 )
 from moestro.engine.facts import (
+    SEQUENCE_CHOICES,
     Device,
     EngineConfig,
     EngineStats,
@@ -28,6 +29,7 @@ from moestro.engine.facts import (
     ModelInfo,
     PrefetchStats,
     ProgressFn,
+    SelectionStats,
     StartError,
     TorchThreads,
     choose,
@@ -53,6 +55,7 @@ from moestro.engine.planning import (
     plan_memory,
     release_freed_memory,
 )
+from moestro.engine.selection import SequenceExperts
 from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits
 from moestro.engine.text import Tokenizer
 
@@ -69,6 +72,8 @@ READS_S = 0.2  # for timing a few reads of one expert
 WHOLE_PROMPTS = "whole prompts\n"  # in the kept verdict, of a class that takes no second chunk
 NO_PREFETCH = PrefetchStats(on=False, pauses=0, gain_s=0.0, cost_s=0.0, layers=())
 
+NO_SELECTION = SelectionStats(dict.fromkeys(SEQUENCE_CHOICES, 0), 0, 0)
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -84,6 +89,7 @@ class Loaded:
 
     def stats(self) -> EngineStats:
         counters, scheduler = self.engine.counters, self.engine.scheduler
+        selection = self.engine.runner.selection
         return EngineStats(
             requests_running=len(scheduler.running),
             requests_waiting=len(scheduler.waiting),
@@ -99,6 +105,7 @@ class Loaded:
             planned_bytes=self.plan.parts(),
             cache=self.cache.stats(),
             prefetch=NO_PREFETCH if self.prefetch is None else self.prefetch.stats(),
+            selection=NO_SELECTION if selection is None else selection.stats(),
         )
 
     def close(self) -> None:
@@ -152,7 +159,8 @@ def load(
         # rows of scores take two copies, where the plan has room for one of each sequence's logits
         head_rows = max(1, config.max_running // 2)
         torch_threads = TorchThreads(1 if tiled else threads.count, threads.count)
-        runner = Runner(lane, step, head_rows, torch_threads)
+        selection = _selection(config, blueprint)
+        runner = Runner(lane, step, head_rows, torch_threads, selection)
         limits = replace(
             _limits(config, plan), shares_prompt=lane.packs, whole_prompts=whole_prompts
         )
@@ -222,6 +230,23 @@ def _bind(
             layer, cache, step, math, scale, prefetch, compute_below, known
         )
         bind(module, offloaded)
+
+
+def _selection(config: EngineConfig, blueprint: Blueprint) -> SequenceExperts | None:
+    """None where a row of what experts read is no token. In a factorized model all kept experts
+
+    run, each with the weight that one of its chosen ones has; elsewhere its router chooses.
+    """
+    if not blueprint.topology.rows_are_tokens:
+        if config.sequence_density is not None:
+            raise StartError(
+                "--experts-mode sequence: this model's experts do not read one row a token, so a"
+                " sequence cannot have a set of its own; leave it out"
+            )
+        return None
+    weight = 1 / blueprint.experts_per_token if blueprint.manifest is not None else None
+    counts = [entry.num_experts for entry in blueprint.experts]
+    return SequenceExperts(counts, weight, config.sequence_least_tokens, blueprint.device.place)
 
 
 def _inner_width(entry: ExpertsModule) -> int:

@@ -34,12 +34,14 @@ from .errors import (
 from .grammar import GrammarKind, GrammarSpec
 from .lane import Lane, LaneChoice
 from .stats import (
+    SEQUENCE_CHOICES,
     CacheStats,
     EngineState,
     EngineStats,
     ModelInfo,
     PrefetchStats,
     RecallStats,
+    SelectionStats,
     TierStats,
 )
 from .threads import Threads
@@ -81,6 +83,8 @@ __all__ = [
     "RecallStats",
     "RequestError",
     "Room",
+    "SEQUENCE_CHOICES",
+    "SelectionStats",
     "StartError",
     "TemplateRefused",
     "Threads",

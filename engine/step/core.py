@@ -86,6 +86,12 @@ class Engine:
                 f"the prompt has token ids outside 0..{self.vocab_size - 1}", "prompt"
             )
         self._validate_ids(params)
+        if params.expert_density is not None and self.runner.selection is None:
+            raise BadParameter(
+                "experts: this model's experts do not read one row a token, so a sequence cannot"
+                " have a set of its own; leave it out, or say mode token",
+                "experts",
+            )
         total = len(prompt_ids) + params.max_tokens
         if total > self.max_model_len_tokens:
             raise PromptTooLong.for_context(
@@ -153,6 +159,8 @@ class Engine:
         known = {s.key for s in [*self.scheduler.running, *self.scheduler.waiting]}
         assert known == set(self._outputs), f"{known} scheduled, {set(self._outputs)} have outputs"
         assert self.runner.held_sequences <= len(self.scheduler.running)
+        selection = self.runner.selection
+        assert selection is None or selection.held_sequences <= len(self.scheduler.running)
 
     def _validate_ids(self, params: SamplingParams) -> None:
         """What only the model and the limits can tell about the parameters."""
