@@ -55,7 +55,6 @@ from moestro.engine.planning import (
     plan_memory,
     release_freed_memory,
 )
-from moestro.engine.selection import SequenceExperts
 from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits
 from moestro.engine.text import Tokenizer
 
@@ -64,6 +63,7 @@ from .found import log_found, log_plan, log_whole_prompts, warn_vocabulary
 from .phases import Phases
 from .placement import host_share
 from .selfcheck import Verdict, check_lane, compare_thin
+from .sequence_experts import sequence_experts
 from .weight_loading import load_weights
 
 log = logging.getLogger("moestro.engine")
@@ -159,7 +159,7 @@ def load(
         # rows of scores take two copies, where the plan has room for one of each sequence's logits
         head_rows = max(1, config.max_running // 2)
         torch_threads = TorchThreads(1 if tiled else threads.count, threads.count)
-        selection = _selection(config, blueprint)
+        selection = sequence_experts(config, blueprint, model)
         runner = Runner(lane, step, head_rows, torch_threads, selection)
         limits = replace(
             _limits(config, plan), shares_prompt=lane.packs, whole_prompts=whole_prompts
@@ -230,23 +230,6 @@ def _bind(
             layer, cache, step, math, scale, prefetch, compute_below, known
         )
         bind(module, offloaded)
-
-
-def _selection(config: EngineConfig, blueprint: Blueprint) -> SequenceExperts | None:
-    """None where a row of what experts read is no token. In a factorized model all kept experts
-
-    run, each with the weight that one of its chosen ones has; elsewhere its router chooses.
-    """
-    if not blueprint.topology.rows_are_tokens:
-        if config.sequence_density is not None:
-            raise StartError(
-                "--experts-mode sequence: this model's experts do not read one row a token, so a"
-                " sequence cannot have a set of its own; leave it out"
-            )
-        return None
-    weight = 1 / blueprint.experts_per_token if blueprint.manifest is not None else None
-    counts = [entry.num_experts for entry in blueprint.experts]
-    return SequenceExperts(counts, weight, config.sequence_least_tokens, blueprint.device.place)
 
 
 def _inner_width(entry: ExpertsModule) -> int:

@@ -143,7 +143,7 @@ class OffloadedExperts:
         rows = self.step.rows
         if rows is None:
             return self._run(module, hidden, ids, weights, None)
-        spread = rows.spread(self.layer, ids, weights)
+        spread = rows.spread(self.layer, hidden, ids, weights)
         shape = spread.ids.numel()
         energies = hidden.new_zeros(shape, dtype=torch.float32) if rows.looks else None
         given = spread.rows(hidden)

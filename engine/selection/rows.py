@@ -14,6 +14,8 @@ import torch
 
 from moestro.engine.facts import index_on
 
+from .ranking import Ranking
+
 
 class PromptShares:
     """Sums over a prompt's tokens; they add up over its chunks."""
@@ -87,12 +89,15 @@ class StepRows:
         prompts: Sequence[tuple[int, int, PromptShares]],
         kept: Mapping[int, Kept],
         kept_weight: float | None,
+        rankings: Sequence[Ranking | None],
     ) -> None:
         """`prompts`: rows [start, end) to be looked at; `kept`: by row.
 
-        `kept_weight`: every kept expert runs, with this weight; None: the router chooses.
+        `kept_weight`: every kept expert runs, with this weight; None: the router chooses among
+        them, where `rankings` has its order of all; else of its own choice the kept ones stay.
         """
         self._prompts, self._kept, self._weight = prompts, kept, kept_weight
+        self._rankings = rankings
 
     @property
     def looks(self) -> bool:
@@ -105,16 +110,23 @@ class StepRows:
         for start, end, shares in self._prompts:
             shares.add(layer, ids[start:end], energies[start * k : end * k].view(-1, k))
 
-    def spread(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Spread:
-        """`ids` and `weights` [T, k] of the router, where kept experts are all that may run."""
+    def spread(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> Spread:
+        """What becomes of `ids` and `weights` [T, k], the router's choice for `hidden` [T, H]."""
         if not self._kept:
             return Spread(ids, weights, ())
         if self._weight is not None:
             return self._all_kept(layer, ids, weights, self._weight)
         rows = index_on(list(self._kept), ids.device)
         mask = torch.stack([kept.masks[layer] for kept in self._kept.values()])
-        own = only_kept(ids.index_select(0, rows), weights.index_select(0, rows), mask)
-        return Spread(ids, weights.index_copy(0, rows, own), ())
+        own_ids, own = ids.index_select(0, rows), weights.index_select(0, rows)
+        ranking = self._rankings[layer]
+        if ranking is None:
+            return Spread(ids, weights.index_copy(0, rows, only_kept(own_ids, own, mask)), ())
+        ranks = ranking(hidden.index_select(0, rows))
+        own_ids, own = best_kept(own_ids, own, mask, ranks)
+        return Spread(ids.index_copy(0, rows, own_ids), weights.index_copy(0, rows, own), ())
 
     def guesses(self, layer: int, guessed: Sequence[Sequence[int]]) -> list[list[int]]:
         """Experts of `layer` that each row will ask for, the likeliest first.
@@ -174,3 +186,23 @@ def only_kept(ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> t
     sums = left.sum(dim=1, keepdim=True)
     factor = torch.where(sums == 0, 0.0, whole / torch.where(sums == 0, 1.0, sums))
     return torch.where(real, (left * factor).to(weights.dtype), weights)
+
+
+def best_kept(
+    ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor, ranks: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ids` and `weights` [n, k], or the k first experts of `ranks` that `mask` [n, E + 1] has.
+
+    As if the others' logits were -inf, but that a row's weights keep their sum. A choice that the
+    mask has whole stays as it is, to the bit.
+    """
+    k, (all_ids, all_weights) = ids.shape[1], ranks
+    whole = mask.gather(1, ids).all(dim=1, keepdim=True)
+    inside = mask.gather(1, all_ids)
+    first = inside.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+    found = all_ids.gather(1, first)
+    shares = torch.where(inside, all_weights.float(), 0.0).gather(1, first)
+    sums = shares.sum(dim=1, keepdim=True)
+    factor = weights.float().sum(dim=1, keepdim=True) / torch.where(sums == 0, 1.0, sums)
+    chosen = (shares * factor).to(weights.dtype)
+    return torch.where(whole, ids, found.to(ids.dtype)), torch.where(whole, weights, chosen)

@@ -8,6 +8,7 @@ import torch
 from moestro.engine.facts import SEQUENCE_CHOICES, SelectionStats
 
 from .keep import largest
+from .ranking import Ranking
 from .rows import Kept, PromptShares, StepRows
 
 Key = tuple[int, int]  # of a sequence
@@ -32,8 +33,9 @@ class SequenceExperts:
         kept_weight: float | None,
         least_prompt_tokens: int,
         device: torch.device,
+        rankings: Sequence[Ranking | None],
     ) -> None:
-        """`num_experts` of each layer; `kept_weight` as in StepRows.
+        """`num_experts` of each layer; `kept_weight` and `rankings` as in StepRows.
 
         Prompts shorter than `least_prompt_tokens` tell too little: their tokens choose.
         """
@@ -41,6 +43,7 @@ class SequenceExperts:
         self._weight = kept_weight
         self._least_tokens = least_prompt_tokens
         self._device = device
+        self._rankings = tuple(rankings)
         self._shares: dict[Key, PromptShares] = {}  # of prompts that are being computed
         self._kept: dict[Key, Kept] = {}
         self._requests = dict.fromkeys(SEQUENCE_CHOICES, 0)
@@ -65,7 +68,9 @@ class SequenceExperts:
                 shares = self._shares.setdefault(part.key, self._no_shares())
                 prompts.append((row, row + _prompt_rows(part), shares))
             row += part.tokens
-        return StepRows(prompts, kept, self._weight) if prompts or kept else None
+        if not prompts and not kept:
+            return None
+        return StepRows(prompts, kept, self._weight, self._rankings)
 
     def end(self, parts: Sequence[PartRows]) -> None:
         """`parts` have been computed: where a prompt ends, its sequence chooses."""

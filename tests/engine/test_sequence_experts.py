@@ -62,7 +62,7 @@ class Steps:
 
 
 @pytest.mark.parametrize("expert_format", ["native", "int8", "int4"])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_prompts_are_untouched_and_density_one_is_the_models_own(
     family: str, expert_format: str, tmp_path: Path
 ) -> None:
@@ -82,11 +82,11 @@ def test_prompts_are_untouched_and_density_one_is_the_models_own(
 
 
 @pytest.mark.parametrize("expert_format", ["native", "int8"])
-@pytest.mark.parametrize("slots", [32, 3])
+@pytest.mark.parametrize(("family", "slots"), [("olmoe", 32), ("olmoe", 3), ("mixtral", 32)])
 def test_company_of_another_mode_changes_no_bit(
-    slots: int, expert_format: str, tmp_path: Path
+    family: str, slots: int, expert_format: str, tmp_path: Path
 ) -> None:
-    folder = tiny.build("olmoe", tmp_path / "model")
+    folder = tiny.build(family, tmp_path / "model")
     budget = {"host_memory_bytes": slots * 48 * 1024} if expert_format == "native" else {}
     with opened(folder, tmp_path / "cache", expert_format=expert_format, **budget) as loaded:
         alone = {}
@@ -148,6 +148,25 @@ def test_shares_are_those_of_the_stock_models_activations(tmp_path: Path) -> Non
     assert kept == tuple(
         tuple(shares.sort(descending=True, stable=True).indices[:4].tolist()) for shares in wanted
     )
+
+
+def test_a_router_chooses_among_the_kept_and_nothing_misses_once_they_are_here(
+    tmp_path: Path,
+) -> None:
+    """A sequence that keeps 3 of 8 experts in each of 4 layers, in a cache of 12 slots."""
+    folder = tiny.build("olmoe", tmp_path / "model")
+    settings: Any = {"host_memory_bytes": 12 * 48 * 1024, "prefetch": False}
+    with opened(folder, tmp_path / "cache", **settings) as loaded:
+        steps = Steps(loaded)
+        steps.run([(1, PROMPT)], _1=0.375)
+        for token in range(100, 124):
+            steps.run([(1, [token])])
+        before = loaded.cache.stats()
+        for token in range(124, 140):
+            steps.run([(1, [token])])
+        stats = loaded.cache.stats()
+    assert stats.lookups - before.lookups == 16 * 4 * 2  # the router's two, every time
+    assert stats.misses == before.misses
 
 
 FACTORIZED = SplitOptions(
