@@ -13,6 +13,7 @@ from .device import (
     set_threads,
 )
 from .errors import (
+    NO_SEQUENCE_EXPERTS,
     BadParameter,
     BudgetTooSmall,
     Draining,
@@ -72,6 +73,7 @@ __all__ = [
     "ModelInfo",
     "ModelNotFound",
     "ModelRefused",
+    "NO_SEQUENCE_EXPERTS",
     "NotReady",
     "PackLost",
     "PrefetchStats",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from moestro.cache import CacheError, PackInvalid, ReadFailed
-from moestro.engine.facts import BadParameter, PackLost, PromptTooLong
+from moestro.engine.facts import NO_SEQUENCE_EXPERTS, BadParameter, PackLost, PromptTooLong
 from moestro.engine.text import CompiledGrammar, GrammarFault, Piece, TextStream, Tokenizer
 
 from .adjust import Adjustments
@@ -87,11 +87,8 @@ class Engine:
             )
         self._validate_ids(params)
         if params.expert_density is not None and self.runner.selection is None:
-            raise BadParameter(
-                "experts: this model's experts do not read one row a token, so a sequence cannot"
-                " have a set of its own; leave it out, or say mode token",
-                "experts",
-            )
+            words = f"experts: {NO_SEQUENCE_EXPERTS}; leave it out, or ask for mode token"
+            raise BadParameter(words, "experts")
         total = len(prompt_ids) + params.max_tokens
         if total > self.max_model_len_tokens:
             raise PromptTooLong.for_context(

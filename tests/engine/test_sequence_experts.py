@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
+import tiny_families
 from engine_kit import generate, generate_each, ignore, opened
-from moestro.engine import SamplingParams
+from moestro.engine import BadParameter, SamplingParams, StartError
 from moestro.engine.loader import Loaded
 from moestro.engine.step.sequence import Batch, Part
 from moestro.engine.step.sequence import Sequence as Running
@@ -61,8 +62,16 @@ class Steps:
         return selection.kept((number, 0))
 
 
-@pytest.mark.parametrize("expert_format", ["native", "int8", "int4"])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("family", "expert_format"),
+    [
+        ("mixtral", "native"),
+        ("deepseek_v3", "int8"),
+        pytest.param("gpt_oss", "int4", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "native", marks=pytest.mark.slow),
+        pytest.param("mixtral", "int8", marks=pytest.mark.slow),
+    ],
+)
 def test_prompts_are_untouched_and_density_one_is_the_models_own(
     family: str, expert_format: str, tmp_path: Path
 ) -> None:
@@ -81,8 +90,15 @@ def test_prompts_are_untouched_and_density_one_is_the_models_own(
     assert not torch.equal(found[0.125][1:], found[None][1:])
 
 
-@pytest.mark.parametrize("expert_format", ["native", "int8"])
-@pytest.mark.parametrize(("family", "slots"), [("olmoe", 32), ("olmoe", 3), ("mixtral", 32)])
+@pytest.mark.parametrize(
+    ("family", "slots", "expert_format"),
+    [
+        ("olmoe", 3, "native"),
+        pytest.param("olmoe", 32, "native", marks=pytest.mark.slow),
+        pytest.param("olmoe", 32, "int8", marks=pytest.mark.slow),
+        pytest.param("mixtral", 32, "native", marks=pytest.mark.slow),
+    ],
+)
 def test_company_of_another_mode_changes_no_bit(
     family: str, slots: int, expert_format: str, tmp_path: Path
 ) -> None:
@@ -120,6 +136,51 @@ def test_a_prompt_in_chunks_keeps_what_it_keeps_whole(tmp_path: Path) -> None:
         assert [len(layer) for layer in kept[0]] == [4] * 4
         assert kept[2] is None
         assert [len(layer) for layer in kept[4]] == [2] * 4
+
+
+@pytest.mark.parametrize("expert_format", ["native", "int8"])
+def test_torchs_products_see_what_the_librarys_see(
+    expert_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many rows and with few, in chunks, out of all slots and of the fewest."""
+    folder, found = tiny.build("gpt_oss", tmp_path / "model"), []
+    for products in ("library", "torch"):
+        with monkeypatch.context() as patch:
+            if products == "torch":
+                patch.setattr("moestro.engine.formats.named.library", lambda: None)
+            budget: Any = {"expert_format": expert_format}
+            for _ in range(2):
+                with opened(folder, tmp_path / products, **budget) as loaded:
+                    steps = Steps(loaded)
+                    steps.chunks(1, PROMPT, [30], 0.5)
+                    steps.chunks(2, PROMPT[:16], [16], 0.5)
+                    steps.chunks(3, PROMPT, [10, 19, 1], 0.5)
+                    found.append([steps.kept(number) for number in (1, 2, 3)])
+                    budget["host_memory_bytes"] = 2 * loaded.cache.stats().slot_bytes
+    assert found[0] == found[1] == found[2] == found[3]
+    assert found[0][0] == found[0][2] != found[0][1]
+
+
+def test_a_lane_of_one_sequence_a_pass_has_them_too(tmp_path: Path) -> None:
+    folder = tiny_families.build("minimax", tmp_path / "minimax")
+    with opened(folder, tmp_path / "cache") as loaded:
+        assert loaded.info.lane == "sequential"
+        requests = [(PROMPT, asking(density)) for density in (None, 1.0, 0.25)]
+        alone = [generate_each(loaded.engine, [request])[0].ids for request in requests]
+        assert [each.ids for each in generate_each(loaded.engine, requests)] == alone
+        assert loaded.stats().selection.requests["sequence"] == 4
+    assert alone[0] == alone[1] and alone[0][0] == alone[2][0] and alone[0] != alone[2]
+
+
+def test_a_model_whose_experts_read_no_tokens_says_so(tmp_path: Path) -> None:
+    folder = tiny_families.build("llama4_text", tmp_path / "llama4_text")
+    with opened(folder, tmp_path / "cache") as loaded:
+        with pytest.raises(BadParameter, match="experts: ") as refused:
+            loaded.engine.validate(PROMPT, asking(0.5))
+        assert refused.value.param == "experts"
+        loaded.engine.validate(PROMPT, asking(None))
+    with pytest.raises(StartError, match="--experts-mode sequence"):
+        opened(folder, tmp_path / "cache", sequence_density=0.5).__enter__()
 
 
 def test_shares_are_those_of_the_stock_models_activations(tmp_path: Path) -> None:
