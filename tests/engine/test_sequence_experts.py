@@ -1,6 +1,6 @@
 """A prompt's statistics choose the experts of its answer: what is kept, and whom it touches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,24 @@ class Steps:
         for size in sizes:
             self.loaded.engine.runner.run(Batch((Part(sequence, size),)))
 
+    def end(self) -> None:
+        engine = self.loaded.engine
+        for sequence in self.known.values():
+            engine.runner.forget(sequence)
+            engine.scheduler.pool.release(sequence.pages)
+
     def kept(self, number: int) -> Any:
         selection = self.loaded.engine.runner.selection
         assert selection is not None
         return selection.kept((number, 0))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    """For tests that leave nothing running in it."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    with opened(tiny.build("mixtral", folder / "model"), folder / "cache") as loaded:
+        yield loaded
 
 
 @pytest.mark.parametrize(
@@ -124,21 +138,20 @@ def test_company_of_another_mode_changes_no_bit(
     assert not torch.equal(alone[1], alone[2]) and not torch.equal(alone[1], alone[3])
 
 
-def test_a_prompt_in_chunks_keeps_what_it_keeps_whole(tmp_path: Path) -> None:
-    folder = tiny.build("qwen3_moe", tmp_path / "model")
-    with opened(folder, tmp_path / "cache") as loaded:
-        steps = Steps(loaded)
-        steps.chunks(1, PROMPT, [30], 0.5)
-        steps.chunks(2, PROMPT, [10, 19, 1], 0.5)
-        steps.run([(3, OTHERS[0]), (4, PROMPT), (5, OTHERS[1])], _4=0.5, _5=0.25)
-        kept = [steps.kept(number) for number in range(1, 6)]
-        assert kept[0] == kept[1] == kept[3]
-        assert [len(layer) for layer in kept[0]] == [4] * 4
-        assert kept[2] is None
-        assert [len(layer) for layer in kept[4]] == [2] * 4
+def test_a_prompt_in_chunks_keeps_what_it_keeps_whole(mixtral: Loaded) -> None:
+    steps = Steps(mixtral)
+    steps.chunks(1, PROMPT, [30], 0.5)
+    steps.chunks(2, PROMPT, [10, 19, 1], 0.5)
+    steps.run([(3, OTHERS[0]), (4, PROMPT), (5, OTHERS[1])], _4=0.5, _5=0.25)
+    kept = [steps.kept(number) for number in range(1, 6)]
+    steps.end()
+    assert kept[0] == kept[1] == kept[3]
+    assert [len(layer) for layer in kept[0]] == [4] * 4
+    assert kept[2] is None
+    assert [len(layer) for layer in kept[4]] == [2] * 4
 
 
-@pytest.mark.parametrize("expert_format", ["native", "int8"])
+@pytest.mark.parametrize("expert_format", ["native", pytest.param("int8", marks=pytest.mark.slow)])
 def test_torchs_products_see_what_the_librarys_see(
     expert_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +174,7 @@ def test_torchs_products_see_what_the_librarys_see(
     assert found[0][0] == found[0][2] != found[0][1]
 
 
+@pytest.mark.slow
 def test_a_lane_of_one_sequence_a_pass_has_them_too(tmp_path: Path) -> None:
     folder = tiny_families.build("minimax", tmp_path / "minimax")
     with opened(folder, tmp_path / "cache") as loaded:
@@ -172,6 +186,7 @@ def test_a_lane_of_one_sequence_a_pass_has_them_too(tmp_path: Path) -> None:
     assert alone[0] == alone[1] and alone[0][0] == alone[2][0] and alone[0] != alone[2]
 
 
+@pytest.mark.slow
 def test_a_model_whose_experts_read_no_tokens_says_so(tmp_path: Path) -> None:
     folder = tiny_families.build("llama4_text", tmp_path / "llama4_text")
     with opened(folder, tmp_path / "cache") as loaded:
@@ -295,29 +310,34 @@ def test_a_factorized_models_sequence_misses_nothing_once_its_experts_are_here(
     assert stats.misses == before.misses
 
 
-def test_answers_to_one_prompt_keep_the_same_experts(tmp_path: Path) -> None:
-    folder = tiny.build("mixtral", tmp_path / "model")
+def test_answers_to_one_prompt_keep_the_same_experts(mixtral: Loaded) -> None:
     params = asking(0.25, temperature=1.0, seed=5, n=3)
-    with opened(folder, tmp_path / "cache") as loaded:
-        engine, selection = loaded.engine, loaded.engine.runner.selection
-        assert selection is not None
-        engine.add(Running(1, PROMPT, params))
+    engine, selection = mixtral.engine, mixtral.engine.runner.selection
+    assert selection is not None
+    engine.add(Running(1, PROMPT, params))
+    engine.step()
+    kept = [selection.kept((1, index)) for index in range(3)]
+    assert kept[0] is not None and kept[0] == kept[1] == kept[2]
+    while not engine.idle:
         engine.step()
-        kept = [selection.kept((1, index)) for index in range(3)]
-        assert kept[0] is not None and kept[0] == kept[1] == kept[2]
-        while not engine.idle:
-            engine.step()
-            engine.check()
-        assert selection.held_sequences == 0
+        engine.check()
+    assert selection.held_sequences == 0
 
 
-def test_short_prompts_leave_the_choice_to_their_tokens_and_it_is_counted(tmp_path: Path) -> None:
-    folder = tiny.build("mixtral", tmp_path / "model")
-    short = PROMPT[:15]
-    with opened(folder, tmp_path / "cache") as loaded:
-        plain, asked = generate_each(loaded.engine, [(short, asking(None)), (short, asking(0.125))])
-        generate(loaded.engine, [PROMPT], asking(0.5))
-        stats = loaded.stats().selection
+def test_short_prompts_leave_the_choice_to_their_tokens_and_it_is_counted(mixtral: Loaded) -> None:
+    before, short = mixtral.stats().selection, PROMPT[:15]
+    plain, asked = generate_each(mixtral.engine, [(short, asking(None)), (short, asking(0.125))])
+    generate(mixtral.engine, [PROMPT], asking(0.5))
+    after = mixtral.stats().selection
     assert plain.ids == asked.ids
-    assert stats.requests == {"token": 1, "short_prompt": 1, "sequence": 1}
-    assert (stats.kept_experts, stats.known_experts) == (4 * 4, 4 * 8)
+    for choice in ("token", "short_prompt", "sequence"):
+        assert after.requests[choice] - before.requests[choice] == 1, choice
+    assert after.kept_experts - before.kept_experts == 4 * 4
+    assert after.known_experts - before.known_experts == 4 * 8
+
+
+def test_a_request_that_ends_in_its_prompt_leaves_nothing(mixtral: Loaded) -> None:
+    engine, selection = mixtral.engine, mixtral.engine.runner.selection
+    assert selection is not None
+    generate(engine, [PROMPT], asking(0.5, max_tokens=0))
+    assert selection.held_sequences == 0
