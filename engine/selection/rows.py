@@ -86,17 +86,19 @@ class StepRows:
 
     def __init__(
         self,
+        tokens: int,
         prompts: Sequence[tuple[int, int, PromptShares]],
         kept: Mapping[int, Kept],
         kept_weight: float | None,
         rankings: Sequence[Ranking | None],
     ) -> None:
-        """`prompts`: rows [start, end) to be looked at; `kept`: by row.
+        """`tokens`: T. `prompts`: rows [start, end) to be looked at; `kept`: by row.
 
         `kept_weight`: every kept expert runs, with this weight; None: the router chooses among
         them, where `rankings` has its order of all; else of its own choice the kept ones stay.
         """
-        self._prompts, self._kept, self._weight = prompts, kept, kept_weight
+        self._tokens, self._prompts = tokens, prompts
+        self._kept, self._weight = kept, kept_weight
         self._rankings = rankings
 
     @property
@@ -114,6 +116,7 @@ class StepRows:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> Spread:
         """What becomes of `ids` and `weights` [T, k], the router's choice for `hidden` [T, H]."""
+        assert len(ids) == self._tokens, "a row of the experts is no token"
         if not self._kept:
             return Spread(ids, weights, ())
         if self._weight is not None:
@@ -134,7 +137,7 @@ class StepRows:
         `guessed` [T or more][k]: what its router said. A fixed set comes whole, what was said
         before the rest.
         """
-        found = [list(row) for row in guessed]
+        found = [list(row) for row in guessed[: self._tokens]]  # what stands there again, once
         for row, kept in self._kept.items():
             experts = kept.layers[layer]
             said = [] if self._weight is not None else [e for e in found[row] if e in experts]

@@ -70,7 +70,7 @@ class SequenceExperts:
             row += part.tokens
         if not prompts and not kept:
             return None
-        return StepRows(prompts, kept, self._weight, self._rankings)
+        return StepRows(row, prompts, kept, self._weight, self._rankings)
 
     def end(self, parts: Sequence[PartRows]) -> None:
         """`parts` have been computed: where a prompt ends, its sequence chooses."""
