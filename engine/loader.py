@@ -21,6 +21,7 @@ from moestro.cache import (
     Phase,
 )
 from moestro.engine.facts import (
+    SEQUENCE_CHOICES,
     Device,
     EngineConfig,
     EngineStats,
@@ -28,6 +29,7 @@ from moestro.engine.facts import (
     ModelInfo,
     PrefetchStats,
     ProgressFn,
+    SelectionStats,
     StartError,
     TorchThreads,
     choose,
@@ -61,6 +63,7 @@ from .found import log_found, log_plan, log_whole_prompts, warn_vocabulary
 from .phases import Phases
 from .placement import host_share
 from .selfcheck import Verdict, check_lane, compare_thin
+from .sequence_experts import sequence_experts
 from .weight_loading import load_weights
 
 log = logging.getLogger("moestro.engine")
@@ -68,6 +71,8 @@ log = logging.getLogger("moestro.engine")
 READS_S = 0.2  # for timing a few reads of one expert
 WHOLE_PROMPTS = "whole prompts\n"  # in the kept verdict, of a class that takes no second chunk
 NO_PREFETCH = PrefetchStats(on=False, pauses=0, gain_s=0.0, cost_s=0.0, layers=())
+
+NO_SELECTION = SelectionStats(dict.fromkeys(SEQUENCE_CHOICES, 0), 0, 0)
 
 
 @dataclass(slots=True)
@@ -84,6 +89,7 @@ class Loaded:
 
     def stats(self) -> EngineStats:
         counters, scheduler = self.engine.counters, self.engine.scheduler
+        selection = self.engine.runner.selection
         return EngineStats(
             requests_running=len(scheduler.running),
             requests_waiting=len(scheduler.waiting),
@@ -99,6 +105,7 @@ class Loaded:
             planned_bytes=self.plan.parts(),
             cache=self.cache.stats(),
             prefetch=NO_PREFETCH if self.prefetch is None else self.prefetch.stats(),
+            selection=NO_SELECTION if selection is None else selection.stats(),
         )
 
     def close(self) -> None:
@@ -152,7 +159,8 @@ def load(
         # rows of scores take two copies, where the plan has room for one of each sequence's logits
         head_rows = max(1, config.max_running // 2)
         torch_threads = TorchThreads(1 if tiled else threads.count, threads.count)
-        runner = Runner(lane, step, head_rows, torch_threads)
+        selection = sequence_experts(config, blueprint, model)
+        runner = Runner(lane, step, head_rows, torch_threads, selection)
         limits = replace(
             _limits(config, plan), shares_prompt=lane.packs, whole_prompts=whole_prompts
         )

@@ -13,6 +13,7 @@ from .device import (
     set_threads,
 )
 from .errors import (
+    NO_SEQUENCE_EXPERTS,
     BadParameter,
     BudgetTooSmall,
     Draining,
@@ -34,12 +35,14 @@ from .errors import (
 from .grammar import GrammarKind, GrammarSpec
 from .lane import Lane, LaneChoice
 from .stats import (
+    SEQUENCE_CHOICES,
     CacheStats,
     EngineState,
     EngineStats,
     ModelInfo,
     PrefetchStats,
     RecallStats,
+    SelectionStats,
     TierStats,
 )
 from .threads import Threads
@@ -70,6 +73,7 @@ __all__ = [
     "ModelInfo",
     "ModelNotFound",
     "ModelRefused",
+    "NO_SEQUENCE_EXPERTS",
     "NotReady",
     "PackLost",
     "PrefetchStats",
@@ -81,6 +85,8 @@ __all__ = [
     "RecallStats",
     "RequestError",
     "Room",
+    "SEQUENCE_CHOICES",
+    "SelectionStats",
     "StartError",
     "TemplateRefused",
     "Threads",

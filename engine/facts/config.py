@@ -37,6 +37,8 @@ class EngineConfig:
     link: LinkSpec | None = None  # on a cpu: a device behind it is imagined
     kv_memory_bytes: int | None = None
     experts_per_token: int | None = None
+    sequence_density: float | None = None  # of requests that do not say; None: tokens choose
+    sequence_least_tokens: int = 16  # of a prompt that may choose its sequence's experts
     prefetch: bool = True
     prefetch_experts: int = 1  # the most that one guess reads ahead
     host_compute: bool = True  # experts that a device misses may be computed on the host
@@ -52,6 +54,7 @@ class EngineConfig:
             "device_memory_bytes",
             "kv_memory_bytes",
             "experts_per_token",
+            "sequence_least_tokens",
             "prefetch_experts",
             "threads",
             "max_step_tokens",
@@ -59,6 +62,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadParameter(f"{name} must be positive, not {value}", name)
+        if self.sequence_density is not None and not 0 < self.sequence_density <= 1:
+            raise BadParameter(
+                f"sequence_density must be above 0 and at most 1, not {self.sequence_density}",
+                "sequence_density",
+            )
         if self.max_step_tokens is not None and self.max_step_tokens < self.max_running:
             raise BadParameter(
                 f"max_step_tokens must be at least max_running ({self.max_running}), not"

@@ -19,6 +19,8 @@ EngineError
         └── PackLost      because the file of the experts cannot be read any more
 """
 
+NO_SEQUENCE_EXPERTS = "this model's routers do not let a sequence have experts of its own"
+
 
 class EngineError(Exception):
     """Root of the room."""

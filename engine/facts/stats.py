@@ -56,6 +56,21 @@ class PrefetchStats:
     layers: tuple[RecallStats, ...]  # aligned with the cache's; none where it was never on
 
 
+SEQUENCE_CHOICES = ("token", "sequence", "short_prompt")
+"""Who chose the experts of a sequence's answer: each token; its prompt; each token, since the
+
+prompt was too short to tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionStats:
+    """Sequences whose prompt is computed, by who chooses the experts of their answers."""
+
+    requests: dict[str, int]  # by SEQUENCE_CHOICES
+    kept_experts: int  # of all layers of the sequences whose prompt chose
+    known_experts: int  # that they chose from
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """One consistent snapshot."""
@@ -74,3 +89,4 @@ class EngineStats:
     planned_bytes: dict[str, int]  # the memory plan by part; the process stays below the sum
     cache: CacheStats
     prefetch: PrefetchStats
+    selection: SelectionStats

@@ -66,6 +66,7 @@ class ExpertCall(ctypes.Structure):
         ("limit", c_float),
         ("scratch", c_void_p),
         ("scratch_bytes", c_int64),
+        ("energies", c_void_p),
     )
 
 

@@ -162,18 +162,24 @@ def multiply_experts(
     results: torch.Tensor,
     activation: Activation | Callable[[torch.Tensor], torch.Tensor],
     scratch: Scratch,
+    energies: torch.Tensor | None = None,
 ) -> None:
     """Rows of fp32 `hidden` [T, H] through their experts, into rows of fp32 `results` [T * k, H].
 
     An activation that the library does not know is a function [n, N] -> [n, width] of the rows of
-    all experts, whose widths are then the same.
+    all experts, whose widths are then the same. `energies` fp32 [T * k], where wanted, gets the
+    squared norm of each row's activations in the place of its result.
     """
     if isinstance(activation, tuple):
-        _run("moestro_experts", experts, routed, hidden, results, scratch, activation)
+        _run(
+            "moestro_experts", experts, routed, hidden, results, scratch, activation, None, energies
+        )
         return
     inner = torch.empty((len(routed.places), experts[0].first.outputs))
     _run("moestro_experts_first", experts, routed, hidden, results, scratch, inner=inner)
     inner = activation(inner).contiguous()
+    if energies is not None:
+        energies[torch.tensor(routed.places)] = energies_of(inner)
     _run("moestro_experts_down", experts, routed, hidden, results, scratch, inner=inner)
 
 
@@ -186,9 +192,11 @@ def _run(
     scratch: Scratch,
     activation: Activation = (SILU_MUL, 0.0, 0.0),
     inner: torch.Tensor | None = None,
+    energies: torch.Tensor | None = None,
 ) -> None:
     pointers = (ctypes.c_void_p * len(experts))(*[expert.address for expert in experts])
     call = expert_call(pointers, routed, hidden, results, scratch, activation, inner)
+    call.energies = None if energies is None else energies.data_ptr()
     run = getattr(loaded(), name)
     while needed := run(call):
         scratch.grow(needed)
@@ -223,6 +231,11 @@ def expert_call(
         scratch.address,
         scratch.size_bytes,
     )
+
+
+def energies_of(inner: torch.Tensor) -> torch.Tensor:
+    """Activations [n, width] -> fp32 [n], the squared norm of each row."""
+    return inner.float().square().sum(dim=1)
 
 
 def combine(weights: torch.Tensor, results: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,7 @@ def _trace_row(model: PreTrainedModel, cache: PackedCache) -> Topology:
         attention_layers=max(1, len(kv.layers)),
         lane=LaneChoice(Lane.PACKED),
         kv_fixed_numbers=kept_numbers(kvs[0].state),
+        tokens=TRACE_TOKENS * len(parts),
     )
 
 
@@ -119,6 +120,7 @@ def _trace_sequential(model: PreTrainedModel, reason: str) -> Topology:
         attention_layers=max(1, len(getattr(cache, "layers", ()))),
         lane=LaneChoice(Lane.SEQUENTIAL, reason),
         kv_fixed_numbers=max(0, least - per_token * FIRST_TOKENS),
+        tokens=1,
     )
 
 
@@ -148,6 +150,7 @@ def _facts(
     attention_layers: int,
     lane: LaneChoice,
     kv_fixed_numbers: int,
+    tokens: int,
 ) -> Topology:
     paths = tuple(path for path, _, _ in watch.runs)
     if len(set(paths)) != len(paths) or not paths:
@@ -156,6 +159,7 @@ def _facts(
         experts_paths=paths,
         routers=tuple(watch.router(hidden, ids) for _, hidden, ids in watch.runs),
         experts_per_token=tuple(ids.shape[1] for _, _, ids in watch.runs),
+        rows_are_tokens=all(ids.shape[0] == tokens for _, _, ids in watch.runs),
         expanded_layers=expanded_layers,
         block_masks=block_masks,
         kv_numbers_per_token=kv_numbers_per_token,

@@ -8,6 +8,7 @@ from .kv import KVStore, PackedCache, SequenceKV, Span
 from .meta_model import build_meta_model
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
+from .thin import ThinRouter
 from .thinner import Thinner
 from .topology import RouterPlace, Topology
 
@@ -23,6 +24,7 @@ __all__ = [
     "SequenceKV",
     "Span",
     "StepPhase",
+    "ThinRouter",
     "Thinner",
     "Topology",
     "UnknownKeyword",

@@ -15,6 +15,7 @@ from moestro.engine.kernels import (
     Routed,
     Scratch,
     TileExpert,
+    energies_of,
     known_activation,
     multiply_experts,
 )
@@ -80,14 +81,16 @@ class ExpertMath:
         hidden: torch.Tensor,
         results: torch.Tensor,
         activation: Activation | None,
+        energies: torch.Tensor | None = None,
     ) -> None:
         """Rows of `hidden` [T, H] through the experts with these views, into `results` [T * k, H].
 
-        A row's result does not depend on who else is in the call by a bit.
+        `energies` fp32 [T * k], where wanted, gets the squared norms of the activations. A row's
+        result does not depend on who else is in the call by a bit.
         """
         experts = [self._tile_expert(each) for each in tensors]
         own = activation or partial(self._activate_apart, module)
-        multiply_experts(experts, routed, hidden, results, own, self._scratch)
+        multiply_experts(experts, routed, hidden, results, own, self._scratch, energies)
         if self._normed:
             places = torch.tensor(routed.places)
             normed = module.post_expert_norm(results.index_select(0, places))  # type: ignore[operator]
@@ -102,19 +105,35 @@ class ExpertMath:
             found = self._tiled[id(tensors)] = (expert, opened)
         return found[0]
 
-    def one(self, module: torch.nn.Module, rows: Any, expert: _Expert) -> torch.Tensor:
-        """[n, H] -> [n, H] through one expert, as the module's own flags say."""
+    def one(
+        self,
+        module: torch.nn.Module,
+        rows: Any,
+        expert: _Expert,
+        energies: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[n, H] -> [n, H] through one expert, as the module's own flags say.
+
+        `energies` fp32 [n], where wanted, gets the squared norms of the activations.
+        """
         inner = self.codec.multiply(rows, expert.first)
         if expert.first_bias is not None:
             inner += expert.first_bias
         inner = self._activate(module, inner)
+        if energies is not None:
+            energies.copy_(energies_of(inner))
         out = self.codec.multiply(self.codec.begin(inner), expert.down)
         if expert.down_bias is not None:
             out += expert.down_bias
         return module.post_expert_norm(out) if self._normed else out  # type: ignore[operator]
 
     def each(
-        self, module: torch.nn.Module, rows: Any, spans: Sequence[Span], experts: Sequence[_Expert]
+        self,
+        module: torch.nn.Module,
+        rows: Any,
+        spans: Sequence[Span],
+        experts: Sequence[_Expert],
+        energies: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Like `one`, the rows of each span through an expert of their own -> [n, H].
 
@@ -126,11 +145,17 @@ class ExpertMath:
         def multiply(rows: Any, matrices: Sequence[Any]) -> torch.Tensor:
             return self.codec.multiply_each(rows, spans, matrices)
 
-        return self._through(module, rows, experts, multiply, counts)
+        return self._through(module, rows, experts, multiply, counts, energies)
 
-    def apart(self, module: torch.nn.Module, rows: Any, experts: Sequence[_Expert]) -> torch.Tensor:
+    def apart(
+        self,
+        module: torch.nn.Module,
+        rows: Any,
+        experts: Sequence[_Expert],
+        energies: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Like `each`, for one token: its row through every expert -> [n, H]."""
-        return self._through(module, rows, experts, self.codec.multiply_apart, None)
+        return self._through(module, rows, experts, self.codec.multiply_apart, None, energies)
 
     def _through(
         self,
@@ -139,12 +164,15 @@ class ExpertMath:
         experts: Sequence[_Expert],
         multiply: Callable[[Any, Sequence[Any]], torch.Tensor],
         counts: Sequence[int] | None,
+        energies: torch.Tensor | None,
     ) -> torch.Tensor:
         """`counts` rows of each expert; None: one of each."""
         inner = multiply(rows, [expert.first for expert in experts])
         if self._biased:
             inner += per_row([expert.first_bias for expert in experts], counts)  # type: ignore[misc]
         inner = self._activate_apart(module, inner, counts)
+        if energies is not None:
+            energies.copy_(energies_of(inner))
         out = multiply(self.codec.begin(inner), [expert.down for expert in experts])
         if self._biased:
             out += per_row([expert.down_bias for expert in experts], counts)  # type: ignore[misc]

@@ -9,7 +9,7 @@ Shape letters: T tokens, k experts per token, E experts, H width of the experts'
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from moestro.cache import ComputeBelow, ExpertCache, Phase, Routed
 from moestro.engine.facts import index_on
 from moestro.engine.kernels import Activation, combine
 from moestro.engine.kernels import Routed as RoutedRows
+from moestro.engine.selection import StepRows
 
 from .expert_math import ExpertMath
 
@@ -88,6 +89,7 @@ class StepPhase:
 
     def __init__(self) -> None:
         self.phase = Phase.DECODE
+        self.rows: StepRows | None = None  # of sequences that want experts of their own
 
 
 FEW_TOKENS = 16
@@ -138,11 +140,32 @@ class OffloadedExperts:
         ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
+        rows = self.step.rows
+        if rows is None:
+            return self._run(module, hidden, ids, weights, None)
+        spread = rows.spread(self.layer, hidden, ids, weights)
+        shape = spread.ids.numel()
+        energies = hidden.new_zeros(shape, dtype=torch.float32) if rows.looks else None
+        given = spread.rows(hidden)
+        out = self._run(module, given, spread.ids, spread.weights, energies)
+        if energies is not None:
+            rows.look(self.layer, ids, energies)
+        return spread.joined(out)
+
+    def _run(
+        self,
+        module: torch.nn.Module,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        energies: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`energies` fp32 [T * k], zeros, gets the squared norms of activations where wanted."""
         tokens, k = ids.shape
         if self.math.tiled:
-            return self._in_tiles(module, hidden, ids, weights)
+            return self._in_tiles(module, hidden, ids, weights, energies)
         run = self._few_tokens if tokens <= FEW_TOKENS else self._many_tokens
-        results, asked = run(module, hidden, ids, weights)
+        results, asked = run(module, hidden, ids, weights, energies)
         if self.ahead is not None:
             self.ahead.after(self.layer, asked)
         if self.output_scale != 1.0:
@@ -159,6 +182,7 @@ class OffloadedExperts:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        energies: torch.Tensor | None,
     ) -> torch.Tensor:
         """On the CPU with the library's products: one call for all experts that are here."""
         (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
@@ -180,7 +204,7 @@ class OffloadedExperts:
             self._look_ahead(hidden)
             once = complete and tokens == 1 and len(wanted) == k  # no expert chosen twice
             rows = RoutedRows.of_one_token(k) if once else rows_of(list(wanted.values()), k)
-            self.math.together(module, here, rows, hidden, results, self._activation)
+            self.math.together(module, here, rows, hidden, results, self._activation, energies)
         else:
             event = (self.layer, list(wanted), self.step.phase, routed, below)
             with self.cache.acquire(*event) as lease:
@@ -188,7 +212,8 @@ class OffloadedExperts:
                 for group in lease.groups() if few else ([each] for each in lease):
                     rows = rows_of([wanted[expert] for expert, _ in group], k)
                     views = [tensors for _, tensors in group]
-                    self.math.together(module, views, rows, hidden, results, self._activation)
+                    known = self._activation
+                    self.math.together(module, views, rows, hidden, results, known, energies)
         if self.ahead is not None:
             self.ahead.after(self.layer, wanted)
         if self.output_scale != 1.0:
@@ -201,6 +226,7 @@ class OffloadedExperts:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        energies: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Collection[int]]:
         """Decoding: experts that are here together run together; place by place [T*k, H]."""
         tokens, k = ids.shape
@@ -213,8 +239,12 @@ class OffloadedExperts:
             self._look_ahead(hidden)
             for group in lease.groups():
                 places = [wanted[expert] for expert, _ in group]
-                out = self._together(module, rows, hidden, k, places, [who for _, who in group])
                 flat = list(chain.from_iterable(places))
+                own = None if energies is None else energies.new_empty(len(flat))
+                group_of = [who for _, who in group]
+                out = self._together(module, rows, hidden, k, places, group_of, own)
+                if energies is not None and own is not None:
+                    energies[index_on(flat, out.device)] = own
                 if flat == list(range(tokens * k)):
                     return out, wanted  # all at once and in order already
                 if results is None:
@@ -232,15 +262,16 @@ class OffloadedExperts:
         k: int,
         places: Sequence[Sequence[int]],
         tensors: Sequence[dict[str, torch.Tensor]],
+        energies: torch.Tensor | None,
     ) -> torch.Tensor:
         """The rows of all `places`, one below the other, each through its own expert."""
         experts = [self.math.open(each) for each in tensors]
         if len(hidden) == 1 and all(len(some) == 1 for some in places):
-            return self.math.apart(module, rows, experts)
+            return self.math.apart(module, rows, experts, energies)
         of_token = [place // k for some in places for place in some]
         below = accumulate((len(some) for some in places), initial=0)
         chosen = self.math.codec.take(rows, index_on(of_token, hidden.device))
-        return self.math.each(module, chosen, list(pairwise(below)), experts)
+        return self.math.each(module, chosen, list(pairwise(below)), experts, energies)
 
     def _many_tokens(
         self,
@@ -248,6 +279,7 @@ class OffloadedExperts:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        energies: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Collection[int]]:
         """Expert-major: the tokens of each expert are gathered once and computed together."""
         (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
@@ -262,7 +294,10 @@ class OffloadedExperts:
             for expert, tensors in lease:
                 places = order[starts[expert] : starts[expert + 1]]
                 chosen = codec.take(rows, places // k)
-                out = self.math.one(module, chosen, self.math.open(tensors))
+                own = None if energies is None else energies.new_empty(len(places))
+                out = self.math.one(module, chosen, self.math.open(tensors), own)
+                if energies is not None and own is not None:
+                    energies[places] = own
                 results.index_copy_(0, places, out)
         return results, wanted
 
@@ -338,5 +373,6 @@ def sort_by_expert(
 
 
 def in_rank_order(ids: Sequence[Sequence[int]]) -> Iterable[int]:
-    """Distinct experts of `ids` [T][k], the first choices of all tokens before the second ones."""
-    return dict.fromkeys(chain.from_iterable(zip(*ids, strict=True)))
+    """Distinct experts of `ids` [T][any], first choices of all tokens before the second ones."""
+    ranks = chain.from_iterable(zip_longest(*ids))
+    return dict.fromkeys(each for each in ranks if each is not None)

@@ -149,7 +149,10 @@ class Prefetch:
         began_s = self._work_clock()
         gate = self._gates[layer - 1]
         assert gate is not None
-        experts = [each for each in in_rank_order(ids.tolist()) if each < gate.num_experts]
+        guessed = ids.tolist()
+        if self._step.rows is not None:
+            guessed = self._step.rows.guesses(layer, guessed)
+        experts = [each for each in in_rank_order(guessed) if each < gate.num_experts]
         chosen = self._cache.absent(layer, experts)[: self._most]
         if chosen:
             self._cache.prefetch(layer, experts, self._most)

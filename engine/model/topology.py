@@ -34,6 +34,7 @@ class Topology:
     experts_paths: tuple[str, ...]  # in the order in which a pass runs them
     routers: tuple[RouterPlace | None, ...]  # aligned; None: not a module of its own
     experts_per_token: tuple[int, ...]  # aligned
+    rows_are_tokens: bool  # what experts modules read has one row for each token of the pass
     expanded_layers: frozenset[int]
     block_masks: bool  # the model reads its masks: tensors over the whole row
     kv_numbers_per_token: int  # numbers (not bytes) that all layers keep for one token

@@ -283,7 +283,16 @@ def _workspace_bytes(
         fixed += 2 * seen * demand.kv_bytes_per_token // topology.attention_layers
     elif blueprint.device.room is not None:
         fixed += _repeated_heads_bytes(blueprint, seen)
+    fixed += _repeated_rows(config, blueprint) * per_token
     return fixed + step_tokens * (per_token + (MASK_BYTES + _scores_bytes(blueprint)) * seen)
+
+
+def _repeated_rows(config: EngineConfig, blueprint: Blueprint) -> int:
+    """Rows that experts are given beyond a step's tokens, where all that sequences keep run."""
+    if blueprint.manifest is None:
+        return 0
+    least, most = blueprint.experts_per_token, max(each.num_experts for each in blueprint.experts)
+    return config.max_running * ((most - 1) // least)
 
 
 def _scores_bytes(blueprint: Blueprint) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from moestro.cache import CacheError, PackInvalid, ReadFailed
-from moestro.engine.facts import BadParameter, PackLost, PromptTooLong
+from moestro.engine.facts import NO_SEQUENCE_EXPERTS, BadParameter, PackLost, PromptTooLong
 from moestro.engine.text import CompiledGrammar, GrammarFault, Piece, TextStream, Tokenizer
 
 from .adjust import Adjustments
@@ -86,6 +86,9 @@ class Engine:
                 f"the prompt has token ids outside 0..{self.vocab_size - 1}", "prompt"
             )
         self._validate_ids(params)
+        if params.expert_density is not None and self.runner.selection is None:
+            words = f"experts: {NO_SEQUENCE_EXPERTS}; leave it out, or ask for mode token"
+            raise BadParameter(words, "experts")
         total = len(prompt_ids) + params.max_tokens
         if total > self.max_model_len_tokens:
             raise PromptTooLong.for_context(
@@ -153,6 +156,8 @@ class Engine:
         known = {s.key for s in [*self.scheduler.running, *self.scheduler.waiting]}
         assert known == set(self._outputs), f"{known} scheduled, {set(self._outputs)} have outputs"
         assert self.runner.held_sequences <= len(self.scheduler.running)
+        selection = self.runner.selection
+        assert selection is None or selection.held_sequences <= len(self.scheduler.running)
 
     def _validate_ids(self, params: SamplingParams) -> None:
         """What only the model and the limits can tell about the parameters."""

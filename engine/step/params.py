@@ -39,6 +39,8 @@ class SamplingParams:
     grammar: GrammarSpec | None = None  # where it ends, the answer does, whatever the above say
     logprobs: int | None = None  # of each generated token, with this many of the most likely
     prompt_logprobs: int | None = None  # the same of each prompt token but the first
+    expert_density: float | None = None
+    """Share of each layer's experts that the prompt keeps for the answer; None: tokens choose."""
 
     def __post_init__(self) -> None:
         for name, holds, rule in (*self._counts(), *self._weights()):
@@ -61,6 +63,7 @@ class SamplingParams:
 
     def _weights(self) -> tuple[tuple[str, bool, str], ...]:
         penalty = f"between -{MOST_PENALTY:.0f} and {MOST_PENALTY:.0f}"
+        density = self.expert_density
         bias = all(abs(value) <= MOST_BIAS for _, value in self.logit_bias)
         return (
             ("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2"),
@@ -69,6 +72,7 @@ class SamplingParams:
             ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0"),
             ("presence_penalty", abs(self.presence_penalty) <= MOST_PENALTY, penalty),
             ("frequency_penalty", abs(self.frequency_penalty) <= MOST_PENALTY, penalty),
+            ("expert_density", density is None or 0.0 < density <= 1.0, "above 0 and at most 1"),
             ("logit_bias", bias, f"between -{MOST_BIAS:.0f} and {MOST_BIAS:.0f}"),
         )
 

@@ -1,7 +1,7 @@
 """Turns a batch into passes of the model's lane, and their rows into logits and scores."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from moestro.cache import Phase
 from moestro.engine.facts import TorchThreads
 from moestro.engine.lanes import HeldStates, LanePart, PassLane
 from moestro.engine.model import StepPhase
+from moestro.engine.selection import PartRows, SequenceExperts
 
 from .events import TokenLogprob
 from .logprobs import of_rows
@@ -29,10 +30,19 @@ class Runner:
     """Runs a batch through the model's lane. `run` commits; `forget` frees."""
 
     def __init__(
-        self, lane: PassLane, step: StepPhase, head_rows: int, threads: TorchThreads
+        self,
+        lane: PassLane,
+        step: StepPhase,
+        head_rows: int,
+        threads: TorchThreads,
+        selection: SequenceExperts | None,
     ) -> None:
-        """`head_rows`: rows of logits that the memory plan has room for."""
+        """`head_rows`: rows of logits that the memory plan has room for.
+
+        `selection`: None where a sequence cannot have experts of its own.
+        """
         self.lane = lane
+        self.selection = selection
         self._step = step
         self._head_rows = head_rows
         self._threads = threads
@@ -50,13 +60,17 @@ class Runner:
         scores = {key: found for one in ran for key, found in one.prompt_logprobs.items()}
         return Ran(torch.cat([one.logits for one in ran]), scores)
 
-    def fork(self, sequence: Sequence, twins: Iterable[Sequence]) -> None:
+    def fork(self, sequence: Sequence, twins: Collection[Sequence]) -> None:
         """Each of `twins` goes on from where `sequence` is, on pages of its own."""
         with torch.inference_mode():
             self.lane.fork(sequence.key, [(twin.key, twin.pages) for twin in twins])
+        if self.selection is not None:
+            self.selection.fork(sequence.key, [twin.key for twin in twins])
 
     def forget(self, sequence: Sequence) -> None:
         self.lane.forget(sequence.key)
+        if self.selection is not None:
+            self.selection.forget(sequence.key)
 
     @property
     def held_sequences(self) -> int:
@@ -77,9 +91,24 @@ class Runner:
         scoring = any(part.scored_tokens for part in parts)
         model = self.lane.model
         with torch.inference_mode(), HeldStates(model) if scoring else nullcontext() as held:
-            logits = self.lane.run(given, keep or [end - 1]).cpu()
+            with self._selecting(parts):
+                logits = self.lane.run(given, keep or [end - 1]).cpu()
             scores = {} if held is None else self._score(batch, held)
         return Ran(logits if keep else logits[:0], scores)
+
+    @contextmanager
+    def _selecting(self, parts: tuple[Part, ...]) -> Iterator[None]:
+        """The pass inside looks at the prompts, and keeps to the experts, of who wants it."""
+        if self.selection is None:
+            yield
+            return
+        rows = [part_rows(part) for part in parts]
+        self._step.rows = self.selection.begin(rows)
+        try:
+            yield
+        finally:
+            self._step.rows = None
+        self.selection.end(rows)
 
     def _score(self, batch: Batch, held: HeldStates) -> dict[tuple[int, int], list[TokenLogprob]]:
         found: dict[tuple[int, int], list[TokenLogprob]] = {}
@@ -101,3 +130,14 @@ class Runner:
             logits = held.logits([start + at + i for i in range(len(ids))])
             scores += of_rows(logits, ids, count)
         return scores
+
+
+def part_rows(part: Part) -> PartRows:
+    sequence = part.sequence
+    return PartRows(
+        sequence.key,
+        sequence.computed_tokens,
+        part.tokens,
+        sequence.prompt_tokens,
+        sequence.params.expert_density,
+    )

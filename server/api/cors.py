@@ -26,7 +26,7 @@ class Cors(CORSMiddleware):
             allow_origins=origins,
             allow_methods=METHODS,
             allow_headers=("*",),  # clients of OpenAI's API send many of their own
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", "x-moestro-experts"),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -17,6 +17,7 @@ from .joined import Joined
 from .sampling import SamplingFields
 from .stream import ClientGone, EventStream, Reply, Sse, whole
 
+EXPERTS_HEADER = "X-Moestro-Experts"
 CLIENT_GONE_STATUS = 499  # seen by nobody but a log in between
 
 
@@ -69,11 +70,17 @@ async def respond(
     """
     request.state.accepted = True
     track.prompt_tokens = stream.prompt_tokens
+    headers = {EXPERTS_HEADER: experts_words(body.expert_density(parts.settings))}
     if body.stream:
         sse = Sse(reply, track, parts.worker, body.include_usage, body.usage_in_every_chunk)
-        return EventStream(sse, stream, parts.settings.keep_alive)
+        return EventStream(sse, stream, parts.settings.keep_alive, headers)
     try:
         answer = await whole(reply, stream, request.receive, track, parts.worker)
     except ClientGone:
         return Response(status_code=CLIENT_GONE_STATUS)
-    return Response(answer, media_type="application/json")
+    return Response(answer, media_type="application/json", headers=headers)
+
+
+def experts_words(density: float | None) -> str:
+    """Who was asked to choose the experts, known before the prompt is computed."""
+    return "token" if density is None else f"sequence; density={density:g}"

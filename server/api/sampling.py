@@ -1,13 +1,14 @@
 """The fields that say how tokens are chosen: the same in all APIs."""
 
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from moestro.engine import GrammarRefused, PromptTooLong, SamplingParams
 from moestro.server.contract import Worker
+from moestro.server.facts import Settings
 
 from .structure import STRUCTURES, AnyJson, Structure, structure_of
 from .values import Biases, Number, Penalty, Seed, Share, StopIds, Stops, Temperature, Whole
@@ -21,6 +22,25 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
     continuous_usage_stats: bool | None = Field(None, description="the usage in every chunk")
+
+
+class ExpertsFields(BaseModel):
+    """Who chooses the experts of the answer: each token, or the prompt for all of it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    mode: Literal["token", "sequence"]
+    density: Number | None = Field(
+        None, gt=0, le=1, description="share of experts that the prompt keeps; of sequence alone"
+    )
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> Self:
+        if self.mode == "token" and self.density is not None:
+            raise PydanticCustomError(
+                "density", "{param}: density belongs to mode sequence", {"param": "experts"}
+            )
+        return self
 
 
 class SamplingFields(BaseModel):
@@ -51,6 +71,7 @@ class SamplingFields(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    experts: ExpertsFields | None = Field(None, description="null or absent: as the server is set")
     response_format: AnyJson = None
     structured_outputs: AnyJson = None
     guided_json: AnyJson = None
@@ -86,6 +107,14 @@ class SamplingFields(BaseModel):
     @property
     def usage_in_every_chunk(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    def expert_density(self, settings: Settings) -> float | None:
+        """Share of the experts that the prompt keeps for the answer; None: tokens choose."""
+        mode = settings.experts_mode if self.experts is None else self.experts.mode
+        if mode == "token":
+            return None
+        asked = None if self.experts is None else self.experts.density
+        return settings.experts_density if asked is None else asked
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:

@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -185,8 +185,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, sse: Sse, stream: Joined, keep_alive_s: float) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self, sse: Sse, stream: Joined, keep_alive_s: float, headers: Mapping[str, str]
+    ) -> None:
+        """`headers`: beside those of every stream."""
+        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers={**own, **headers})
         del self.headers["content-length"]
         self._sse = sse
         self._stream = stream

@@ -157,6 +157,8 @@ def serve(
     expert_format: flags.ExpertFormat = None,
     dense_format: flags.DenseFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
+    experts_mode: flags.ExpertsMode = None,
+    experts_density: flags.ExpertsDensity = None,
     no_prefetch: flags.NoPrefetch = False,
     no_host_compute: flags.NoHostCompute = False,
     prefetch_experts: flags.PrefetchExperts = None,

@@ -106,6 +106,25 @@ ExpertsPerToken = Annotated[
         help="Experts that each token uses. [default: the model's own]",
     ),
 ]
+ExpertsMode = Annotated[
+    str | None,
+    Option(
+        "--experts-mode",
+        metavar="MODE",
+        help="Who chooses the experts of an answer, where its request does not say: token (the"
+        " model's router, token by token) or sequence (the prompt, once for all of it: other"
+        " answers, and no misses once they are here). [default: token]",
+    ),
+]
+ExpertsDensity = Annotated[
+    str | None,
+    Option(
+        "--experts-density",
+        metavar="D",
+        help="Share of each layer's experts that a prompt keeps in mode sequence, where its request"
+        " does not say. [default: 0.5]",
+    ),
+]
 NoPrefetch = Annotated[
     bool,
     Option("--no-prefetch", help="Load experts only when asked for. [default: guess ahead]"),

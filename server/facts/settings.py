@@ -39,6 +39,7 @@ _SIZE_FORM = "a size above 0 such as 16MiB, 2GiB, 500MB or a number of bytes"
 _COUNT_FORM = "a whole number above 0"
 _MOST_BYTES = (1 << 63) - 1
 _SHOWN_CHARS = 100
+ExpertsMode = Literal["token", "sequence"]
 LEAST_STEP_TOKENS = 16  # as many sequences run together, each decodes one token a step
 
 
@@ -163,6 +164,10 @@ class Settings(Places):
         "native", description="a dense format (native, int8)"
     )
     experts_per_token: Count | None = None
+    experts_mode: ExpertsMode = Field("token", description="who chooses experts (token, sequence)")
+    experts_density: float = Field(
+        0.5, gt=0, le=1, description="a share of the experts, above 0 and at most 1"
+    )
     prefetch: bool = Field(True, description="true or false")
     host_compute: bool = Field(True, description="true or false")
     prefetch_experts: Count = Field(
@@ -279,6 +284,7 @@ class Settings(Places):
             link=None if self.emulate_link is None else LinkSpec(*self.emulate_link),
             kv_memory_bytes=self.kv_memory,
             experts_per_token=self.experts_per_token,
+            sequence_density=self.experts_density if self.experts_mode == "sequence" else None,
             prefetch=self.prefetch,
             host_compute=self.host_compute,
             prefetch_experts=self.prefetch_experts,

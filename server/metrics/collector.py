@@ -52,6 +52,7 @@ class EngineCollector(Collector):
         yield from _of_transfers(stats)
         yield from _of_host_tier(stats)
         yield from _of_prefetch(stats)
+        yield from _of_selection(stats)
         yield from _of_memory(stats)
 
 
@@ -174,6 +175,17 @@ def _of_prefetch(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("prefetch_account_seconds", words, account, ("side",))
     words = "Experts read again that had made room for a wrong guess"
     yield _counter("prefetch_rereads", words, cache.prefetch_rereads)
+
+
+def _of_selection(stats: EngineStats) -> Iterator[Metric]:
+    found = stats.selection
+    requests: Labelled = {(mode,): count for mode, count in found.requests.items()}
+    words = "Prompts computed, by who chooses the experts of their answers"
+    yield _counter("sequence_experts_requests", words, requests, ("mode",))
+    words = "Experts, over all layers, that prompts kept for their answers"
+    yield _counter("sequence_experts_kept", words, found.kept_experts)
+    words = "Experts, over all layers, that these prompts chose from"
+    yield _counter("sequence_experts_offered", words, found.known_experts)
 
 
 def _of_memory(stats: EngineStats) -> Iterator[Metric]:

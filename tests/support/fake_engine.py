@@ -29,6 +29,7 @@ from moestro.engine import (
     PromptTooLong,
     RecallStats,
     SamplingParams,
+    SelectionStats,
     TemplateFacts,
     TemplateRefused,
     Timings,
@@ -104,6 +105,9 @@ STATS = EngineStats(
             RecallStats(guessed=0, right=0, asked=0, chosen=0, chosen_right=0),
             RecallStats(guessed=10, right=8, asked=9, chosen=4, chosen_right=3),
         ),
+    ),
+    selection=SelectionStats(
+        requests={"token": 5, "sequence": 2, "short_prompt": 1}, kept_experts=16, known_experts=32
     ),
 )
 

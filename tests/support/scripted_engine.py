@@ -30,6 +30,7 @@ class ScriptedRunner:
     """`answers[i][k]` is token k of answer i; all answers begin with the first one's."""
 
     held_sequences = 0
+    selection = None
 
     def __init__(self, answers: Sequence[Sequence[int]]) -> None:
         self._answers = answers

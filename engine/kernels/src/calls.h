@@ -19,6 +19,7 @@ typedef struct {
     float alpha, limit;
     uint8_t *scratch;
     int64_t scratch_bytes;
+    float *energies; /* [any], by places: |activation|^2 of each row of `moestro_experts`; or NULL */
 } expert_call;
 
 /* Each returns 0, or, having done nothing, how many bytes of scratch it needs. */

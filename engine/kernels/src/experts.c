@@ -291,15 +291,27 @@ typedef struct {
     int64_t stride;
 } activations;
 
+static float energy(const float *x, int width)
+{
+    double sum = 0;
+    for (int i = 0; i < width; i++)
+        sum += (double)x[i] * x[i];
+    return (float)sum;
+}
+
 static void activate_item(void *context, int row)
 {
     const activations *a = context;
-    int e = a->call->count - 1;
-    while (a->call->starts[e] > row)
+    const expert_call *call = a->call;
+    int e = call->count - 1;
+    while (call->starts[e] > row)
         e--;
-    current_isa()->activate(a->call->activation, a->inner + row * a->stride,
-                            a->active + row * a->stride, a->call->experts[e]->down.inputs,
-                            a->call->alpha, a->call->limit);
+    float *active = a->active + row * a->stride;
+    const int width = call->experts[e]->down.inputs;
+    current_isa()->activate(call->activation, a->inner + row * a->stride, active, width, call->alpha,
+                            call->limit);
+    if (call->energies)
+        call->energies[call->places[row]] = energy(active, width);
 }
 
 static void whole_call(const expert_call *call, scratch *from)

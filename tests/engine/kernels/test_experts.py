@@ -217,3 +217,33 @@ def test_results_are_summed_in_their_order(width: int, instruction_set: str) -> 
     results[5, 0] = float("nan")
     found = combine(weights, results)
     assert found[1, 0].isnan() and torch.isfinite(found[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("counts", [(1, 0, 2), (40, 3, 17)])
+def test_energies_are_the_activations_squared_norms_and_change_no_result(
+    counts: tuple[int, ...], instruction_set: str
+) -> None:
+    """In the places of the results; those of no row stay. By activations known and unknown."""
+    torch.manual_seed(0)
+    rows, function = torch.randn(20, WIDTH), ACTIVATIONS[SILU_MUL]
+    experts = [made(form, 48, gated=True, bias=True) for form in FLOATS]
+    tiles, routed = [each.tile for each in experts], dealt(counts, len(rows))
+    total, found = sum(counts), []
+    for own in ((SILU_MUL, ALPHA, LIMIT), function):
+        energies, out = torch.full((total + 1,), 7.0), torch.empty((total, WIDTH))
+        multiply_experts(tiles, routed, rows, out, own, Scratch(), energies)
+        assert energies[total] == 7
+        plain = run(experts, counts, rows, SILU_MUL if isinstance(own, tuple) else own)
+        assert torch.equal(out, plain)
+        found.append(energies[:total])
+    owners = [expert for expert, count in zip(experts, counts, strict=True) for _ in range(count)]
+    exact = torch.empty(total, dtype=torch.double)
+    for row, who in enumerate(owners):
+        bias = who.biases[0]
+        assert bias is not None
+        taken = rows[(3 * row) % len(rows)][None].double()
+        exact[routed.places[row]] = (
+            function(F.linear(taken, who.weights[0], bias.double())).square().sum()
+        )
+    for energies in found:
+        assert torch.allclose(energies.double(), exact, rtol=1e-4)

@@ -111,6 +111,7 @@ def test_logits_that_are_not_finite_end_one_request_alone(loaded: Loaded) -> Non
         """The real runner, whose second row turns to NaN."""
 
         held_sequences = 0
+        selection = None
         forget = staticmethod(engine.runner.forget)
 
         @staticmethod
@@ -184,6 +185,7 @@ class FailingOnce:
     def __init__(self, engine: Engine, error: Exception) -> None:
         self._engine, self._error, self._real = engine, error, engine.runner
         self.held_sequences = 0
+        self.selection = None
         self.forget = engine.runner.forget
 
     def run(self, _: object) -> Ran:

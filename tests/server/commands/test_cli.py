@@ -51,6 +51,8 @@ def test_help_tells_the_true_defaults():
         ("--device", settings.device),
         ("--expert-format", settings.expert_format),
         ("--prefetch-experts", settings.prefetch_experts),
+        ("--experts-mode", settings.experts_mode),
+        ("--experts-density", settings.experts_density),
     ):
         block = re.search(rf"  {flag} .*?(?=\n  --|\Z)", text, re.DOTALL)
         assert block is not None
@@ -60,7 +62,8 @@ def test_help_tells_the_true_defaults():
 def test_flags_are_those_that_were_promised():
     promised = (
         "--host --port --device --device-memory --emulate-link --host-memory --kv-memory "
-        "--expert-format --dense-format --experts-per-token --no-prefetch --no-host-compute "
+        "--expert-format --dense-format --experts-per-token "
+        "--experts-mode --experts-density --no-prefetch --no-host-compute "
         "--prefetch-experts --threads "
         "--max-model-len --max-step-tokens --served-model-name --cache-dir "
         "--api-key --api-key-file --allow-origin --help"

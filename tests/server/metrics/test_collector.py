@@ -51,6 +51,10 @@ def test_values():
     assert samples["prefetch_account_seconds_total", "gain"] == 0.75
     assert samples["prefetch_account_seconds_total", "cost"] == 0.5
     assert samples[("prefetch_rereads_total",)] == 1
+    assert samples["sequence_experts_requests_total", "sequence"] == 2
+    assert samples["sequence_experts_requests_total", "short_prompt"] == 1
+    assert samples[("sequence_experts_kept_total",)] == 16
+    assert samples[("sequence_experts_offered_total",)] == 32
 
 
 def test_guesses_are_counted_by_layer():

@@ -49,6 +49,9 @@ TOO_MANY: list[tuple[str, Any]] = [
     ("model", "../../etc/passwd\0" * 500),
     ("model", LONE),
     ("user", 3),
+    ("experts", {"mode": "sequence", "density": INF}),
+    ("experts", {"mode": "sequence", "density": DIGITS}),
+    ("experts", {"mode": LONE}),
 ]
 PROMPTS: list[Any] = [
     *(None, "", [], [[]], [""], [1, "a"], ["a", 1], {}, 3, True, [True], [1.5], [-1], [999]),

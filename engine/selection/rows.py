@@ -1,0 +1,211 @@
+"""What the rows of one pass have to do with their sequences' choice of experts.
+
+Rows of a prompt that asks for it are looked at: each routed expert's share of the squared norms of
+the activations. Rows of a sequence whose prompt has chosen are routed again, among the experts that
+it keeps. Rows of all others are left alone, to the bit.
+
+Shape letters: T rows of a pass, n some of them, k experts per token, E experts, L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moestro.engine.facts import index_on
+
+from .ranking import Ranking
+
+
+class PromptShares:
+    """Sums over a prompt's tokens; they add up over its chunks."""
+
+    def __init__(self, num_experts: Sequence[int], device: torch.device) -> None:
+        """`num_experts` of each layer."""
+        self.tokens = 0
+        self._sums = [
+            torch.zeros(count + 1, dtype=torch.float64, device=device) for count in num_experts
+        ]
+
+    def add(self, layer: int, ids: torch.Tensor, energies: torch.Tensor) -> None:
+        """`ids` and `energies` [n, k]: squared norms of the activations of each token's experts.
+
+        A token counts 1 in all. Ids of no expert, and tokens without any activation, count 0.
+        """
+        sums, exact = self._sums[layer], energies.double()
+        parts = exact / exact.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        sums.index_add_(0, ids.reshape(-1).clamp(max=len(sums) - 1), parts.reshape(-1))
+
+    def shares(self) -> list[list[float]]:
+        """[L][E]: the mean over the prompt's tokens."""
+        return [(sums[:-1] / max(1, self.tokens)).tolist() for sums in self._sums]
+
+
+class Kept:
+    """The experts that one sequence keeps."""
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[int, ...]],
+        num_experts: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """`layers`: experts of each, the most important first."""
+        self.layers = tuple(layers)
+        self.masks: list[torch.Tensor] = []  # bool [E + 1]; the last stands for ids of no expert
+        for experts, count in zip(self.layers, num_experts, strict=True):
+            mask = torch.zeros(count + 1, dtype=torch.bool, device=device)
+            mask[index_on(experts, device)] = True
+            self.masks.append(mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A pass's rows as a layer's experts are given them: some stand there more than once."""
+
+    ids: torch.Tensor  # [T + len(again), k]
+    weights: torch.Tensor  # the same
+    again: tuple[int, ...]  # the rows that those behind the first T repeat, with other experts
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T + len(again), H]"""
+        if not self.again:
+            return hidden
+        return torch.cat([hidden, hidden.index_select(0, index_on(self.again, hidden.device))])
+
+    def joined(self, out: torch.Tensor) -> torch.Tensor:
+        """[T + len(again), H] -> [T, H]: added up in their order, whatever the company."""
+        tokens = len(out) - len(self.again)
+        for place, row in enumerate(self.again, tokens):
+            out[row] += out[place]
+        return out[:tokens]
+
+
+class StepRows:
+    """The rows of one pass, in packed order."""
+
+    def __init__(
+        self,
+        tokens: int,
+        prompts: Sequence[tuple[int, int, PromptShares]],
+        kept: Mapping[int, Kept],
+        kept_weight: float | None,
+        rankings: Sequence[Ranking | None],
+    ) -> None:
+        """`tokens`: T. `prompts`: rows [start, end) to be looked at; `kept`: by row.
+
+        `kept_weight`: every kept expert runs, with this weight; None: the router chooses among
+        them, where `rankings` has its order of all; else of its own choice the kept ones stay.
+        """
+        self._tokens, self._prompts = tokens, prompts
+        self._kept, self._weight = kept, kept_weight
+        self._rankings = rankings
+
+    @property
+    def looks(self) -> bool:
+        """The activations' squared norms are asked for."""
+        return bool(self._prompts)
+
+    def look(self, layer: int, ids: torch.Tensor, energies: torch.Tensor) -> None:
+        """`ids` [T, k] as the router gave them; `energies` [at least T * k]."""
+        k = ids.shape[1]
+        for start, end, shares in self._prompts:
+            shares.add(layer, ids[start:end], energies[start * k : end * k].view(-1, k))
+
+    def spread(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> Spread:
+        """What becomes of `ids` and `weights` [T, k], the router's choice for `hidden` [T, H]."""
+        assert len(ids) == self._tokens, "a row of the experts is no token"
+        if not self._kept:
+            return Spread(ids, weights, ())
+        if self._weight is not None:
+            return self._all_kept(layer, ids, weights, self._weight)
+        rows = index_on(list(self._kept), ids.device)
+        mask = torch.stack([kept.masks[layer] for kept in self._kept.values()])
+        own_ids, own = ids.index_select(0, rows), weights.index_select(0, rows)
+        ranking = self._rankings[layer]
+        if ranking is None:
+            return Spread(ids, weights.index_copy(0, rows, only_kept(own_ids, own, mask)), ())
+        ranks = ranking(hidden.index_select(0, rows))
+        own_ids, own = best_kept(own_ids, own, mask, ranks)
+        return Spread(ids.index_copy(0, rows, own_ids), weights.index_copy(0, rows, own), ())
+
+    def guesses(self, layer: int, guessed: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Experts of `layer` that each row will ask for, the likeliest first.
+
+        `guessed` [T or more][k]: what its router said. A fixed set comes whole, what was said
+        before the rest.
+        """
+        found = [list(row) for row in guessed[: self._tokens]]  # what stands there again, once
+        for row, kept in self._kept.items():
+            experts = kept.layers[layer]
+            said = [] if self._weight is not None else [e for e in found[row] if e in experts]
+            found[row] = list(dict.fromkeys([*said, *experts]))
+        return found
+
+    def _all_kept(
+        self, layer: int, ids: torch.Tensor, weights: torch.Tensor, weight: float
+    ) -> Spread:
+        """Every k of a row's kept experts make one row; the first stays in its place."""
+        k, again = ids.shape[1], list[int]()
+        experts: list[list[int]] = []
+        shares: list[list[float]] = []
+        first, behind = list[int](), list[int]()
+        for row, kept in self._kept.items():
+            chosen = kept.layers[layer]
+            for at in range(0, len(chosen), k):
+                some = list(chosen[at : at + k])
+                (behind if at else first).append(len(experts))
+                again += [row] if at else []
+                experts.append(some + [0] * (k - len(some)))
+                shares.append([weight] * len(some) + [0.0] * (k - len(some)))
+        own_ids = torch.tensor(experts, dtype=ids.dtype, device=ids.device)
+        own_shares = torch.tensor(shares, dtype=weights.dtype, device=weights.device)
+        rows, here, there = (index_on(x, ids.device) for x in (list(self._kept), first, behind))
+        ids = ids.index_copy(0, rows, own_ids.index_select(0, here))
+        weights = weights.index_copy(0, rows, own_shares.index_select(0, here))
+        if again:
+            ids = torch.cat([ids, own_ids.index_select(0, there)])
+            weights = torch.cat([weights, own_shares.index_select(0, there)])
+        return Spread(ids, weights, tuple(again))
+
+
+def only_kept(ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`weights` [n, k] of `ids` [n, k], 0 where `mask` [n, E + 1] has none of its experts.
+
+    The others of a row are scaled, so that their sum stays; where none is left, the one of the
+    largest weight is. Ids of no expert keep their weight.
+    """
+    none = mask.shape[1] - 1
+    real = ids < none
+    inside = mask.gather(1, ids.clamp(max=none)) & (weights != 0)
+    best = torch.where(real, weights, -torch.inf).argmax(dim=1, keepdim=True)
+    first = torch.zeros_like(real).scatter_(1, best, True)
+    inside = torch.where(inside.any(dim=1, keepdim=True), inside, first)
+    exact = weights.float()
+    left = torch.where(inside, exact, 0.0)
+    whole = torch.where(real, exact, 0.0).sum(dim=1, keepdim=True)
+    sums = left.sum(dim=1, keepdim=True)
+    factor = torch.where(sums == 0, 0.0, whole / torch.where(sums == 0, 1.0, sums))
+    return torch.where(real, (left * factor).to(weights.dtype), weights)
+
+
+def best_kept(
+    ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor, ranks: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ids` and `weights` [n, k], or the k first experts of `ranks` that `mask` [n, E + 1] has.
+
+    As if the others' logits were -inf, but that a row's weights keep their sum. A choice that the
+    mask has whole stays as it is, to the bit.
+    """
+    k, (all_ids, all_weights) = ids.shape[1], ranks
+    whole = mask.gather(1, ids).all(dim=1, keepdim=True)
+    inside = mask.gather(1, all_ids)
+    first = inside.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+    found = all_ids.gather(1, first)
+    shares = torch.where(inside, all_weights.float(), 0.0).gather(1, first)
+    sums = shares.sum(dim=1, keepdim=True)
+    factor = weights.float().sum(dim=1, keepdim=True) / torch.where(sums == 0, 1.0, sums)
+    chosen = (shares * factor).to(weights.dtype)
+    return torch.where(whole, ids, found.to(ids.dtype)), torch.where(whole, weights, chosen)

@@ -1,0 +1,120 @@
+"""Every running sequence that wants its own experts: from its prompt's shares to what it keeps."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from moestro.engine.facts import SEQUENCE_CHOICES, SelectionStats
+
+from .keep import largest
+from .ranking import Ranking
+from .rows import Kept, PromptShares, StepRows
+
+Key = tuple[int, int]  # of a sequence
+
+
+class PartRows(NamedTuple):
+    """Rows of one sequence in a pass."""
+
+    key: Key
+    first_token: int  # of the sequence, that the first row is
+    tokens: int
+    prompt_tokens: int
+    density: float | None  # of the experts to keep; None: every token chooses
+
+
+class SequenceExperts:
+    """One for a model. `begin` a pass, `end` it when it has succeeded; `fork` and `forget`."""
+
+    def __init__(
+        self,
+        num_experts: Sequence[int],
+        kept_weight: float | None,
+        least_prompt_tokens: int,
+        device: torch.device,
+        rankings: Sequence[Ranking | None],
+    ) -> None:
+        """`num_experts` of each layer; `kept_weight` and `rankings` as in StepRows.
+
+        Prompts shorter than `least_prompt_tokens` tell too little: their tokens choose.
+        """
+        self._num_experts = tuple(num_experts)
+        self._weight = kept_weight
+        self._least_tokens = least_prompt_tokens
+        self._device = device
+        self._rankings = tuple(rankings)
+        self._shares: dict[Key, PromptShares] = {}  # of prompts that are being computed
+        self._kept: dict[Key, Kept] = {}
+        self._requests = dict.fromkeys(SEQUENCE_CHOICES, 0)
+        self._kept_experts, self._known_experts = 0, 0
+
+    def stats(self) -> SelectionStats:
+        return SelectionStats(dict(self._requests), self._kept_experts, self._known_experts)
+
+    @property
+    def held_sequences(self) -> int:
+        return len(self._shares.keys() | self._kept.keys())
+
+    def begin(self, parts: Sequence[PartRows]) -> StepRows | None:
+        """`parts` in packed order; None where every token of them chooses."""
+        prompts: list[tuple[int, int, PromptShares]] = []
+        kept: dict[int, Kept] = {}
+        row = 0
+        for part in parts:
+            if (own := self._kept.get(part.key)) is not None:
+                kept |= dict.fromkeys(range(row, row + part.tokens), own)
+            elif self._looks_at(part):
+                shares = self._shares.setdefault(part.key, self._no_shares())
+                prompts.append((row, row + _prompt_rows(part), shares))
+            row += part.tokens
+        if not prompts and not kept:
+            return None
+        return StepRows(row, prompts, kept, self._weight, self._rankings)
+
+    def end(self, parts: Sequence[PartRows]) -> None:
+        """`parts` have been computed: where a prompt ends, its sequence chooses."""
+        for part in parts:
+            if part.key in self._shares:
+                self._shares[part.key].tokens += _prompt_rows(part)
+            if part.first_token < part.prompt_tokens <= part.first_token + part.tokens:
+                self._choose(part)
+
+    def kept(self, key: Key) -> tuple[tuple[int, ...], ...] | None:
+        """Experts of each layer, the largest share first; None: every token chooses."""
+        found = self._kept.get(key)
+        return None if found is None else found.layers
+
+    def fork(self, key: Key, twins: Iterable[Key]) -> None:
+        """Answers to the same prompt keep the same experts."""
+        if key in self._kept:
+            self._kept |= dict.fromkeys(twins, self._kept[key])
+
+    def forget(self, key: Key) -> None:
+        self._shares.pop(key, None)
+        self._kept.pop(key, None)
+
+    def _looks_at(self, part: PartRows) -> bool:
+        long_enough = part.prompt_tokens >= self._least_tokens
+        return part.density is not None and long_enough and _prompt_rows(part) > 0
+
+    def _no_shares(self) -> PromptShares:
+        return PromptShares(self._num_experts, self._device)
+
+    def _choose(self, part: PartRows) -> None:
+        shares = self._shares.pop(part.key, None)
+        if part.density is None:
+            self._requests["token"] += 1
+        elif shares is None:
+            self._requests["short_prompt"] += 1
+        else:
+            layers = [largest(each, part.density) for each in shares.shares()]
+            self._kept[part.key] = Kept(layers, self._num_experts, self._device)
+            self._requests["sequence"] += 1
+            self._kept_experts += sum(map(len, layers))
+            self._known_experts += sum(self._num_experts)
+
+
+def _prompt_rows(part: PartRows) -> int:
+    """How many of its rows, the first ones, are of the prompt."""
+    return max(0, min(part.tokens, part.prompt_tokens - part.first_token))

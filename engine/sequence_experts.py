@@ -1,0 +1,70 @@
+"""What a model lets a sequence have of its own: which experts, and who chooses among them."""
+
+import logging
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from moestro.engine.facts import NO_SEQUENCE_EXPERTS, EngineConfig, StartError
+from moestro.engine.kernels import Router, route
+from moestro.engine.model import RouterPlace, ThinRouter
+from moestro.engine.planning import Blueprint
+from moestro.engine.selection import Ranking, SequenceExperts, ranking_of
+
+log = logging.getLogger("moestro.engine")
+
+
+def sequence_experts(
+    config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel
+) -> SequenceExperts | None:
+    """None where the model cannot: a row of what its experts read is no token, or the one expert of
+
+    a token is all that is known of the choice. `model` has its weights and lane.
+
+    In a factorized model all kept experts run, each with the weight that one of its chosen ones
+    has; elsewhere its router chooses. Raises StartError where that is asked of all requests.
+    """
+    if not blueprint.topology.rows_are_tokens:
+        _refuse_default(config)
+        return None
+    counts = [entry.num_experts for entry in blueprint.experts]
+    weight, rankings = None, list[Ranking | None]([None] * len(counts))
+    if blueprint.manifest is not None:
+        weight, how = 1 / blueprint.experts_per_token, "all that it keeps run"
+    else:
+        places = zip(blueprint.topology.routers, counts, strict=True)
+        with torch.inference_mode():
+            rankings = [_ranking(model, place, count) for place, count in places]
+        if not any(rankings) and max(blueprint.topology.experts_per_token) == 1:
+            _refuse_default(config)  # a choice of one cannot be cut down
+            return None
+        known = sum(each is not None for each in rankings)
+        how = f"the routers of {known} of {len(counts)} layers choose among those that it keeps"
+        how += "" if known == len(counts) else ", the others' choices are cut down to them"
+    log.info("experts of a sequence (mode sequence): %s", how)
+    least, place = config.sequence_least_tokens, blueprint.device.place
+    return SequenceExperts(counts, weight, least, place, rankings)
+
+
+def _refuse_default(config: EngineConfig) -> None:
+    """Raises StartError where all requests shall have what this model cannot."""
+    if config.sequence_density is not None:
+        raise StartError(f"--experts-mode sequence: {NO_SEQUENCE_EXPERTS}; leave it out")
+
+
+def _ranking(model: PreTrainedModel, place: RouterPlace | None, count: int) -> Ranking | None:
+    """None where its router cannot be asked for the order of all `count` experts."""
+    if place is None or not place.reads_as_experts:
+        return None
+    router = model.get_submodule(place.path)
+    found = ranking_of(router, place.ids_index, place.given_too(model), count)
+    thin = router.__dict__.get("forward")
+    if found is not None and isinstance(thin, ThinRouter):
+        return partial(_route, thin.router._replace(k=count))
+    return found
+
+
+def _route(router: Router, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _, shares, ids = route(rows.contiguous(), router)
+    return ids, shares
