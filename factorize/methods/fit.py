@@ -1,4 +1,7 @@
-"""Makes a plan out of a dense model and calibration texts. Minutes on one thread, not seconds."""
+"""The chain that makes a plan: collect -> split -> route, layer by layer.
+
+Minutes on one thread, not seconds.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,17 +10,36 @@ from pathlib import Path
 import torch
 
 from moestro.engine import Progress, ProgressFn
-from moestro.factorize.facts import Plan, PlanFacts, SplitOptions
+from moestro.factorize.facts import (
+    Plan,
+    PlanFacts,
+    RouterWeights,
+    SplitOptions,
+    WorkFolder,
+    key_of,
+)
 from moestro.factorize.sources import DenseModel
 
-from .calibration import LayerSample, layer_samples, load_dense, load_tokenizer, read_windows
-from .routing import expert_norms, fit_router, hit_rate
+from .calibration import LayerSample, load_tokenizer, read_windows
+from .collect import layer_samples
+from .routing import Activity, fit_ridge, hit_rate, observe
+from .scale import best_scale, fixed_scale
 from .split import split_neurons
+from .trained_router import nearest_experts, train_router
 
-METHOD = (
-    "hottest neurons shared; the others in equal groups by the linearly foreseeable part of their "
-    "activity; ridge router on the root of each group's output norm"
-)
+SPLIT_WORDS = {
+    "coactivation": "in equal groups by the linearly foreseeable part of their activity",
+    "kmeans": "in equal groups by their gates' weights",
+    "importance": "given to the kind of text that they matter most to",
+    "contiguous": "in equal slices of the checkpoint's order",
+    "random": "in equal groups at random",
+}
+ROUTER_WORDS = {
+    "ridge": "ridge router on the root of each group's output norm",
+    "prior": "router trained towards the experts nearest to the dense output",
+    "norm": "router trained on each group's output norm",
+    "moefication": "router trained on each group's share of the activation",
+}
 
 
 def make_plan(
@@ -26,11 +48,13 @@ def make_plan(
     calibration_texts: Sequence[Path],
     progress: ProgressFn,
     command: str = "",
+    work: Path | None = None,
 ) -> Plan:
     """Equal inputs give an equal plan on one machine; elsewhere sums may round otherwise.
 
-    Raises SourceRefused for a model without an exact twin, FactorizeError for unfit options or
-    texts that are too short.
+    `work` keeps what the dense model did, for the next plan from the same weights and texts and for
+    a run after a stopped one. Raises SourceRefused for a model without an exact twin,
+    FactorizeError for unfit options, texts that are too short, or a damaged `work`.
     """
     dense = DenseModel.open(source)
     options.expert_neurons(dense.neurons)
@@ -40,34 +64,69 @@ def make_plan(
         options.calibration_tokens,
         options.window_tokens,
     )
+    source_sha256 = dense.content_sha256()
+    texts_sha256 = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    kept = None
+    if work is not None:
+        kept = WorkFolder(work / f"collect-{key_of(source_sha256, texts_sha256)}")
     progress(Progress("calibrate", 0, dense.layers, "layers"))
-    orders, routers, hits = [], [], []
-    for sample in layer_samples(load_dense(source), windows):
-        order, router, hit = _fit_layer(sample, options)
-        orders.append(order)
-        routers.append(router)
-        hits.append(hit)
-        progress(Progress("calibrate", len(orders), dense.layers, "layers"))
+    fits = []
+    for sample in layer_samples(dense, windows, kept):
+        fits.append(_fit_layer(sample, options))
+        progress(Progress("calibrate", len(fits), dense.layers, "layers"))
+    orders, routers, scales, hits = zip(*fits, strict=True)
     width = torch.int16 if dense.neurons <= 1 << 15 else torch.int32
     facts = PlanFacts(
         source=source.name,
-        source_sha256=dense.content_sha256(),
-        texts_sha256=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        method=METHOD,
+        source_sha256=source_sha256,
+        texts_sha256=texts_sha256,
+        method=method_words(options),
         command=command,
         router_hit=round(sum(hits) / len(hits), 4),
         options=options,
     )
-    return Plan(torch.stack(orders).to(width), torch.stack(routers), facts)
+    return Plan(
+        torch.stack(orders).to(width), RouterWeights.stack(routers), facts, torch.tensor(scales)
+    )
+
+
+def method_words(options: SplitOptions) -> str:
+    return (
+        f"hottest neurons shared; the others {SPLIT_WORDS[options.split]}; "
+        f"{ROUTER_WORDS[options.router]}"
+    )
 
 
 @torch.no_grad()
 def _fit_layer(
     sample: LayerSample, options: SplitOptions
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(order [I], router [E, H], hit rate on the calibration tokens themselves)."""
-    shared, groups = split_neurons(sample, options.shared_neurons, options.experts, options.seed)
-    norms = expert_norms(sample.neurons, sample.down, groups)
-    router = fit_router(sample.inputs, norms, options.ridge)
-    hit = hit_rate(sample.inputs, norms, router, options.top_k)
-    return torch.cat([shared, groups.flatten()]), router, hit
+) -> tuple[torch.Tensor, RouterWeights, float, float]:
+    """(order [I], router, scale, hit rate on the calibration tokens themselves)."""
+    shared, groups = split_neurons(
+        options.split, sample, options.shared_neurons, options.experts, options.seed
+    )
+    activity = observe(sample, groups)
+    scale = fixed_scale(options.scale, options.experts, options.top_k)
+    router = _fit_router(sample, groups, activity, options, scale)
+    logits = router.logits(sample.inputs)
+    hit = hit_rate(logits, activity.norms, options.top_k)
+    if options.scale == "calibrated":
+        chosen = logits.topk(options.top_k, dim=1).indices
+        scale = best_scale(sample, groups, activity, chosen)
+    return torch.cat([shared, groups.flatten()]), router, scale, hit
+
+
+def _fit_router(
+    sample: LayerSample,
+    groups: torch.Tensor,
+    activity: Activity,
+    options: SplitOptions,
+    scale: float,
+) -> RouterWeights:
+    if options.router == "ridge":
+        return fit_ridge(activity, options.ridge)
+    if options.scale == "calibrated":
+        # the best one for the experts that point most towards the output: the router's labels
+        # depend on it, and its own choice is not known yet
+        scale = best_scale(sample, groups, activity, nearest_experts(activity, options.top_k, 1.0))
+    return train_router(activity, options, scale)
