@@ -69,9 +69,8 @@ def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> Non
     plan.check_carried()
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
     out.parent.mkdir(parents=True, exist_ok=True)
-    source_bytes = sum(path.stat().st_size for path in set(dense.files.values()))
     wider = storage_dtype(dense.dtype, output_factors(plan)).itemsize / dense.dtype.itemsize
-    require_free(out.parent, int(source_bytes * wider * 1.1), "the model with experts")
+    require_free(out.parent, int(dense.source_bytes * wider * 1.1), "the model with experts")
     with staged(out) as folder:
         _write_weights(folder, _all_tensors(dense, plan, progress))
         twin_config(dense, plan).save_pretrained(folder)

@@ -4,6 +4,7 @@ Minutes on one thread, not seconds.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +21,15 @@ from moestro.factorize.facts import (
 )
 from moestro.factorize.sources import DenseModel
 
-from .calibration import LayerSample, load_tokenizer, read_windows
+from .calibration import LayerSample, load_dense, load_tokenizer, read_windows
 from .collect import layer_samples
 from .routing import Activity, fit_ridge, hit_rate, observe
+from .sampling import sample_windows
 from .scale import best_scale, fixed_scale
 from .split import split_neurons
 from .trained_router import nearest_experts, train_router
+
+log = logging.getLogger("moestro.factorize")
 
 SPLIT_WORDS = {
     "coactivation": "in equal groups by the linearly foreseeable part of their activity",
@@ -52,23 +56,18 @@ def make_plan(
 ) -> Plan:
     """Equal inputs give an equal plan on one machine; elsewhere sums may round otherwise.
 
-    `work` keeps what the dense model did, for the next plan from the same weights and texts and for
-    a run after a stopped one. Raises SourceRefused for a model without an exact twin,
-    FactorizeError for unfit options, texts that are too short, or a damaged `work`.
+    Without texts the model writes one, by the seed. `work` keeps what the dense model did, for the
+    next plan from the same weights and texts and for a run after a stopped one. Raises
+    SourceRefused for a model without an exact twin, FactorizeError for unfit options, texts that
+    are too short, or a damaged `work`.
     """
     dense = DenseModel.open(source)
     options.expert_neurons(dense.neurons)
-    windows = read_windows(
-        load_tokenizer(source),
-        calibration_texts,
-        options.calibration_tokens,
-        options.window_tokens,
-    )
     source_sha256 = dense.content_sha256()
+    place = WorkFolder(work) if work is not None else None
+    windows = _windows(source, options, calibration_texts, place, source_sha256, progress)
     texts_sha256 = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    kept = None
-    if work is not None:
-        kept = WorkFolder(work / f"collect-{key_of(source_sha256, texts_sha256)}")
+    kept = place.inside(f"collect-{key_of(source_sha256, texts_sha256)}") if place else None
     progress(Progress("calibrate", 0, dense.layers, "layers"))
     fits = []
     for sample in layer_samples(dense, windows, kept):
@@ -88,6 +87,38 @@ def make_plan(
     return Plan(
         torch.stack(orders).to(width), RouterWeights.stack(routers), facts, torch.tensor(scales)
     )
+
+
+def _windows(
+    source: Path,
+    options: SplitOptions,
+    texts: Sequence[Path],
+    place: WorkFolder | None,
+    source_sha256: str,
+    progress: ProgressFn,
+) -> torch.Tensor:
+    """[N, S] ids: of the texts, or without any, of one that the model writes or has written."""
+    tokenizer, tokens, window = (
+        load_tokenizer(source),
+        options.calibration_tokens,
+        options.window_tokens,
+    )
+    if texts:
+        return read_windows(tokenizer, texts, tokens, window)
+    name = f"sampled-{key_of(source_sha256, tokens, window, options.seed)}"
+    if place is not None and place.has(name):
+        return place.get(name)["windows"]
+    log.info(
+        "no calibration text given: the dense model writes %d tokens itself, with the seed %d",
+        max(1, tokens // window) * window,
+        options.seed,
+    )
+    model = load_dense(source)
+    vocabulary = min(len(tokenizer), int(model.config.vocab_size))
+    windows = sample_windows(model, vocabulary, tokens, window, options.seed, progress)
+    if place is not None:
+        place.put(name, {"windows": windows})
+    return windows
 
 
 def method_words(options: SplitOptions) -> str:

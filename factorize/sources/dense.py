@@ -61,6 +61,19 @@ class DenseModel:
             raise SourceRefused(f"{folder} has weights of {dtype}; give the unquantized model")
         return cls(folder, config, files, dtype)
 
+    @property
+    def source_bytes(self) -> int:
+        """Of all its weight files."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer's four projections."""
+        heads = int(self.config.num_attention_heads)
+        head_dim = getattr(self.config, "head_dim", None) or self.hidden // heads
+        groups = int(self.config.num_key_value_heads)
+        return int(2 * self.hidden * head_dim * (heads + groups))
+
     def tensors(self) -> "TensorReader":
         return TensorReader(self.files)
 
