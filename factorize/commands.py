@@ -79,6 +79,7 @@ def run_dry(source: str, out: Path, options: SplitOptions, inputs: Inputs) -> st
         neurons=dense.neurons,
         vocabulary=int(dense.config.vocab_size),
         attention_weights=dense.attention_weights,
+        key_width=dense.key_width,
         source_bytes=dense.source_bytes,
         weight_bytes=dense.dtype.itemsize,
     )

@@ -27,6 +27,7 @@ class DenseShape:
     neurons: int
     vocabulary: int
     attention_weights: int  # of one layer
+    key_width: int  # of a token's keys in one layer, all heads together
     source_bytes: int  # of all its files
     weight_bytes: int  # of one stored weight
 
@@ -68,7 +69,7 @@ def forecast(
 def _sample(shape: DenseShape, options: SplitOptions) -> Stage:
     weights = shape.source_bytes // shape.weight_bytes
     rows = min(SAMPLED_AT_ONCE, max(1, options.calibration_tokens // options.window_tokens))
-    keys = 2 * shape.layers * rows * options.window_tokens * shape.hidden * FLOAT_BYTES
+    keys = 2 * shape.layers * rows * options.window_tokens * shape.key_width * FLOAT_BYTES
     logits = 3 * rows * shape.vocabulary * FLOAT_BYTES
     flops = 2.0 * weights * options.calibration_tokens
     return Stage("sample", shape.source_bytes, 0, flops, weights * FLOAT_BYTES + keys + logits)

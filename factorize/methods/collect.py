@@ -69,19 +69,24 @@ class LayerStack:
 
 @torch.no_grad()
 def layer_samples(
-    dense: DenseModel, windows: torch.Tensor, kept: WorkFolder | None = None
+    dense: DenseModel,
+    windows: torch.Tensor,
+    kept: WorkFolder | None = None,
+    start: int = 0,
 ) -> Iterator[LayerSample]:
-    """One sample per layer, first layer first. `windows` [N, S] ids.
+    """One sample per layer, in their order, from the layer `start` on. `windows` [N, S] ids.
 
     What `kept` has is not computed again, and gives the same bits. Raises SourceRefused, and
     FactorizeError when `kept` is damaged or full.
     """
     with dense.tensors() as reader:
         stack = LayerStack(dense, reader, windows.shape[1])
+        if start == dense.layers:
+            return
         first, hidden = 0, None
         if kept is not None:
             first = finished_layers(kept, dense.layers)
-            for index in range(first):
+            for index in range(start, first):
                 yield _again(stack.load(index), kept.get(_name(index))["inputs"], windows)
             hidden = kept.get(HIDDEN)["hidden"] if 0 < first < dense.layers else None
         if hidden is None:
@@ -91,7 +96,8 @@ def layer_samples(
             if kept is not None:
                 kept.put(_name(index), {"inputs": sample.inputs})
                 kept.put(HIDDEN, {"hidden": hidden, "layer": torch.tensor([index])})
-            yield sample
+            if index >= start:
+                yield sample
 
 
 def finished_layers(kept: WorkFolder, layers: int) -> int:

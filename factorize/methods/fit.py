@@ -21,13 +21,10 @@ from moestro.factorize.facts import (
 )
 from moestro.factorize.sources import DenseModel
 
-from .calibration import LayerSample, load_dense, load_tokenizer, read_windows
+from .calibration import load_dense, load_tokenizer, read_windows
 from .collect import layer_samples
-from .routing import Activity, fit_ridge, hit_rate, observe
 from .sampling import sample_windows
-from .scale import best_scale, fixed_scale
-from .split import split_neurons
-from .trained_router import nearest_experts, train_router
+from .stages import Stages
 
 log = logging.getLogger("moestro.factorize")
 
@@ -67,25 +64,27 @@ def make_plan(
     place = WorkFolder(work) if work is not None else None
     windows = _windows(source, options, calibration_texts, place, source_sha256, progress)
     texts_sha256 = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    kept = place.inside(f"collect-{key_of(source_sha256, texts_sha256)}") if place else None
-    progress(Progress("calibrate", 0, dense.layers, "layers"))
-    fits = []
-    for sample in layer_samples(dense, windows, kept):
-        fits.append(_fit_layer(sample, options))
+    stages = Stages(options, place, source_sha256, texts_sha256)
+    fits = stages.routed_before(dense.layers)
+    progress(Progress("calibrate", len(fits), dense.layers, "layers"))
+    for sample in layer_samples(dense, windows, stages.collected, len(fits)):
+        fits.append(stages.fit(len(fits), sample))
         progress(Progress("calibrate", len(fits), dense.layers, "layers"))
-    orders, routers, scales, hits = zip(*fits, strict=True)
-    width = torch.int16 if dense.neurons <= 1 << 15 else torch.int32
     facts = PlanFacts(
         source=source.name,
         source_sha256=source_sha256,
         texts_sha256=texts_sha256,
         method=method_words(options),
         command=command,
-        router_hit=round(sum(hits) / len(hits), 4),
+        router_hit=round(sum(fit.hit for fit in fits) / len(fits), 4),
         options=options,
     )
+    width = torch.int16 if dense.neurons <= 1 << 15 else torch.int32
     return Plan(
-        torch.stack(orders).to(width), RouterWeights.stack(routers), facts, torch.tensor(scales)
+        torch.stack([fit.order for fit in fits]).to(width),
+        RouterWeights.stack([fit.router for fit in fits]),
+        facts,
+        torch.tensor([fit.scale for fit in fits]),
     )
 
 
@@ -122,42 +121,9 @@ def _windows(
 
 
 def method_words(options: SplitOptions) -> str:
-    return (
-        f"hottest neurons shared; the others {SPLIT_WORDS[options.split]}; "
-        f"{ROUTER_WORDS[options.router]}"
-    )
-
-
-@torch.no_grad()
-def _fit_layer(
-    sample: LayerSample, options: SplitOptions
-) -> tuple[torch.Tensor, RouterWeights, float, float]:
-    """(order [I], router, scale, hit rate on the calibration tokens themselves)."""
-    shared, groups = split_neurons(
-        options.split, sample, options.shared_neurons, options.experts, options.seed
-    )
-    activity = observe(sample, groups)
-    scale = fixed_scale(options.scale, options.experts, options.top_k)
-    router = _fit_router(sample, groups, activity, options, scale)
-    logits = router.logits(sample.inputs)
-    hit = hit_rate(logits, activity.norms, options.top_k)
-    if options.scale == "calibrated":
-        chosen = logits.topk(options.top_k, dim=1).indices
-        scale = best_scale(sample, groups, activity, chosen)
-    return torch.cat([shared, groups.flatten()]), router, scale, hit
-
-
-def _fit_router(
-    sample: LayerSample,
-    groups: torch.Tensor,
-    activity: Activity,
-    options: SplitOptions,
-    scale: float,
-) -> RouterWeights:
-    if options.router == "ridge":
-        return fit_ridge(activity, options.ridge)
-    if options.scale == "calibrated":
-        # the best one for the experts that point most towards the output: the router's labels
-        # depend on it, and its own choice is not known yet
-        scale = best_scale(sample, groups, activity, nearest_experts(activity, options.top_k, 1.0))
-    return train_router(activity, options, scale)
+    words = [
+        "hottest neurons shared",
+        f"the others {SPLIT_WORDS[options.split]}",
+        ROUTER_WORDS[options.router],
+    ]
+    return "; ".join(words if options.scale == "one" else [*words, f"scale {options.scale}"])

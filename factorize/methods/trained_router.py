@@ -82,7 +82,7 @@ def train_router(activity: Activity, options: SplitOptions, scale: float) -> Rou
     size = activity.inputs.square().mean(dim=0).sqrt().clamp_min(1e-6)
     inputs = activity.inputs / size
     draw = torch.Generator().manual_seed(options.seed)
-    weights = _untrained(inputs.shape[1], targets.shape[1], options, lesson, draw)
+    weights = _untrained(inputs.shape[1], targets.shape[1], options, draw)
     with torch.enable_grad():
         _train(weights, lesson.loss, inputs, targets, options.router_steps, draw)
     last, first, bias = weights.last.detach(), weights.first, weights.bias
@@ -96,8 +96,13 @@ def train_router(activity: Activity, options: SplitOptions, scale: float) -> Rou
     )
 
 
+def activation_of(options: SplitOptions) -> str:
+    """Behind the first layer; none where the router has none."""
+    return LESSONS[options.router].activation if options.router_hidden else ""
+
+
 def _untrained(
-    hidden: int, experts: int, options: SplitOptions, lesson: Lesson, draw: torch.Generator
+    hidden: int, experts: int, options: SplitOptions, draw: torch.Generator
 ) -> RouterWeights:
     """fp32; a linear router starts at nothing, as its loss has one minimum only."""
     width = options.router_hidden
@@ -107,7 +112,7 @@ def _untrained(
         first = torch.randn(width, hidden, generator=draw) / math.sqrt(hidden)
         last = torch.randn(experts, width, generator=draw) / math.sqrt(width)
     bias = torch.zeros(experts) if options.router_bias else None
-    return RouterWeights(last, first, bias, lesson.activation if width else "")
+    return RouterWeights(last, first, bias, activation_of(options))
 
 
 def _train(

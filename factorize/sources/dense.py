@@ -70,9 +70,16 @@ class DenseModel:
     def attention_weights(self) -> int:
         """Of one layer's four projections."""
         heads = int(self.config.num_attention_heads)
-        head_dim = getattr(self.config, "head_dim", None) or self.hidden // heads
-        groups = int(self.config.num_key_value_heads)
-        return int(2 * self.hidden * head_dim * (heads + groups))
+        return 2 * self.hidden * (heads * self._head_dim() + self.key_width)
+
+    @property
+    def key_width(self) -> int:
+        """Of a token's keys in one layer, all heads together."""
+        return int(self.config.num_key_value_heads) * self._head_dim()
+
+    def _head_dim(self) -> int:
+        own = getattr(self.config, "head_dim", None)
+        return int(own or self.hidden // int(self.config.num_attention_heads))
 
     def tensors(self) -> "TensorReader":
         return TensorReader(self.files)

@@ -112,7 +112,7 @@ def test_what_is_written_is_what_was_foretold(
 
 
 def test_without_a_text_the_model_writes_one(long_dense: Path, tmp_path: Path) -> None:
-    options = replace(SPLIT, calibration_tokens=512)
+    options = replace(SPLIT, calibration_tokens=128, window_tokens=64)
     plans = []
     for name, seed, work in (("a", 0, None), ("b", 0, "work"), ("c", 0, "work"), ("d", 1, None)):
         given = Inputs(work=tmp_path / work if work else None)

@@ -8,6 +8,7 @@ import torch
 from moestro.engine import Progress
 from moestro.factorize import FactorizeError, Plan, make_plan
 from moestro.factorize.facts import WorkFolder
+from moestro.factorize.methods import stages
 from moestro.factorize.methods.calibration import load_dense, read_windows
 from moestro.factorize.methods.collect import LayerStack, finished_layers, layer_samples
 from moestro.factorize.sources import DenseModel
@@ -84,6 +85,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert set(ran) == {2}
     assert resumed.to_bytes() == plan.to_bytes()
     ran.clear()
+    seen: list[int] = []
+    again_whole = make_plan(
+        *again, lambda notice: seen.append(notice.done), command="the command", work=tmp_path
+    )
+    assert (ran, seen) == ([], [3]), "a whole plan is read, layer by layer"
+    assert again_whole.to_bytes() == plan.to_bytes()
     other = replace(plan.facts.options, split="kmeans", router="norm", router_steps=5)
     kept = make_plan(dense, other, texts, quiet, work=tmp_path)
     assert ran == [], "another split and router observe nothing again"
@@ -92,11 +99,25 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert set(ran) == {0, 1, 2}, "other texts are another observation"
 
 
+def test_another_router_takes_the_split_as_it_is(
+    dense: Path, texts: list[Path], plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(plan.facts.options, router_steps=5)
+    make_plan(dense, options, texts, quiet, work=tmp_path)
+    monkeypatch.setattr(stages, "split_neurons", None)  # who calls it now, fails
+    for changes in ({"router": "moefication", "router_hidden": 8}, {"top_k": 1}):
+        other = replace(options, **changes)
+        made = [make_plan(dense, other, texts, quiet, work=tmp_path) for _ in range(2)]
+        assert torch.equal(made[0].order, plan.order)
+        assert made[0].to_bytes() == made[1].to_bytes()
+        assert made[0].facts.options == other
+
+
 def test_a_damaged_work_folder_is_named(
     dense: Path, texts: list[Path], plan: Plan, tmp_path: Path
 ) -> None:
     make_plan(dense, plan.facts.options, texts, quiet, work=tmp_path)
-    path = next(tmp_path.rglob("layer-0001.safetensors"))
+    path = next(tmp_path.glob("route-*/layer-0001.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
