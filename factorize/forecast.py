@@ -17,7 +17,7 @@ from moestro.factorize.methods import (
 
 from .apply import SHARD_BYTES
 
-FLOAT_BYTES = 4
+FLOAT_BYTES, INDEX_BYTES, ROUTER_BYTES = 4, 8, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ def forecast(
     """The stages in their order. `text_bytes` 0: the model writes its own text."""
     making = [
         _collect(shape, options, text_bytes, keeps_work),
-        _split(shape, options),
-        _route(shape, options),
+        _split(shape, options, keeps_work),
+        _route(shape, options, keeps_work),
     ]
     if not text_bytes:
         making.insert(0, _sample(shape, options))
@@ -91,7 +91,7 @@ def _collect(shape: DenseShape, options: SplitOptions, text_bytes: int, keeps_wo
     )
 
 
-def _split(shape: DenseShape, options: SplitOptions) -> Stage:
+def _split(shape: DenseShape, options: SplitOptions, keeps_work: bool) -> Stage:
     tokens, hidden = options.calibration_tokens, shape.hidden
     routed = shape.neurons - options.shared_neurons
     points = {"coactivation": min(tokens, CLUSTER_TOKENS), "kmeans": hidden}.get(options.split, 0)
@@ -103,10 +103,11 @@ def _split(shape: DenseShape, options: SplitOptions) -> Stage:
     held += 2 * routed * points * FLOAT_BYTES
     if points and routed <= SWAP_POINTS:
         held = max(held, 2 * routed * points * FLOAT_BYTES + 3 * routed**2 * FLOAT_BYTES)
-    return Stage("split", 0, 0, shape.layers * flops, _sample_bytes(shape, options) + held)
+    kept = shape.layers * shape.neurons * INDEX_BYTES if keeps_work else 0
+    return Stage("split", 0, kept, shape.layers * flops, _sample_bytes(shape, options) + held)
 
 
-def _route(shape: DenseShape, options: SplitOptions) -> Stage:
+def _route(shape: DenseShape, options: SplitOptions, keeps_work: bool) -> Stage:
     tokens, hidden, experts = options.calibration_tokens, shape.hidden, options.experts
     routed = shape.neurons - options.shared_neurons
     flops = 4.0 * tokens * routed * hidden  # all outputs together and each expert's own
@@ -117,7 +118,9 @@ def _route(shape: DenseShape, options: SplitOptions) -> Stage:
     if options.scale == "calibrated":
         flops += 2.0 * tokens * routed * hidden
     held = tokens * (routed + 3 * hidden + 4 * experts) * FLOAT_BYTES
-    return Stage("route", 0, 0, shape.layers * flops, _sample_bytes(shape, options) + held)
+    per_layer = shape.neurons * INDEX_BYTES + experts * hidden * ROUTER_BYTES
+    kept = shape.layers * per_layer if keeps_work else 0
+    return Stage("route", 0, kept, shape.layers * flops, _sample_bytes(shape, options) + held)
 
 
 def apply_stage(shape: DenseShape, stored_weight_bytes: int) -> Stage:

@@ -98,6 +98,7 @@ def layer_samples(
                 kept.put(HIDDEN, {"hidden": hidden, "layer": torch.tensor([index])})
             if index >= start:
                 yield sample
+            del sample  # before the next layer's is made
 
 
 def finished_layers(kept: WorkFolder, layers: int) -> int:

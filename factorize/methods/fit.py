@@ -69,6 +69,7 @@ def make_plan(
     progress(Progress("calibrate", len(fits), dense.layers, "layers"))
     for sample in layer_samples(dense, windows, stages.collected, len(fits)):
         fits.append(stages.fit(len(fits), sample))
+        del sample  # before the next layer's is made
         progress(Progress("calibrate", len(fits), dense.layers, "layers"))
     facts = PlanFacts(
         source=source.name,
@@ -122,7 +123,7 @@ def _windows(
 
 def method_words(options: SplitOptions) -> str:
     words = [
-        "hottest neurons shared",
+        "hottest neurons shared" if options.shared_neurons else "no neurons shared",
         f"the others {SPLIT_WORDS[options.split]}",
         ROUTER_WORDS[options.router],
     ]

@@ -106,7 +106,10 @@ def test_what_is_written_is_what_was_foretold(
                 written[path] *= notice.done
 
     run_factorize(str(long_dense), tmp_path / "out", SPLIT, given, None, watch)
-    assert sum(written.values()) / 1e6 == pytest.approx(foretold["collect"], rel=0.05)
+    for stage in ("collect", "split", "route"):
+        sizes = [n for path, n in written.items() if path.parent.name.startswith(stage)]
+        # a header of some 200 bytes for each of up to four files
+        assert sum(sizes) / 1e6 == pytest.approx(foretold[stage], rel=0.05, abs=0.06), stage
     size_bytes = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert size_bytes / 1e6 == pytest.approx(foretold["apply"], rel=0.05, abs=0.1)
 

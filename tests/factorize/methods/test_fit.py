@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from moestro.engine import Progress
 from moestro.factorize import FactorizeError, Plan, make_plan
@@ -54,6 +55,28 @@ def test_samples_are_what_the_model_itself_computes(dense: Path) -> None:
     with torch.inference_mode():
         outputs = samples[2].neurons @ samples[2].down.T
         assert torch.allclose(outputs, mlp(samples[2].inputs), atol=1e-5)
+
+
+def test_a_mistral_is_observed_like_a_llama(tmp_path: Path) -> None:
+    config = MistralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=None,
+    )
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    windows = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(0))
+    samples = list(layer_samples(DenseModel.open(tmp_path), windows))
+    model = load_dense(tmp_path)
+    seen: list[torch.Tensor] = []
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        model(windows)
+    assert torch.allclose(samples[1].inputs, seen[0].flatten(0, 1), atol=1e-5)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(

@@ -147,3 +147,25 @@ def test_a_plan_is_shown_without_a_source(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "24 experts of 32; 12 experts a token" in done.stdout
     assert_refused(moestro("factorize", "--show-plan", __file__), "is not a plan of moestro")
+
+
+@pytest.mark.slow  # brings torch
+def test_the_chain_from_the_command_line(tmp_path: Path):
+    from tiny_llama import write_tiny_llama
+
+    dense = write_tiny_llama(tmp_path / "dense", max_position_embeddings=512)
+    out, work = tmp_path / "out", tmp_path / "work"
+    words = ["factorize", str(dense), str(out), "--experts", "6", "--shared", "0", "--top-k", "2"]
+    words += ["--split", "kmeans", "--router", "norm", "--router-steps", "5", "--work", str(work)]
+    words += ["--calibration-tokens", "512", "--scale", "calibrated"]
+    dry = moestro(*words, "--dry-run")
+    assert (dry.returncode, out.exists(), work.exists()) == (0, False, False)
+    assert "a dry run, nothing is written" in dry.stdout
+    done = moestro(*words)
+    assert done.returncode == 0, done.stderr
+    assert "the dense model writes 512 tokens itself, with the seed 0" in done.stderr
+    assert "6 experts of 8, 2 per token (33.3% of the FFN)" in done.stdout
+    assert sorted(path.name.partition("-")[0] for path in work.iterdir()) == [
+        *("collect", "route", "sampled", "split")
+    ]
+    assert_refused(moestro(*words), "exists already")
