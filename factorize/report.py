@@ -88,7 +88,10 @@ def forecast_table(
             if work is not None
             else "what the model does is kept in memory, a layer at a time; --work DIR keeps it"
         )
-    lines.append("peak memory: weights and tensors; Python and its libraries take some 0.5 GB more")
+    lines.append(
+        "peak memory: weights and tensors; Python and its libraries take some 0.5 GB more, and "
+        "what is mapped of the source's files comes and goes with the free memory"
+    )
     return "\n".join(lines)
 
 

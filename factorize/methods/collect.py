@@ -67,7 +67,6 @@ class LayerStack:
         return out
 
 
-@torch.no_grad()
 def layer_samples(
     dense: DenseModel,
     windows: torch.Tensor,
@@ -79,6 +78,7 @@ def layer_samples(
     What `kept` has is not computed again, and gives the same bits. Raises SourceRefused, and
     FactorizeError when `kept` is damaged or full.
     """
+    # no_grad stands at what it calls: its wrapper of a generator would hold each sample too long
     with dense.tensors() as reader:
         stack = LayerStack(dense, reader, windows.shape[1])
         if start == dense.layers:
@@ -115,6 +115,7 @@ def _name(index: int) -> str:
     return f"layer-{index:04}"
 
 
+@torch.no_grad()
 def _observed(
     stack: LayerStack, layer: Any, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, LayerSample]:
@@ -131,6 +132,7 @@ def _observed(
     return behind, _sample(layer, torch.cat(inputs), torch.cat(neurons), window_tokens)
 
 
+@torch.no_grad()
 def _again(layer: Any, inputs: torch.Tensor, windows: torch.Tensor) -> LayerSample:
     """The same products in the same batches, so that they round as they did."""
     neurons = [
@@ -143,7 +145,7 @@ def _again(layer: Any, inputs: torch.Tensor, windows: torch.Tensor) -> LayerSamp
 def _sample(
     layer: Any, inputs: torch.Tensor, neurons: torch.Tensor, window_tokens: int
 ) -> LayerSample:
-    down, gate = layer.mlp.down_proj.weight, layer.mlp.gate_proj.weight
+    down, gate = layer.mlp.down_proj.weight.detach(), layer.mlp.gate_proj.weight.detach()
     return LayerSample(inputs, neurons, down, gate, window_tokens)
 
 

@@ -91,7 +91,7 @@ Split = Annotated[
     Option(
         "--split",
         help="Which neurons form an expert together. coactivation: those that a router foresees"
-        " together (the best here, and the slowest); kmeans: those with alike gate weights;"
+        " together (how the demo was made; the slowest); kmeans: those with alike gate weights;"
         " importance: each takes what matters most to one kind of text; contiguous: slices as they"
         " lie; random. With all experts on, every split is the dense model.",
     ),
