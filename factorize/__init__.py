@@ -11,13 +11,14 @@ from moestro.factorize.facts import (
 from moestro.factorize.methods import make_plan
 
 from .apply import apply_plan
-from .commands import run_evaluate, run_factorize
+from .commands import Inputs, run_dry, run_evaluate, run_factorize, show_plan
 from .demo import demo_plan, find_demo, prepare_demo, prepare_dense
 from .evaluate import Perplexity, perplexity
 
 __all__ = [
     "DownloadCorrupt",
     "FactorizeError",
+    "Inputs",
     "Perplexity",
     "Plan",
     "PlanFacts",
@@ -30,6 +31,8 @@ __all__ = [
     "perplexity",
     "prepare_demo",
     "prepare_dense",
+    "run_dry",
     "run_evaluate",
     "run_factorize",
+    "show_plan",
 ]

@@ -7,8 +7,9 @@ Letters: H hidden size, S shared neurons, E experts, M neurons of one expert.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> Non
     """
     dense = DenseModel.open(source)
     progress(Progress("factorize", 0, dense.layers, "layers"))
+    plan.check_carried()
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
     out.parent.mkdir(parents=True, exist_ok=True)
-    source_bytes = sum(path.stat().st_size for path in set(dense.files.values()))
-    wider = storage_dtype(dense.dtype, plan.facts.options.top_k).itemsize / dense.dtype.itemsize
-    require_free(out.parent, int(source_bytes * wider * 1.1), "the model with experts")
+    wider = storage_dtype(dense.dtype, output_factors(plan)).itemsize / dense.dtype.itemsize
+    require_free(out.parent, int(dense.source_bytes * wider * 1.1), "the model with experts")
     with staged(out) as folder:
         _write_weights(folder, _all_tensors(dense, plan, progress))
         twin_config(dense, plan).save_pretrained(folder)
@@ -79,18 +80,35 @@ def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> Non
         manifest(plan).write(folder)
 
 
-def storage_dtype(source: torch.dtype, top_k: int) -> torch.dtype:
-    """The smallest type that holds `top_k` times a weight of the type `source` exactly.
+def output_factors(plan: Plan) -> list[float]:
+    """What each layer's routed experts are multiplied with: k, for the gates, and the scale.
 
-    A bfloat16 has 8 significant bits and a float16 11, so 12 = 3 * 4 fits there (save for parts
-    below 2**-24, which float16 rounds away).
+    The manifest names k alone: served with K experts and K / k, a layer's sum keeps its scale.
     """
-    odd = top_k // (top_k & -top_k)
-    if odd == 1:
-        return source
-    if source == torch.bfloat16 and 8 + odd.bit_length() <= 11:
-        return torch.float16
-    return torch.float32
+    factors = [plan.facts.options.top_k * scale for scale in plan.scales.tolist()]
+    # k times a rounded E / k is meant to be E
+    return [float(round(f)) if math.isclose(f, round(f), rel_tol=1e-6) else f for f in factors]
+
+
+def storage_dtype(source: torch.dtype, factors: Sequence[float]) -> torch.dtype:
+    """The smallest type that holds `factors` times a weight of the type `source` well enough.
+
+    Whole factors fit exactly. A bfloat16 has 8 significant bits and a float16 11, so 12 = 3 * 4
+    fits there (save for parts below 2**-24, which float16 rounds away). Of other factors the
+    products are rounded to at least three bits more than `source` has.
+    """
+    if all(factor.is_integer() for factor in factors):
+        odd_bits = max(_odd_part(int(factor)).bit_length() for factor in factors)
+        if odd_bits == 1:
+            return source
+        if source == torch.bfloat16 and 8 + odd_bits <= 11:
+            return torch.float16
+        return torch.float32
+    return torch.float16 if source == torch.bfloat16 else torch.float32
+
+
+def _odd_part(number: int) -> int:
+    return number // (number & -number)
 
 
 def manifest(plan: Plan) -> Manifest:
@@ -130,7 +148,7 @@ def twin_config(dense: DenseModel, plan: Plan) -> GraniteMoeSharedConfig:
 
 
 def _all_tensors(dense: DenseModel, plan: Plan, progress: ProgressFn) -> Iterator[Tensors]:
-    stored = storage_dtype(dense.dtype, plan.facts.options.top_k)
+    stored = storage_dtype(dense.dtype, output_factors(plan))
     with dense.tensors() as reader:
         outside = [name for name in reader.names() if not _layer_of(name)]
         if dense.config.tie_word_embeddings:
@@ -167,7 +185,7 @@ def _expert_tensors(reader: TensorReader, plan: Plan, layer: int, stored: torch.
     experts_out = down[:, groups].transpose(0, 1)  # [E, H, M]
     tensors = {
         "block_sparse_moe.input_linear": experts_in,
-        "block_sparse_moe.output_linear": experts_out.float() * options.top_k,
+        "block_sparse_moe.output_linear": experts_out.float() * output_factors(plan)[layer],
     }
     if options.shared_neurons:
         tensors["shared_mlp.input_linear"] = torch.cat([gate[shared], up[shared]])  # [2S, H]

@@ -87,6 +87,12 @@ def prepare_dense(
     return target
 
 
+def find_dense(cache_dir: Path) -> Path | None:
+    """The folder that `prepare_dense` would return, if it is whole; makes nothing."""
+    target = cache_dir / "models" / SMOLLM2.dense_name
+    return target if _is_whole(target) else None
+
+
 def prepare(
     source: DemoSource,
     plan: Plan,

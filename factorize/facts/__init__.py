@@ -3,23 +3,35 @@
 from .deltas import PARTS, DeltaFacts, Deltas, low_rank
 from .errors import DownloadCorrupt, FactorizeError, SourceRefused
 from .folder_note import damage, file_sha256, looks_whole, write_note
-from .plan import Plan, PlanFacts, SplitOptions
+from .options import ROUTERS, SCALES, SPLITS, SplitOptions
+from .plan import PLAN_FORMAT, Plan, PlanFacts
+from .router_weights import ACTIVATIONS, RouterWeights
 from .storage import disk_errors, exclusive, publish, require_free, scratch, staged, sweep
+from .work_folder import Tensors, WorkFolder, key_of, tensors_sha256
 
 __all__ = [
+    "ACTIVATIONS",
     "DeltaFacts",
     "Deltas",
     "DownloadCorrupt",
     "FactorizeError",
     "PARTS",
+    "PLAN_FORMAT",
     "Plan",
     "PlanFacts",
+    "ROUTERS",
+    "RouterWeights",
+    "SCALES",
+    "SPLITS",
     "SourceRefused",
     "SplitOptions",
+    "Tensors",
+    "WorkFolder",
     "damage",
     "disk_errors",
     "exclusive",
     "file_sha256",
+    "key_of",
     "looks_whole",
     "low_rank",
     "publish",
@@ -27,5 +39,6 @@ __all__ = [
     "scratch",
     "staged",
     "sweep",
+    "tensors_sha256",
     "write_note",
 ]

@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,38 +17,14 @@ from safetensors.torch import save
 from moestro.cache import read_fields
 
 from .errors import FactorizeError, SourceRefused
+from .options import COUNTS, FIRST_FORMAT, SplitOptions, with_defaults
+from .router_weights import ACTIVATIONS, RouterWeights
+from .work_folder import tensors_sha256
 
-PLAN_FORMAT = 1
-COUNTS = ("experts", "top_k", "calibration_tokens", "window_tokens")
+PLAN_FORMAT = 2
+READABLE_FORMATS = (1, PLAN_FORMAT)
+OF_FORMAT_2 = ("router_activation", "sha256")
 METADATA_KEY = "moestro.plan"  # one key: the writer's order of several keys is random
-
-
-@dataclass(frozen=True, slots=True)
-class SplitOptions:
-    """How a dense FFN becomes a shared expert and routed ones."""
-
-    experts: int = 24
-    shared_neurons: int = 768  # always on
-    top_k: int = 12
-    calibration_tokens: int = 32_768
-    window_tokens: int = 512
-    ridge: float = 1e-1  # of the mean diagonal of the inputs' second moment
-    seed: int = 0
-
-    def expert_neurons(self, neurons: int) -> int:
-        """Neurons of one routed expert out of an FFN's `neurons`. Raises FactorizeError."""
-        routed = neurons - self.shared_neurons
-        if self.experts < 2 or not 1 <= self.top_k <= self.experts:
-            raise FactorizeError(
-                f"{self.top_k} of {self.experts} experts per token does not work: take at least "
-                "2 experts, and between 1 and all of them per token"
-            )
-        if self.shared_neurons < 0 or routed <= 0 or routed % self.experts:
-            raise FactorizeError(
-                f"{neurons} neurons less {self.shared_neurons} shared ones leave {routed}, which "
-                f"is not a positive multiple of {self.experts} experts; change either number"
-            )
-        return routed // self.experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +51,40 @@ class Plan:
     """`order[l]` lists layer l's neurons: the shared ones first, then expert by expert."""
 
     order: torch.Tensor  # [L, I] int16, int32 for an FFN of 32,768 neurons and more
-    routers: torch.Tensor  # [L, E, H] float16, about 1 in size
+    router_weights: RouterWeights
     facts: PlanFacts
+    scales: torch.Tensor  # [L] float32, for the sum of a token's experts; ones carry it exactly
+    format: int = PLAN_FORMAT  # of the file that it came from: its bytes stay what they were
+
+    @property
+    def routers(self) -> torch.Tensor:
+        """[L, E, H] float16, about 1 in size. Raises FactorizeError like `check_carried`."""
+        self.check_carried()
+        return self.router_weights.last
+
+    def check_carried(self) -> None:
+        """Raises FactorizeError where the routers are more than linear ones without a bias."""
+        needed = list(self.router_weights.beyond_stock())
+        if needed:
+            raise FactorizeError(
+                f"the plan's routers have {' and '.join(needed)}, which no stock checkpoint "
+                "carries: they need a router file beside the checkpoint and an engine that "
+                "reads it; make a plan with linear routers (router_hidden 0, router_bias 0)"
+            )
 
     def to_bytes(self) -> bytes:
-        metadata = {METADATA_KEY: json.dumps({"format": PLAN_FORMAT, **asdict(self.facts)})}
-        return save({"order": self.order, "routers": self.routers}, metadata)
+        said = asdict(self.facts)
+        tensors = {"order": self.order, "routers": self.router_weights.last}
+        if self.format == 1:
+            options = said.pop("options")
+            said |= {"options": {name: options[name] for name in FIRST_FORMAT}}
+        else:
+            tensors |= {"scales": self.scales}
+            rest = self.router_weights.tensors().items()
+            tensors |= {f"router_{name}": part for name, part in rest if name != "last"}
+            said["router_activation"] = self.router_weights.activation
+            said["sha256"] = _checksum(said, tensors)
+        return save(tensors, {METADATA_KEY: json.dumps({"format": self.format, **said})})
 
     @property
     def sha256(self) -> str:
@@ -94,25 +99,30 @@ class Plan:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()[METADATA_KEY])
-                order, routers = file.get_tensor("order"), file.get_tensor("routers")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if not isinstance(facts, dict):
                 raise TypeError("its facts are no JSON object")
-            if facts.pop("format") != PLAN_FORMAT:
+            if facts["format"] not in READABLE_FORMATS:
                 raise FactorizeError(
                     f"{path} is a plan of a format that this version does not read"
                 )
-            options = read_fields(SplitOptions, facts.pop("options"), COUNTS)
-            said = read_fields(_Said, facts)
-            if order.dtype.is_floating_point or not routers.dtype.is_floating_point:
-                raise TypeError(f"an order in {order.dtype} and routers in {routers.dtype}")
-            return cls(order, routers, PlanFacts(**asdict(said), options=options))
+            return _first_format(facts, tensors) if facts["format"] == 1 else _plan(facts, tensors)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise FactorizeError(f"{path} is not a plan of moestro: {error}") from error
 
     def check_fits(self, layers: int, neurons: int, hidden: int, source_sha256: str) -> None:
         """Raises SourceRefused unless the plan was made from this very model."""
-        shapes = (tuple(self.order.shape), tuple(self.routers.shape))
-        if shapes != ((layers, neurons), (layers, self.facts.options.experts, hidden)):
+        experts, routers = self.facts.options.experts, self.router_weights
+        width = hidden if routers.first is None else routers.first.shape[1]
+        found = {"order": self.order, "scales": self.scales} | routers.tensors()
+        wanted: dict[str, tuple[int, ...]] = {
+            "order": (layers, neurons),
+            "scales": (layers,),
+            "last": (layers, experts, width),
+            "first": (layers, width, hidden),
+            "bias": (layers, experts),
+        }
+        if any(tuple(tensor.shape) != wanted[name] for name, tensor in found.items()):
             raise SourceRefused(
                 f"the plan was made for {self.facts.source}, whose shapes are others"
             )
@@ -123,3 +133,55 @@ class Plan:
         whole = torch.arange(neurons).expand(layers, neurons)
         if not torch.equal(self.order.long().sort(dim=1).values, whole):
             raise SourceRefused("the plan does not name every neuron once; make it anew")
+
+
+def _first_format(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Plan:
+    """Linear routers, and the sum of a token's experts as it is."""
+    if isinstance(facts["options"], dict):
+        facts = facts | {"options": with_defaults(facts["options"])}
+    ones = {"scales": torch.ones(len(tensors["order"]))}
+    return _of_parts(facts, tensors | ones, "")
+
+
+def _plan(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Plan:
+    said = {name: value for name, value in facts.items() if name not in ("format", "sha256")}
+    rest = {name: value for name, value in facts.items() if name not in OF_FORMAT_2}
+    plan = _of_parts(rest, tensors, facts["router_activation"])
+    if facts["sha256"] != _checksum(said, tensors):
+        raise ValueError("it has another checksum than when written; it is damaged or was edited")
+    return plan
+
+
+def _checksum(said: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(f"{json.dumps(said)}\n{tensors_sha256(tensors)}".encode()).hexdigest()
+
+
+def _of_parts(facts: dict[str, Any], tensors: dict[str, torch.Tensor], activation: str) -> Plan:
+    """Raises ValueError, TypeError or KeyError for what is no plan."""
+    said = {name: value for name, value in facts.items() if name not in ("format", "options")}
+    options = read_fields(SplitOptions, facts["options"], COUNTS)
+    parts = dict(tensors)
+    routers = _router_weights(parts, activation)
+    order, scales = parts.pop("order"), parts.pop("scales")
+    if order.dtype.is_floating_point or scales.dtype != torch.float32 or parts:
+        raise TypeError(f"an order in {order.dtype}, scales in {scales.dtype}, {[*parts]}")
+    if not bool((scales > 0).all() and scales.isfinite().all()):
+        raise ValueError("its scales are not all above 0")
+    facts_read = PlanFacts(**asdict(read_fields(_Said, said)), options=options)
+    return Plan(order, routers, facts_read, scales, facts["format"])
+
+
+def _router_weights(tensors: dict[str, torch.Tensor], activation: object) -> RouterWeights:
+    """Takes them out of `tensors`. Raises TypeError or KeyError for what is no router."""
+    routers = RouterWeights(
+        tensors.pop("routers"),
+        tensors.pop("router_first", None),
+        tensors.pop("router_bias", None),
+        str(activation),
+    )
+    if (routers.first is not None) != (activation in ACTIVATIONS):
+        raise TypeError(f"an activation {activation!r} that does not fit the router's layers")
+    for part in routers.tensors().values():
+        if not part.dtype.is_floating_point:
+            raise TypeError(f"routers in {part.dtype}")
+    return routers

@@ -1,10 +1,9 @@
-"""Runs the dense model over calibration texts, one layer at a time.
+"""What is observed of a dense model, and the texts that it is observed on.
 
-Letters: T tokens, H hidden size, I neurons of one FFN. All windows pass one layer before the next
-one starts, so that only one layer's neurons are in memory.
+Letters: T tokens, H hidden size, I neurons of one FFN.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,13 @@ from moestro.factorize.facts import FactorizeError
 
 @dataclass(frozen=True, slots=True)
 class LayerSample:
-    """What one FFN saw and did. `inputs` [T, H], `neurons` [T, I] = silu(gate) * up, fp32."""
+    """What one FFN saw and did, and two of its matrices; fp32."""
 
-    inputs: torch.Tensor
-    neurons: torch.Tensor
+    inputs: torch.Tensor  # [T, H], window after window
+    neurons: torch.Tensor  # [T, I] = silu(gate) * up
     down: torch.Tensor  # [H, I]
+    gate: torch.Tensor  # [I, H]
+    window_tokens: int
 
 
 @contextmanager
@@ -81,33 +82,3 @@ def read_windows(
             )
         rows.append(torch.tensor(ids, dtype=torch.long).view(each, window))
     return torch.stack(rows, dim=1).flatten(0, 1)
-
-
-@torch.no_grad()
-def layer_samples(model: Any, windows: torch.Tensor, batch: int = 4) -> Iterator[LayerSample]:
-    """One sample per layer, first layer first. `windows` [N, S]; T = N * S."""
-    inner = model.model
-    hidden = inner.embed_tokens(windows)
-    positions = torch.arange(windows.shape[1])[None]
-    angles = inner.rotary_emb(hidden[:1], positions)
-    for layer in inner.layers:
-        inputs: list[torch.Tensor] = []
-        neurons: list[torch.Tensor] = []
-        hooks = [
-            layer.mlp.register_forward_pre_hook(_keep(inputs)),
-            layer.mlp.down_proj.register_forward_pre_hook(_keep(neurons)),
-        ]
-        # without a mask, sdpa is causal
-        hidden = torch.cat(
-            [
-                layer(part, attention_mask=None, position_ids=positions, position_embeddings=angles)
-                for part in hidden.split(batch)
-            ]
-        )
-        for hook in hooks:
-            hook.remove()
-        yield LayerSample(torch.cat(inputs), torch.cat(neurons), layer.mlp.down_proj.weight)
-
-
-def _keep(into: list[torch.Tensor]) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
-    return lambda _module, arguments: into.append(arguments[0].flatten(0, -2))

@@ -1,39 +1,119 @@
 """Chooses which neurons of one FFN are always on, and which of the others form an expert together.
 
-Knows activations only, no model. Ties and orders are settled by index, so that equal inputs give
-equal splits. Letters: T tokens, H hidden size, I neurons, N routed neurons, E experts, P points.
+A partition changes no value: the sum of all experts is the dense FFN, whatever the split. Splits
+are a table of pure functions; ties go by index, so that equal inputs give equal splits.
+Letters: T tokens, H hidden size, I neurons, N routed neurons, E experts, M neurons of one expert.
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 
 from .calibration import LayerSample
+from .clusters import cluster, cluster_freely
 from .routing import ridge
 
 CLUSTER_TOKENS = 4096
-CLUSTER_ROUNDS = 20
-SWAP_LIMIT = 400
 RIDGE = 1e-2
+SEGMENTS_PER_EXPERT = 8
+
+
+class Split(Protocol):
+    def __call__(
+        self, sample: LayerSample, routed: torch.Tensor, experts: int, seed: int
+    ) -> torch.Tensor:
+        """[E, M] the neurons `routed` [N], ascending, each named once; in any order."""
 
 
 def split_neurons(
-    sample: LayerSample, shared: int, experts: int, seed: int
+    split: str, sample: LayerSample, shared: int, experts: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(shared [S], groups [E, M]): ascending indices that name each of the I neurons once."""
-    heat = sample.neurons.abs().mean(dim=0) * sample.down.norm(dim=0)
-    by_heat = heat.argsort(descending=True, stable=True)
+    """(shared [S], groups [E, M]): ascending indices that name each of the I neurons once.
+
+    `split` is a name of SPLITTERS; shared are the hottest, by mean size of their output.
+    """
+    by_heat = heat(sample).argsort(descending=True, stable=True)
     routed = by_heat[shared:].sort().values
-    members = cluster(_features(sample, routed), experts, seed)
-    groups = torch.stack([routed[members == e] for e in range(experts)])
+    groups = SPLITTERS[split](sample, routed, experts, seed).sort(dim=1).values
     first = groups[:, 0].argsort()  # a group's number means nothing: by its first neuron
     return by_heat[:shared].sort().values, groups[first]
 
 
-def _features(sample: LayerSample, routed: torch.Tensor) -> torch.Tensor:
-    """[N, P] what a linear router could foresee of each neuron's size, centred, of length 1.
+def heat(sample: LayerSample) -> torch.Tensor:
+    """[I] mean length of what each neuron adds to the output."""
+    lengths: torch.Tensor = sample.down.norm(dim=0)
+    return sample.neurons.abs().mean(dim=0) * lengths
+
+
+def contiguous(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+    """Slices in the order of the checkpoint: FactorLLM (arXiv 2408.11855)."""
+    return routed.view(experts, -1)
+
+
+def at_random(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+    """A permutation, then slices: FactorLLM (arXiv 2408.11855), LLaMA-MoE (arXiv 2406.16554)."""
+    generator = torch.Generator().manual_seed(seed)
+    return routed[torch.randperm(len(routed), generator=generator)].view(experts, -1)
+
+
+def kmeans(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+    """Balanced k-means on the rows of the first matrix, of length 1.
+
+    MoEfication (arXiv 2110.01786); of the gate's rows where the FFN is gated: D2DMoE (arXiv
+    2310.04361). Asks for no calibration: what switches a neuron are its weights.
+    """
+    rows = torch.nn.functional.normalize(sample.gate[routed].float(), dim=1)
+    return _grouped(routed, cluster(rows, experts, seed), experts)
+
+
+def coactivation(
+    sample: LayerSample, routed: torch.Tensor, experts: int, seed: int
+) -> torch.Tensor:
+    """Together what a linear router foresees together.
 
     Grouping by the foreseeable part keeps together what a router can switch together; it beats
     grouping by the activations themselves, with a router and even with perfect knowledge.
     """
+    return _grouped(routed, cluster(_foreseen(sample, routed), experts, seed), experts)
+
+
+def importance(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+    """Each expert takes the neurons that matter most to one kind of text.
+
+    After LLaMA-MoE (arXiv 2406.16554): pieces of the calibration text are clustered by their mean
+    input; a neuron's importance to a cluster is its mean output there (the paper's also has its
+    gradient); the highest importance left goes to its expert until that is full.
+    """
+    scores = _importance(sample, routed, experts, seed)  # [E, N]
+    members = [-1] * len(routed)
+    room = [len(routed) // experts] * experts
+    for place in scores.flatten().argsort(descending=True, stable=True).tolist():
+        expert, neuron = divmod(place, len(routed))
+        if members[neuron] < 0 and room[expert]:
+            members[neuron] = expert
+            room[expert] -= 1
+    return _grouped(routed, torch.tensor(members), experts)
+
+
+SPLITTERS: Mapping[str, Split] = MappingProxyType(
+    {
+        "coactivation": coactivation,
+        "kmeans": kmeans,
+        "importance": importance,
+        "contiguous": contiguous,
+        "random": at_random,
+    }
+)
+
+
+def _grouped(routed: torch.Tensor, members: torch.Tensor, experts: int) -> torch.Tensor:
+    return torch.stack([routed[members == e] for e in range(experts)])
+
+
+def _foreseen(sample: LayerSample, routed: torch.Tensor) -> torch.Tensor:
+    """[N, tokens] what a line could foresee of each neuron's size, centred, of length 1."""
     size = sample.neurons[:, routed].abs() * sample.down[:, routed].norm(dim=0)
     weights = ridge(sample.inputs, size, RIDGE)
     step = max(1, len(sample.inputs) // CLUSTER_TOKENS)
@@ -41,54 +121,22 @@ def _features(sample: LayerSample, routed: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize((foreseen - foreseen.mean(dim=0)).T, dim=1)
 
 
-def cluster(features: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
-    """[N] the cluster of each point: k-means on the sphere with equal sizes (N / experts)."""
-    centres = features[_spread_seeds(features, experts, seed)]
-    members = assign_equally(features @ centres.T)
-    for _ in range(CLUSTER_ROUNDS):
-        means = torch.stack([features[members == e].mean(dim=0) for e in range(experts)])
-        again = assign_equally(features @ torch.nn.functional.normalize(means, dim=1).T)
-        if torch.equal(again, members):
-            break
-        members = again
-    return members
+def _importance(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+    """[E, N] mean output size of each neuron in each cluster of text pieces; 0 where none is."""
+    length = _segment(len(sample.inputs), sample.window_tokens, experts)
+    means = torch.nn.functional.normalize(
+        sample.inputs.view(-1, length, sample.inputs.shape[1]).mean(1), dim=1
+    )
+    clusters = cluster_freely(torch.nn.functional.normalize(means, dim=1), experts, seed)
+    size = sample.neurons[:, routed].abs().view(-1, length, len(routed)).mean(1)  # [pieces, N]
+    sums = torch.zeros(experts, len(routed)).index_add_(0, clusters, size)
+    count = clusters.bincount(minlength=experts).clamp_min(1)
+    scores: torch.Tensor = sums / count[:, None] * sample.down[:, routed].norm(dim=0)
+    return scores
 
 
-def _spread_seeds(features: torch.Tensor, experts: int, seed: int) -> list[int]:
-    """k-means++: far from those before it is likelier."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [int(torch.randint(len(features), (1,), generator=generator))]
-    distance = 1 - features @ features[chosen[0]]
-    for _ in range(experts - 1):
-        weights = distance.clamp_min(0).square() + 1e-12
-        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        distance = torch.minimum(distance, 1 - features @ features[chosen[-1]])
-    return chosen
-
-
-def assign_equally(likeness: torch.Tensor) -> torch.Tensor:
-    """[N] from `likeness` [N, E]: every cluster gets N / E points, the decided ones first."""
-    points, experts = likeness.shape
-    room = [points // experts] * experts
-    wishes = likeness.argsort(dim=1, descending=True, stable=True).tolist()
-    best = likeness.topk(2, dim=1).values
-    members = [0] * points
-    for point in (best[:, 0] - best[:, 1]).argsort(descending=True, stable=True).tolist():
-        members[point] = next(e for e in wishes[point] if room[e])
-        room[members[point]] -= 1
-    return _swap(likeness, torch.tensor(members))
-
-
-def _swap(likeness: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Exchanges the pair that gains most, until none gains."""
-    points = len(members)
-    for _ in range(SWAP_LIMIT):
-        other = likeness[:, members]  # [N, N]: point i in the cluster of point j
-        gain = other - other.diagonal()[:, None]
-        gain = gain + gain.T
-        best, where = gain.flatten().max(dim=0)
-        if float(best) <= 1e-6:
-            break
-        pair = list(divmod(int(where), points))
-        members[pair] = members[pair[::-1]]
-    return members
+def _segment(tokens: int, window: int, experts: int) -> int:
+    """Tokens of a piece: a window, or halves of it until there are some pieces for each expert."""
+    while window % 2 == 0 and tokens // window < SEGMENTS_PER_EXPERT * experts:
+        window //= 2
+    return window

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from moestro.engine import ProgressFn
-from moestro.factorize.facts import PARTS, DeltaFacts, Deltas, FactorizeError, Plan, low_rank
+from moestro.factorize.facts import (
+    PARTS,
+    PLAN_FORMAT,
+    DeltaFacts,
+    Deltas,
+    FactorizeError,
+    Plan,
+    RouterWeights,
+    low_rank,
+)
 
 from .distill import DistillOptions, distill
 from .kept import KeptFile
@@ -70,7 +79,9 @@ def recover(
     words = _words(options, steps)
     routers = torch.stack([ffn.router.detach() for ffn in student.ffns]).to(plan.routers.dtype)
     facts = replace(plan.facts, method=f"{plan.facts.method}; {words}")
-    recovered = replace(plan, routers=routers, facts=facts)
+    recovered = replace(
+        plan, router_weights=RouterWeights(routers), facts=facts, format=PLAN_FORMAT
+    )
     made = DeltaFacts(
         plan_sha256=recovered.sha256,
         texts_sha256=_sha256(windows),

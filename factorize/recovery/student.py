@@ -65,7 +65,13 @@ class StudentFFN(nn.Module):
     """One FFN. `top_k` None is the teacher's: every neuron, the weights as they were."""
 
     def __init__(
-        self, mlp: nn.Module, order: torch.Tensor, router: torch.Tensor, shared: int, rank: int
+        self,
+        mlp: nn.Module,
+        order: torch.Tensor,
+        router: torch.Tensor,
+        shared: int,
+        rank: int,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -76,6 +82,7 @@ class StudentFFN(nn.Module):
         self.down = LowRank(_linear(mlp, "down_proj"), rank, generator)
         self.router = nn.Parameter(router.float())  # [E, H]
         self.top_k: int | None = None
+        self.scale = scale  # of the sum of the experts that are on
         members = torch.empty(len(order), dtype=torch.long)
         members[order[:shared]] = experts  # the column that is always on
         members[order[shared:]] = torch.arange(experts).repeat_interleave(
@@ -87,7 +94,7 @@ class StudentFFN(nn.Module):
         changed = self.top_k is not None
         neurons = self.act_fn(self.gate(inputs, changed=changed)) * self.up(inputs, changed=changed)
         if self.top_k is not None:
-            mask = straight_through(inputs @ self.router.T, self.top_k)
+            mask = straight_through(inputs @ self.router.T, self.top_k) * self.scale
             always = torch.ones_like(mask[..., :1])
             neurons = neurons * torch.cat([mask, always], dim=-1)[..., self.members]
         output: torch.Tensor = self.down(neurons, changed=changed)
@@ -119,10 +126,10 @@ class Student:
         model.lm_head = FrozenLinear(model.lm_head)
         shared = plan.facts.options.shared_neurons
         self.ffns: list[StudentFFN] = []
-        for layer, order, router in zip(
-            model.model.layers, plan.order.long(), plan.routers, strict=True
+        for layer, order, router, scale in zip(
+            model.model.layers, plan.order.long(), plan.routers, plan.scales.tolist(), strict=True
         ):
-            layer.mlp = StudentFFN(layer.mlp, order, router, shared, rank)
+            layer.mlp = StudentFFN(layer.mlp, order, router, shared, rank, scale)
             for name in ATTENTION_PARTS:
                 setattr(layer.self_attn, name, FrozenLinear(getattr(layer.self_attn, name)))
             self.ffns.append(layer.mlp)

@@ -61,6 +61,26 @@ class DenseModel:
             raise SourceRefused(f"{folder} has weights of {dtype}; give the unquantized model")
         return cls(folder, config, files, dtype)
 
+    @property
+    def source_bytes(self) -> int:
+        """Of all its weight files."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer's four projections."""
+        heads = int(self.config.num_attention_heads)
+        return 2 * self.hidden * (heads * self._head_dim() + self.key_width)
+
+    @property
+    def key_width(self) -> int:
+        """Of a token's keys in one layer, all heads together."""
+        return int(self.config.num_key_value_heads) * self._head_dim()
+
+    def _head_dim(self) -> int:
+        own = getattr(self.config, "head_dim", None)
+        return int(own or self.hidden // int(self.config.num_attention_heads))
+
     def tensors(self) -> "TensorReader":
         return TensorReader(self.files)
 

@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from moestro.server.facts import Refused, refusal_line
 
+from . import factorize_flags as making
 from . import flags
 
 if TYPE_CHECKING:
@@ -325,57 +326,50 @@ def mix(
 
 @app.command()
 def factorize(
-    source: flags.Source,
-    out: flags.Out,
-    calibration: flags.Calibration = None,
-    plan: flags.PlanFile = None,
-    write_plan: flags.WritePlan = None,
-    experts: flags.Experts = 24,
-    shared: flags.Shared = 768,
-    top_k: flags.TopK = 12,
-    calibration_tokens: flags.CalibrationTokens = 32768,
-    seed: flags.Seed = 0,
+    source: making.Source,
+    out: making.Out,
+    calibration: making.Calibration = None,
+    experts: making.Experts = 24,
+    shared: making.Shared = 768,
+    top_k: making.TopK = 12,
+    split: making.Split = "coactivation",
+    router: making.Router = "ridge",
+    router_steps: making.RouterSteps = 300,
+    scale: making.Scale = "one",
+    calibration_tokens: making.CalibrationTokens = 32768,
+    seed: making.Seed = 0,
+    plan: making.PlanFile = None,
+    write_plan: making.WritePlan = None,
+    show_plan: making.ShowPlan = None,
+    work: making.Work = None,
+    dry_run: making.DryRun = False,
     cache_dir: flags.CacheDir = None,
 ) -> None:
     """Split the feed-forward layers of a dense model into experts.
 
     \b
-    Example:
-      moestro factorize demo ./demo-moe --calibration text.txt --write-plan plan.safetensors
+    Examples:
+      moestro factorize demo-dense ./demo-moe --calibration text.txt --write-plan plan.safetensors
+      moestro factorize ./my-llama ./my-moe --experts 8 --shared 0 --top-k 6 --work ./work
+      moestro factorize ./my-llama ./my-moe --dry-run
+      moestro factorize --show-plan plan.safetensors
+    \b
+    A chain: collect (what each layer sees on the text) -> split (neurons into experts) -> route
+    (which experts a token takes) -> apply (the checkpoint, for `moestro serve` and transformers).
     """
+    given = _given(locals(), "show_plan") | {"cache_dir": _places(cache_dir).cache_dir}
     with _command_imports():
-        from moestro.engine import StartError
-        from moestro.factorize import run_factorize
+        from .making import factorize as make
 
-        from .start import watched_progress
-
-    try:
-        with watched_progress() as progress:
-            report = run_factorize(
-                source,
-                out,
-                calibration=calibration or [],
-                plan=plan,
-                write_plan=write_plan,
-                experts=experts,
-                shared=shared,
-                top_k=top_k,
-                calibration_tokens=calibration_tokens,
-                seed=seed,
-                cache_dir=_places(cache_dir).cache_dir,
-                progress=progress,
-            )
-    except StartError as error:
-        raise Refused(str(error)) from error
-    typer.echo(report)
+    make(**given)
 
 
 @app.command()
 def evaluate(
-    folder: flags.Checkpoint,
-    text: flags.Texts,
-    tokens: flags.EvaluationTokens = 8192,
-    experts_per_token: flags.EvaluationExperts = None,
+    folder: making.Checkpoint,
+    text: making.Texts,
+    tokens: making.EvaluationTokens = 8192,
+    experts_per_token: making.EvaluationExperts = None,
 ) -> None:
     """Measure how well a checkpoint predicts a text (perplexity).
 
@@ -384,14 +378,6 @@ def evaluate(
       moestro evaluate ./demo-moe --text book.txt --experts-per-token 6
     """
     with _command_imports():
-        from moestro.engine import StartError
-        from moestro.factorize import run_evaluate
+        from .making import evaluate as measure
 
-        from .start import watched_progress
-
-    try:
-        with watched_progress() as progress:
-            report = run_evaluate(folder, text, tokens, experts_per_token, progress)
-    except StartError as error:
-        raise Refused(str(error)) from error
-    typer.echo(report)
+    measure(folder, text, tokens, experts_per_token)

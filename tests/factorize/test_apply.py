@@ -11,9 +11,17 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeSharedForCausalLM
 
 from moestro.engine import Manifest, Progress
-from moestro.factorize import Plan, SourceRefused, apply_plan, make_plan
+from moestro.factorize import (
+    FactorizeError,
+    Plan,
+    SourceRefused,
+    SplitOptions,
+    apply_plan,
+    make_plan,
+)
 from moestro.factorize.apply import storage_dtype
 from moestro.factorize.evaluate import load_model
+from moestro.factorize.facts import ROUTERS, SPLITS
 from tiny_llama import write_tiny_llama
 
 
@@ -154,6 +162,68 @@ def test_without_a_shared_expert(
     assert_twins(dense, tmp_path / "twin", experts=4)
 
 
+# each split and each router once; whichever router: with all experts it has nothing to choose
+@pytest.mark.parametrize(
+    ("split", "router"), [*zip(SPLITS, (*ROUTERS[1:], *ROUTERS[:2]), strict=True)]
+)
+def test_every_split_is_the_dense_model(
+    split: str, router: str, dense: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    options = SplitOptions(
+        experts=6,
+        shared_neurons=0,
+        top_k=2,
+        calibration_tokens=256,
+        window_tokens=64,
+        split=split,
+        router=router,
+        router_steps=20,
+    )
+    apply_plan(make_plan(dense, options, texts, quiet), dense, tmp_path / "twin", quiet)
+    whole, own = load_model(tmp_path / "twin", experts_per_token=6), stock(tmp_path / "twin")
+    with torch.inference_mode():
+        expected = stock(dense, dtype=torch.float32)(prompt()).logits
+        assert (expected - whole(prompt()).logits).abs().max() < 1e-4
+        assert (expected - own(prompt()).logits).abs().max() > 1e-2
+    assert type(own).__name__ == "GraniteMoeSharedForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("scales", "stored"),
+    [([1.0, 1.3, 0.7], torch.float16), ([4 / 3] * 3, torch.bfloat16)],
+    ids=["calibrated", "inverse-k"],
+)
+def test_a_layers_scale_stays_whatever_the_number_of_experts(
+    scales: list[float], stored: torch.dtype, dense: Path, plan: Plan, twin: Path, tmp_path: Path
+) -> None:
+    scaled = replace(plan, scales=torch.tensor(scales))
+    apply_plan(scaled, dense, tmp_path / "scaled", quiet)
+    assert safe_dtype(tmp_path / "scaled") == stored
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+    for experts in (None, 1, 3, 4):
+        pair = [load_model(folder, experts) for folder in (twin, tmp_path / "scaled")]
+        for i, scale in enumerate(scales):
+            plain, found = (model.model.layers[i].block_sparse_moe for model in pair)
+            with torch.inference_mode():
+                expected = plain(x) * scale
+                assert (found(x) - expected).norm() < 1e-3 * expected.norm()
+
+
+def safe_dtype(folder: Path) -> torch.dtype:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.get_tensor("model.layers.0.block_sparse_moe.output_linear.weight").dtype
+
+
+def test_a_router_that_no_stock_checkpoint_carries_is_refused(
+    dense: Path, texts: list[Path], plan: Plan, tmp_path: Path
+) -> None:
+    options = replace(plan.facts.options, router="moefication", router_hidden=8, router_bias=1)
+    rich = make_plan(dense, replace(options, router_steps=5), texts, quiet)
+    with pytest.raises(FactorizeError, match="a first layer with tanh and a bias, which no stock"):
+        apply_plan(rich, dense, tmp_path / "twin", quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plan_for_other_weights_is_refused(plan: Plan, tmp_path: Path) -> None:
     other = write_tiny_llama(tmp_path / "other", rms_norm_eps=1e-5, initializer_range=0.1)
     model = stock(other)
@@ -189,7 +259,7 @@ def test_a_stopped_start_leaves_nothing(dense: Path, plan: Plan, tmp_path: Path)
     ],
 )
 def test_the_factor_is_exact(source: torch.dtype, top_k: int, stored: torch.dtype) -> None:
-    assert storage_dtype(source, top_k) == stored
+    assert storage_dtype(source, [float(top_k)]) == stored
     weights = (torch.randn(10_000, generator=torch.Generator().manual_seed(0)) + 2).to(source)
     exact = weights.double() * top_k
     if source != torch.float32:

@@ -1,15 +1,25 @@
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moestro.engine import Manifest, Progress
-from moestro.factorize import FactorizeError, Plan, perplexity, run_evaluate, run_factorize
+from moestro.factorize import (
+    FactorizeError,
+    Inputs,
+    Plan,
+    SplitOptions,
+    perplexity,
+    run_dry,
+    run_evaluate,
+    run_factorize,
+    show_plan,
+)
 from tiny_llama import write_text, write_tiny_llama
 
-SPLIT: dict[str, Any] = {"experts": 4, "shared": 16, "top_k": 3, "calibration_tokens": 1024}
+SPLIT = SplitOptions(experts=4, shared_neurons=16, top_k=3, calibration_tokens=1024)
 
 
 def quiet(_: Progress) -> None:
@@ -26,31 +36,22 @@ def test_make_write_and_apply(long_dense: Path, texts: list[Path], tmp_path: Pat
     said = run_factorize(
         str(long_dense),
         tmp_path / "out",
-        calibration=texts,
-        plan=None,
-        write_plan=tmp_path / "plan.safetensors",
-        seed=3,
-        progress=quiet,
-        **SPLIT,
+        replace(SPLIT, seed=3),
+        Inputs(calibration=tuple(texts)),
+        tmp_path / "plan.safetensors",
+        quiet,
     )
     assert "3 layers, each 16 neurons always on and 4 experts of 8, 3 per token (83.3%" in said
     plan = Plan.read(tmp_path / "plan.safetensors")
     assert re.fullmatch(
         rf"OMP_NUM_THREADS=1 moestro factorize {long_dense} OUT --calibration \S+0.txt "
         r"--calibration \S+1.txt --experts 4 --shared 16 --top-k 3 --seed 3 "
-        r"--calibration-tokens 1024 --write-plan \S+plan.safetensors",
+        r"--calibration-tokens 1024 --split coactivation --router ridge --scale one "
+        r"--write-plan \S+plan.safetensors",
         plan.facts.command,
     )
-    run_factorize(
-        str(long_dense),
-        tmp_path / "again",
-        calibration=[],
-        plan=tmp_path / "plan.safetensors",
-        write_plan=None,
-        seed=0,
-        progress=quiet,
-        **SPLIT,
-    )
+    given = Inputs(plan=tmp_path / "plan.safetensors")
+    run_factorize(str(long_dense), tmp_path / "again", SPLIT, given, None, quiet)
     first, again = (Manifest.read(tmp_path / name) for name in ("out", "again"))
     assert first == again is not None
     weights = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
@@ -59,30 +60,100 @@ def test_make_write_and_apply(long_dense: Path, texts: list[Path], tmp_path: Pat
 
 def test_an_existing_folder_is_left_alone(long_dense: Path, tmp_path: Path) -> None:
     with pytest.raises(FactorizeError, match="exists already"):
-        run_factorize(
-            str(long_dense),
-            tmp_path,
-            calibration=[],
-            plan=None,
-            write_plan=None,
-            seed=0,
-            progress=quiet,
-            **SPLIT,
-        )
+        run_factorize(str(long_dense), tmp_path, SPLIT, Inputs(), None, quiet)
+    with pytest.raises(FactorizeError, match="exists already"):
+        run_dry(str(long_dense), tmp_path, SPLIT, Inputs())
+
+
+def tree(folder: Path) -> dict[Path, tuple[int, int]]:
+    """By file: its bytes and when it was written last."""
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(
+    long_dense: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    out, before = tmp_path / "out", tree(tmp_path)
+    given = Inputs(calibration=tuple(texts), work=tmp_path / "work", cache_dir=tmp_path / "cache")
+    said = run_dry(str(long_dense), out, SPLIT, given)
+    lines = said.splitlines()
+    assert [line.split()[0] for line in lines[1:6]] == [
+        *("stage", "collect", "split", "route", "apply")
+    ]
+    assert tree(tmp_path) == before
+    alone = run_dry(str(long_dense), out, SPLIT, Inputs(cache_dir=tmp_path / "cache"))
+    assert "sample " in alone
+    with pytest.raises(FactorizeError, match="multiple of 5"):
+        run_dry(str(long_dense), out, replace(SPLIT, experts=5), given)
+    with pytest.raises(FactorizeError, match="cannot read the text"):
+        run_dry(str(long_dense), out, SPLIT, Inputs(calibration=(tmp_path / "none",)))
+    with pytest.raises(FactorizeError, match="a dry run fetches nothing"):
+        run_dry("demo-dense", out, SPLIT, given)
+
+
+def test_what_is_written_is_what_was_foretold(
+    long_dense: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    given = Inputs(calibration=tuple(texts), work=tmp_path / "work")
+    said = run_dry(str(long_dense), tmp_path / "out", SPLIT, given)
+    foretold = {line.split()[0]: float(line.split()[3]) for line in said.splitlines()[2:6]}  # in MB
+    written: dict[Path, int] = {}
+
+    def watch(notice: Progress) -> None:
+        for path in (tmp_path / "work").rglob("*.safetensors"):
+            written[path] = path.stat().st_size
+            if path.name == "hidden.safetensors":  # anew behind each layer
+                written[path] *= notice.done
+
+    run_factorize(str(long_dense), tmp_path / "out", SPLIT, given, None, watch)
+    for stage in ("collect", "split", "route"):
+        sizes = [n for path, n in written.items() if path.parent.name.startswith(stage)]
+        # a header of some 200 bytes for each of up to four files
+        assert sum(sizes) / 1e6 == pytest.approx(foretold[stage], rel=0.05, abs=0.06), stage
+    size_bytes = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size_bytes / 1e6 == pytest.approx(foretold["apply"], rel=0.05, abs=0.1)
+
+
+def test_without_a_text_the_model_writes_one(long_dense: Path, tmp_path: Path) -> None:
+    options = replace(SPLIT, calibration_tokens=128, window_tokens=64)
+    plans = []
+    for name, seed, work in (("a", 0, None), ("b", 0, "work"), ("c", 0, "work"), ("d", 1, None)):
+        given = Inputs(work=tmp_path / work if work else None)
+        chosen = replace(options, seed=seed)
+        path = tmp_path / f"{name}.plan"
+        run_factorize(str(long_dense), tmp_path / name, chosen, given, path, quiet)
+        plans.append(Plan.read(path))
+    texts = [plan.facts.texts_sha256 for plan in plans]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+    assert "--calibration " not in plans[0].facts.command
+    assert list((tmp_path / "work").glob("sampled-*.safetensors"))
+
+
+def test_a_plan_on_one_screen(long_dense: Path, texts: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    given = Inputs(calibration=tuple(texts))
+    options = replace(SPLIT, scale="calibrated", router="norm", router_steps=5, split="kmeans")
+    said = run_factorize(str(long_dense), tmp_path / "out", options, given, path, quiet)
+    assert "not the dense model any more" in said
+    screen = show_plan(path)
+    assert len(screen.splitlines()) <= 24
+    for words in (
+        f"format 2, sha256 {Plan.read(path).sha256}",
+        "3 layers, each 16 of 48 neurons always on and 4 experts of 8; 3 experts a token",
+        "kmeans, seed 0",
+        "norm (5 steps of Adam); matrices (4, 32), as stock checkpoints have",
+        "calibrated: the sum of a token's experts is multiplied with ",
+        "--split kmeans --router norm --scale calibrated --router-steps 5",
+    ):
+        assert words in screen
+    with pytest.raises(FactorizeError, match="is not a plan"):
+        show_plan(texts[0])
 
 
 def test_evaluate(long_dense: Path, tmp_path: Path, texts: list[Path]) -> None:
     text = write_text(tmp_path / "held-out.txt", seed=9)
-    run_factorize(
-        str(long_dense),
-        tmp_path / "out",
-        calibration=texts,
-        plan=None,
-        write_plan=None,
-        seed=0,
-        progress=quiet,
-        **SPLIT,
-    )
+    given = Inputs(calibration=tuple(texts))
+    run_factorize(str(long_dense), tmp_path / "out", SPLIT, given, None, quiet)
     dense = perplexity(long_dense, text, 1024, quiet)
     assert (dense.tokens, dense.value > 1) == (1022, True)
     whole = perplexity(tmp_path / "out", text, 1024, quiet, experts_per_token=4)

@@ -1,14 +1,18 @@
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from moestro.factorize import FactorizeError, Plan, SourceRefused, SplitOptions
+import moestro.factorize
+from moestro.factorize import FactorizeError, Plan, SourceRefused, SplitOptions, demo_plan
+from moestro.factorize.facts import RouterWeights
 
 
 def test_a_plan_comes_back_as_it_was(plan: Plan, tmp_path: Path) -> None:
@@ -54,16 +58,90 @@ def test_other_files_are_not_plans(tmp_path: Path) -> None:
         (lambda facts: facts | {"more": 1}, "'more' is no field"),
     ],
 )
+@pytest.mark.parametrize("number", [1, 2])
 def test_a_plan_of_wrong_facts_is_refused(
-    plan: Plan, tmp_path: Path, change: Callable[[dict[str, Any]], object], words: str
+    number: int,
+    plan: Plan,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], object],
+    words: str,
 ) -> None:
     path = tmp_path / "wrong.safetensors"
-    facts = json.loads(json.dumps({"format": 1, **asdict(plan.facts)}))
-    tensors = {"order": plan.order, "routers": plan.routers}
+    replace(plan, format=number).write(path)
+    facts, tensors = parts_of(path)
     save_file(tensors, path, {"moestro.plan": json.dumps(change(facts))})
     with pytest.raises(FactorizeError, match=words) as caught:
         Plan.read(path)
     assert str(path) in str(caught.value)
+
+
+def parts_of(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["moestro.plan"])
+        return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_the_first_format_is_read_and_keeps_its_bytes(plan: Plan, tmp_path: Path) -> None:
+    replace(plan, format=1).write(tmp_path / "plan.safetensors")
+    facts, tensors = parts_of(tmp_path / "plan.safetensors")
+    assert (facts["format"], sorted(tensors)) == (1, ["order", "routers"])
+    assert not facts["options"].keys() & {"split", "router", "scale"}
+    again = Plan.read(tmp_path / "plan.safetensors")
+    options = again.facts.options
+    assert (options.split, options.router, options.scale) == ("coactivation", "ridge", "one")
+    assert again.scales.tolist() == [1.0, 1.0, 1.0]
+    assert again.to_bytes() == (tmp_path / "plan.safetensors").read_bytes()
+
+
+def test_the_plan_in_the_package_is_the_one_that_folders_name() -> None:
+    shipped = Path(moestro.factorize.__path__[0]) / "demo_plan.safetensors"
+    named = "69896d1a0b330abc5ef25822bad4b78dcecee826d5a617d4ab7f109b6d2e455c"
+    assert demo_plan().sha256 == hashlib.sha256(shipped.read_bytes()).hexdigest() == named
+
+
+@pytest.mark.parametrize("change", ["a word", "a number", "a scale"])
+def test_a_plan_that_was_damaged_is_refused(change: str, plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    plan.write(path)
+    facts, tensors = parts_of(path)
+    if change == "a word":
+        facts["command"] = "another"
+    elif change == "a number":
+        tensors["order"][0, :2] = tensors["order"][0, :2].flip(0)
+    else:
+        tensors["scales"][1] = 2.0
+    save_file(tensors, path, {"moestro.plan": json.dumps(facts)})
+    with pytest.raises(FactorizeError, match="another checksum"):
+        Plan.read(path)
+
+
+def test_routers_with_more_than_a_matrix_come_back(plan: Plan, tmp_path: Path) -> None:
+    routers = RouterWeights(
+        torch.ones(3, 4, 8).half(), torch.ones(3, 8, 32).half(), torch.ones(3, 4).half(), "relu"
+    )
+    rich = replace(plan, router_weights=routers)
+    rich.write(tmp_path / "plan.safetensors")
+    again = Plan.read(tmp_path / "plan.safetensors")
+    assert again.sha256 == rich.sha256
+    assert again.router_weights.activation == "relu"
+    for name, part in again.router_weights.tensors().items():
+        assert torch.equal(part, routers.tensors()[name])
+    again.check_fits(3, 48, 32, plan.facts.source_sha256)
+    with pytest.raises(FactorizeError, match="a first layer with relu and a bias, which no stock"):
+        again.check_carried()
+
+
+@pytest.mark.parametrize("activation", ["", "gelu", 3])
+def test_a_first_layer_needs_its_activation(activation: object, plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    replace(plan, router_weights=replace(plan.router_weights, first=torch.ones(3, 32, 32))).write(
+        path
+    )
+    facts, tensors = parts_of(path)
+    facts["router_activation"] = activation
+    save_file(tensors, path, {"moestro.plan": json.dumps(facts)})
+    with pytest.raises(FactorizeError, match="does not fit the router's layers"):
+        Plan.read(path)
 
 
 def test_a_plan_that_names_a_neuron_twice(plan: Plan) -> None:
@@ -83,6 +161,11 @@ def test_a_plan_that_names_a_neuron_twice(plan: Plan) -> None:
         (SplitOptions(experts=4, shared_neurons=16, top_k=5), "5 of 4 experts"),
         (SplitOptions(experts=4, shared_neurons=16, top_k=0), "0 of 4 experts"),
         (SplitOptions(experts=1, shared_neurons=16, top_k=1), "at least 2"),
+        (SplitOptions(split="best"), "no split 'best'; choose one of coactivation, kmeans"),
+        (SplitOptions(router="best"), "no router 'best'"),
+        (SplitOptions(scale="two"), "no scale 'two'; choose one of one, calibrated, inverse-k"),
+        (SplitOptions(router="norm", router_steps=0), "at least one step"),
+        (SplitOptions(router_hidden=8), "a ridge router is linear"),
     ],
 )
 def test_splits_that_do_not_work_out(options: SplitOptions, words: str) -> None:

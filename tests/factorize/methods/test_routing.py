@@ -1,6 +1,7 @@
 import torch
 
-from moestro.factorize.methods.routing import expert_norms, fit_router, hit_rate, ridge
+from moestro.factorize.methods.calibration import LayerSample
+from moestro.factorize.methods.routing import Activity, fit_ridge, hit_rate, observe, ridge
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -17,22 +18,27 @@ def test_a_stronger_ridge_is_smaller() -> None:
     assert ridge(inputs, targets, 10.0).norm() < ridge(inputs, targets, 0.1).norm()
 
 
-def test_norms_are_those_of_the_outputs() -> None:
+def test_what_each_expert_adds_is_observed() -> None:
     neurons, down, groups = normal(5, 6), normal(4, 6, seed=1), torch.tensor([[0, 3], [1, 5]])
-    norms = expert_norms(neurons, down, groups)
+    seen = observe(LayerSample(normal(5, 4), neurons, down, normal(6, 4), 5), groups)
     output = down[:, [1, 5]] @ neurons[2, [1, 5]]
-    assert norms.shape == (5, 2)
-    assert torch.allclose(norms[2, 1], output.norm())
+    whole = output + down[:, [0, 3]] @ neurons[2, [0, 3]]
+    assert seen.norms.shape == (5, 2)
+    assert torch.allclose(seen.norms[2, 1], output.norm())
+    assert torch.allclose(seen.output[2], whole, atol=1e-6)
+    assert torch.allclose(seen.alignment[2, 1], output @ whole, atol=1e-5)
+    assert torch.allclose(seen.mass[2, 1], neurons[2, [1, 5]].abs().sum())
 
 
 def test_the_router_finds_what_a_line_can_tell() -> None:
     inputs = normal(500, 8)
     norms = (inputs @ normal(6, 8, seed=1).T + 10).square()
-    router = fit_router(torch.cat([inputs, torch.ones(500, 1)], dim=1), norms, 1e-6)
-    assert router.dtype == torch.float16
-    assert hit_rate(torch.cat([inputs, torch.ones(500, 1)], dim=1), norms, router, 2) > 0.95
+    inputs = torch.cat([inputs, torch.ones(500, 1)], dim=1)
+    router = fit_ridge(Activity(inputs, norms, norms, norms, inputs), 1e-6)
+    assert router.last.dtype == torch.float16
+    assert hit_rate(router.logits(inputs), norms, 2) > 0.95
 
 
 def test_half_by_chance() -> None:
-    hit = hit_rate(normal(2000, 8), normal(2000, 6, seed=1).abs(), normal(6, 8, seed=2), 3)
+    hit = hit_rate(normal(2000, 6, seed=2), normal(2000, 6, seed=1).abs(), 3)
     assert 0.4 < hit < 0.6

@@ -1,60 +1,116 @@
+"""What all splits promise, and what each of them is about."""
+
+import pytest
 import torch
 
+from moestro.factorize.facts import SPLITS
 from moestro.factorize.methods.calibration import LayerSample
-from moestro.factorize.methods.split import assign_equally, cluster, split_neurons
+from moestro.factorize.methods.split import SPLITTERS, heat, split_neurons
+
+every_split = pytest.mark.parametrize("split", SPLITS)
 
 
-def sample(tokens: int = 200, hidden: int = 16, neurons: int = 40) -> LayerSample:
-    generator = torch.Generator().manual_seed(3)
-    inputs = torch.randn(tokens, hidden, generator=generator)
-    mixing = torch.randn(hidden, neurons, generator=generator)
-    return LayerSample(inputs, inputs @ mixing, torch.randn(hidden, neurons, generator=generator))
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_parts_name_every_neuron_once() -> None:
-    shared, groups = split_neurons(sample(), shared=16, experts=4, seed=0)
-    assert groups.shape == (4, 6)
-    named = torch.cat([shared, groups.flatten()])
+def sample(tokens: int = 192, hidden: int = 16, neurons: int = 40) -> LayerSample:
+    inputs = normal(tokens, hidden, seed=3)
+    activity = inputs @ normal(hidden, neurons, seed=4)
+    down, gate = normal(hidden, neurons, seed=5), normal(neurons, hidden, seed=6)
+    return LayerSample(inputs, activity, down, gate, window_tokens=32)
+
+
+def test_the_table_has_the_names_that_are_offered() -> None:
+    assert tuple(SPLITTERS) == SPLITS
+
+
+@every_split
+@pytest.mark.parametrize(("shared", "experts"), [(16, 4), (0, 4), (0, 8), (4, 12), (0, 2)])
+def test_the_parts_name_every_neuron_once(split: str, shared: int, experts: int) -> None:
+    always, groups = split_neurons(split, sample(), shared, experts, seed=0)
+    assert (len(always), tuple(groups.shape)) == (shared, (experts, (40 - shared) // experts))
+    named = torch.cat([always, groups.flatten()])
     assert named.sort().values.tolist() == list(range(40))
 
 
-def test_the_shared_neurons_are_the_hottest() -> None:
+@every_split
+def test_the_shared_neurons_are_the_hottest(split: str) -> None:
     given = sample()
-    shared, groups = split_neurons(given, shared=16, experts=4, seed=0)
-    heat = given.neurons.abs().mean(dim=0) * given.down.norm(dim=0)
-    assert heat[shared].min() >= heat[groups.flatten()].max()
+    shared, groups = split_neurons(split, given, shared=16, experts=4, seed=0)
+    assert heat(given)[shared].min() >= heat(given)[groups.flatten()].max()
 
 
-def test_equal_inputs_give_equal_splits() -> None:
-    first, again = (split_neurons(sample(), 16, 4, seed=5) for _ in range(2))
+@every_split
+def test_equal_inputs_give_equal_splits(split: str) -> None:
+    first, again = (split_neurons(split, sample(), 16, 4, seed=5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_numbers_say_nothing_but_order() -> None:
-    shared, groups = split_neurons(sample(), shared=16, experts=4, seed=1)
+@every_split
+def test_numbers_say_nothing_but_order(split: str) -> None:
+    shared, groups = split_neurons(split, sample(), shared=16, experts=4, seed=1)
     assert torch.equal(shared, shared.sort().values)
     assert torch.equal(groups, groups.sort(dim=1).values)
     assert torch.equal(groups[:, 0], groups[:, 0].sort().values)
 
 
-def test_no_shared_neurons_at_all() -> None:
-    shared, groups = split_neurons(sample(), shared=0, experts=4, seed=0)
-    assert (len(shared), tuple(groups.shape)) == (0, (4, 10))
+@every_split
+def test_the_sample_is_left_as_it_was(split: str) -> None:
+    given, copy = sample(), sample()
+    split_neurons(split, given, shared=8, experts=4, seed=0)
+    for name in ("inputs", "neurons", "down", "gate"):
+        assert torch.equal(getattr(given, name), getattr(copy, name))
 
 
-def test_clear_clusters_are_found() -> None:
-    truth = torch.arange(32) % 4
-    points = torch.eye(4)[truth] + 0.05 * torch.randn(
-        32, 4, generator=torch.Generator().manual_seed(0)
-    )
-    members = cluster(torch.nn.functional.normalize(points, dim=1), 4, seed=0)
-    for e in range(4):
-        assert len(set(truth[members == e].tolist())) == 1
+def test_splits_differ() -> None:
+    found = {split: split_neurons(split, sample(), 0, 4, seed=0)[1] for split in SPLITS}
+    assert len({tuple(groups.flatten().tolist()) for groups in found.values()}) == len(SPLITS)
 
 
-def test_everybody_wants_the_same_cluster() -> None:
-    likeness = torch.zeros(12, 3)
-    likeness[:, 1] = torch.linspace(0.5, 1, 12)
-    members = assign_equally(likeness)
-    assert members.bincount(minlength=3).tolist() == [4, 4, 4]
-    assert sorted((members == 1).nonzero().flatten().tolist()) == [8, 9, 10, 11]
+def test_another_seed_is_another_random_split() -> None:
+    first, other = (split_neurons("random", sample(), 0, 4, seed=n)[1] for n in range(2))
+    assert not torch.equal(first, other)
+
+
+def test_slices_are_in_the_order_of_the_checkpoint() -> None:
+    _, groups = split_neurons("contiguous", sample(), 0, 4, seed=0)
+    assert groups.flatten().tolist() == list(range(40))
+
+
+def planted(kinds: torch.Tensor, hidden: int = 16) -> torch.Tensor:
+    """[I, hidden] one direction for each kind, and a little noise."""
+    return torch.eye(hidden)[kinds] * 3 + 0.1 * normal(len(kinds), hidden)
+
+
+def groups_of(split: str, given: LayerSample, experts: int = 4) -> set[tuple[int, ...]]:
+    _, groups = split_neurons(split, given, 0, experts, seed=0)
+    return {tuple(group.tolist()) for group in groups}
+
+
+KINDS = torch.arange(40) % 4
+BY_KIND = {tuple(range(kind, 40, 4)) for kind in range(4)}
+
+
+def test_kmeans_groups_equal_gates() -> None:
+    base = sample()
+    # lengths differ: only the direction of a row counts
+    gate = planted(KINDS) * (1 + normal(40, 1, seed=9).abs())
+    given = LayerSample(base.inputs, base.neurons, base.down, gate, 32)
+    assert groups_of("kmeans", given) == BY_KIND
+
+
+def test_coactivation_groups_what_an_input_foresees() -> None:
+    base = sample()
+    inputs = normal(192, 16, seed=3).abs()
+    given = LayerSample(inputs, inputs @ planted(KINDS).T, base.down, base.gate, 32)
+    assert groups_of("coactivation", given) == BY_KIND
+
+
+def test_importance_gives_each_kind_of_text_its_neurons() -> None:
+    base = sample()
+    topic = (torch.arange(192) // 16) % 4  # two topics in each window of 32: pieces are halves
+    inputs = torch.eye(16)[topic] + 0.05 * normal(192, 16)
+    neurons = 0.1 * normal(192, 40, seed=1) + 2.0 * (topic[:, None] == KINDS[None])
+    given = LayerSample(inputs, neurons, base.down, base.gate, 32)
+    assert groups_of("importance", given) == BY_KIND

@@ -125,3 +125,50 @@ def test_bad_variable_is_named():
 def test_factorize_of_a_missing_folder(tmp_path: Path):
     done = moestro("factorize", "/no/where", str(tmp_path / "out"))
     assert_refused(done)
+
+
+@pytest.mark.slow  # brings torch
+def test_the_names_that_factorize_offers_are_those_it_knows(tmp_path: Path):
+    from typing import get_args
+
+    from moestro.factorize.facts import ROUTERS, SCALES, SPLITS
+    from moestro.server.commands import factorize_flags as flags
+
+    for offered, known in ((flags.Split, SPLITS), (flags.Router, ROUTERS), (flags.Scale, SCALES)):
+        assert get_args(get_args(offered)[0]) == known
+    done = moestro("factorize", "x", str(tmp_path / "out"), "--split", "best")
+    assert_refused(done, "--split", "coactivation")
+
+
+@pytest.mark.slow  # brings torch
+def test_a_plan_is_shown_without_a_source(tmp_path: Path):
+    from moestro.factorize import demo_plan
+
+    shipped = tmp_path / "plan.safetensors"
+    demo_plan().write(shipped)
+    done = moestro("factorize", "--show-plan", str(shipped))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "24 experts of 32; 12 experts a token" in done.stdout
+    assert_refused(moestro("factorize", "--show-plan", __file__), "is not a plan of moestro")
+
+
+@pytest.mark.slow  # brings torch
+def test_the_chain_from_the_command_line(tmp_path: Path):
+    from tiny_llama import write_tiny_llama
+
+    dense = write_tiny_llama(tmp_path / "dense", max_position_embeddings=512)
+    out, work = tmp_path / "out", tmp_path / "work"
+    words = ["factorize", str(dense), str(out), "--experts", "6", "--shared", "0", "--top-k", "2"]
+    words += ["--split", "kmeans", "--router", "norm", "--router-steps", "5", "--work", str(work)]
+    words += ["--calibration-tokens", "512", "--scale", "calibrated"]
+    dry = moestro(*words, "--dry-run")
+    assert (dry.returncode, out.exists(), work.exists()) == (0, False, False)
+    assert "a dry run, nothing is written" in dry.stdout
+    done = moestro(*words)
+    assert done.returncode == 0, done.stderr
+    assert "the dense model writes 512 tokens itself, with the seed 0" in done.stderr
+    assert "6 experts of 8, 2 per token (33.3% of the FFN)" in done.stdout
+    assert sorted(path.name.partition("-")[0] for path in work.iterdir()) == [
+        *("collect", "route", "sampled", "split")
+    ]
+    assert_refused(moestro(*words), "exists already")

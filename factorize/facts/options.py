@@ -1,0 +1,74 @@
+"""What a user may choose about a factorization, by name and number. No tensors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from .errors import FactorizeError
+
+SPLITS = ("coactivation", "kmeans", "importance", "contiguous", "random")
+ROUTERS = ("ridge", "prior", "norm", "moefication")
+SCALES = ("one", "calibrated", "inverse-k")
+COUNTS = ("experts", "top_k", "calibration_tokens", "window_tokens")
+FIRST_FORMAT = (  # what plans of format 1 say; the others had their defaults then
+    "experts",
+    "shared_neurons",
+    "top_k",
+    "calibration_tokens",
+    "window_tokens",
+    "ridge",
+    "seed",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitOptions:
+    """How a dense FFN becomes a shared expert and routed ones."""
+
+    experts: int = 24
+    shared_neurons: int = 768  # always on
+    top_k: int = 12
+    calibration_tokens: int = 32_768
+    window_tokens: int = 512
+    ridge: float = 1e-1  # of the mean diagonal of the inputs' second moment
+    seed: int = 0
+    split: str = "coactivation"
+    router: str = "ridge"
+    scale: str = "one"  # what the sum of a token's experts is multiplied with
+    router_steps: int = 300  # of Adam; a ridge router is solved, not trained
+    router_hidden: int = 0  # neurons of a trained router's first layer; 0: it has none
+    router_bias: int = 0  # 1: a trained router has a bias
+
+    def expert_neurons(self, neurons: int) -> int:
+        """Neurons of one routed expert out of an FFN's `neurons`. Raises FactorizeError."""
+        for reason in self._unknown():
+            raise FactorizeError(reason)
+        routed = neurons - self.shared_neurons
+        if self.experts < 2 or not 1 <= self.top_k <= self.experts:
+            raise FactorizeError(
+                f"{self.top_k} of {self.experts} experts per token does not work: take at least "
+                "2 experts, and between 1 and all of them per token"
+            )
+        if self.shared_neurons < 0 or routed <= 0 or routed % self.experts:
+            raise FactorizeError(
+                f"{neurons} neurons less {self.shared_neurons} shared ones leave {routed}, which "
+                f"is not a positive multiple of {self.experts} experts; change either number"
+            )
+        return routed // self.experts
+
+    def _unknown(self) -> Iterator[str]:
+        for word, names in (("split", SPLITS), ("router", ROUTERS), ("scale", SCALES)):
+            chosen = getattr(self, word)
+            if chosen not in names:
+                yield f"there is no {word} {chosen!r}; choose one of {', '.join(names)}"
+        if self.router_steps < 1 or self.router_hidden < 0 or self.router_bias not in (0, 1):
+            yield "a router is trained for at least one step, with no or some hidden neurons"
+        if self.router == "ridge" and (self.router_hidden or self.router_bias):
+            yield "a ridge router is linear without a bias; train another for hidden neurons"
+
+
+def with_defaults(options: dict[str, object]) -> dict[str, object]:
+    """The options of a plan of format 1 as those of today. Raises ValueError for foreign ones."""
+    for name in options.keys() - set(FIRST_FORMAT):
+        raise ValueError(f"{name!r} is no field of it")
+    later = {f.name: f.default for f in fields(SplitOptions) if f.name not in FIRST_FORMAT}
+    return options | later

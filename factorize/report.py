@@ -1,0 +1,99 @@
+"""Plans and forecasts in words, for people at a terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moestro.factorize.facts import Plan, SplitOptions
+from moestro.factorize.sources import DenseModel
+
+from .forecast import Stage
+
+
+def summary(plan: Plan, dense: DenseModel, out: Path) -> str:
+    """Of a model that was just written to `out`."""
+    options = plan.facts.options
+    width = options.expert_neurons(dense.neurons)
+    share = (options.shared_neurons + options.top_k * width) / dense.neurons
+    size_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    lines = [
+        f"{out}: {dense.layers} layers, each {options.shared_neurons} neurons always on and "
+        f"{options.experts} experts of {width}, {options.top_k} per token "
+        f"({share:.1%} of the FFN), {size_bytes / 1e6:.0f} MB",
+        f"plan {plan.sha256[:16]}: {plan.facts.method}",
+        f"the routers find {plan.facts.router_hit:.1%} of the {options.top_k} experts that "
+        "matter most to a calibration token",
+    ]
+    if options.scale != "one":
+        lines.append(f"{_scales(plan)}; with all experts it is not the dense model any more")
+    return "\n".join(lines)
+
+
+def seconds_of(plan_s: float, apply_s: float) -> str:
+    return f"the plan was ready after {plan_s:.1f} s and applied in {apply_s:.1f} s"
+
+
+def plan_screen(path: Path, plan: Plan) -> str:
+    """Everything that a plan says about itself."""
+    facts, options = plan.facts, plan.facts.options
+    layers, neurons = plan.order.shape
+    routers = plan.router_weights
+    kind = "".join(f", {more}" for more in routers.beyond_stock()) or ", as stock checkpoints have"
+    trained = "solved" if options.router == "ridge" else f"{options.router_steps} steps of Adam"
+    rows = {
+        "plan": f"{path}, format {plan.format}, sha256 {plan.sha256}",
+        "source": f"{facts.source}, weights {facts.source_sha256[:16]}",
+        "shape": f"{layers} layers, each {options.shared_neurons} of {neurons} neurons always on "
+        f"and {options.experts} experts of {options.expert_neurons(neurons)}; "
+        f"{options.top_k} experts a token",
+        "text": f"up to {options.calibration_tokens} tokens in windows of {options.window_tokens}, "
+        f"ids {facts.texts_sha256[:16]}",
+        "split": f"{options.split}, seed {options.seed}",
+        "router": f"{options.router} ({trained}); matrices {tuple(routers.last.shape[1:])}{kind}",
+        "router hit": f"{facts.router_hit:.1%} of the experts that matter most, on the text itself",
+        "scale": _scales(plan),
+        "method": facts.method,
+        "command": facts.command or "not noted",
+    }
+    return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+def _scales(plan: Plan) -> str:
+    low, high = float(plan.scales.min()), float(plan.scales.max())
+    span = f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
+    return f"{plan.facts.options.scale}: the sum of a token's experts is multiplied with {span}"
+
+
+def forecast_table(
+    source: str,
+    out: Path,
+    stages: Sequence[Stage],
+    options: SplitOptions | None,
+    work: Path | None,
+) -> str:
+    """A line for each stage. `options` None: a plan is there, and only applied."""
+    lines = [f"{source} -> {out}: a dry run, nothing is written"]
+    lines += [f"{'stage':<8} {'reads':>9} {'writes':>9} {'TFLOP':>8} {'peak memory':>12}"]
+    lines += [
+        f"{stage.name:<8} {_size(stage.reads_bytes):>9} {_size(stage.writes_bytes):>9} "
+        f"{stage.flops / 1e12:>8.2f} {_size(stage.peak_bytes):>12}"
+        for stage in stages
+    ]
+    if options is not None:
+        lines.append(
+            f"text: {options.calibration_tokens} tokens through every layer; split "
+            f"{options.split}, router {options.router}, scale {options.scale}"
+        )
+        lines.append(
+            f"what {work} has of the same weights and text is not computed again"
+            if work is not None
+            else "what the model does is kept in memory, a layer at a time; --work DIR keeps it"
+        )
+    lines.append(
+        "peak memory: weights and tensors; Python and its libraries take some 0.5 GB more, and "
+        "what is mapped of the source's files comes and goes with the free memory"
+    )
+    return "\n".join(lines)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"

@@ -1,0 +1,195 @@
+"""The flags of `factorize` and `evaluate` in words."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Exit, Option
+
+from .flags import named, named_path
+
+Source = Annotated[
+    str,
+    Argument(
+        metavar="SOURCE",
+        parser=named,
+        show_default=False,
+        help="The folder of a dense checkpoint (Llama or Mistral), or `demo-dense` (or `demo`): the"
+        " dense model that the demo is made of.",
+    ),
+]
+Out = Annotated[
+    Path,
+    Argument(
+        parser=named_path, metavar="OUT", show_default=False, help="The new folder for the result."
+    ),
+]
+Calibration = Annotated[
+    list[Path] | None,
+    Option(
+        "--calibration",
+        metavar="FILE",
+        show_default=False,
+        help="Plain text to observe the model on: like what it will be used for; repeat for more"
+        " files. Without any, the model writes a text itself, by --seed.",
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    Option(
+        "--plan",
+        parser=named_path,
+        metavar="FILE",
+        show_default=False,
+        help="Apply this plan as it is; nothing is observed, and the other choices do not count.",
+    ),
+]
+WritePlan = Annotated[
+    Path | None,
+    Option(
+        "--write-plan",
+        parser=named_path,
+        metavar="FILE",
+        show_default=False,
+        help="Keep the plan: which neurons form an expert, routers, scales, how they came about.",
+    ),
+]
+Experts = Annotated[
+    int,
+    Option(
+        "--experts",
+        metavar="N",
+        min=1,
+        help="Routed experts per layer. A layer's neurons less --shared must be a multiple of it.",
+    ),
+]
+Shared = Annotated[
+    int,
+    Option(
+        "--shared",
+        metavar="N",
+        min=0,
+        help="Neurons of each layer that are always on: those whose output is largest. More of them"
+        " keep more of the quality; 0 makes every neuron an expert's.",
+    ),
+]
+TopK = Annotated[int, Option("--top-k", metavar="K", min=1, help="Experts that each token uses.")]
+CalibrationTokens = Annotated[
+    int,
+    Option(
+        "--calibration-tokens",
+        metavar="N",
+        min=1,
+        help="How much of the text to observe. Memory and time grow with it: see --dry-run.",
+    ),
+]
+Seed = Annotated[
+    int,
+    Option("--seed", metavar="N", help="For all that is drawn: clusters, steps, the model's text."),
+]
+Split = Annotated[
+    Literal["coactivation", "kmeans", "importance", "contiguous", "random"],
+    Option(
+        "--split",
+        help="Which neurons form an expert together. coactivation: those that a router foresees"
+        " together (how the demo was made; the slowest); kmeans: those with alike gate weights;"
+        " importance: each takes what matters most to one kind of text; contiguous: slices as they"
+        " lie; random. With all experts on, every split is the dense model.",
+    ),
+]
+Router = Annotated[
+    Literal["ridge", "prior", "norm", "moefication"],
+    Option(
+        "--router",
+        help="What a token's experts are chosen by. ridge: foretells the size of each expert's"
+        " output, solved at once; norm: the same by training; moefication: its share of the"
+        " activation; prior: the experts nearest to the dense output (FactorLLM).",
+    ),
+]
+RouterSteps = Annotated[
+    int,
+    Option(
+        "--router-steps",
+        metavar="N",
+        min=1,
+        help="Training steps of the routers prior, norm and moefication; ridge needs none.",
+    ),
+]
+Scale = Annotated[
+    Literal["one", "calibrated", "inverse-k"],
+    Option(
+        "--scale",
+        help="What the sum of a token's experts is multiplied with. one: nothing, so that all"
+        " experts together are the dense model; calibrated: each layer's best number on the text;"
+        " inverse-k: experts / top-k (FactorLLM).",
+    ),
+]
+Work = Annotated[
+    Path | None,
+    Option(
+        "--work",
+        parser=named_path,
+        metavar="DIR",
+        show_default=False,
+        help="Keep here what the model did on the text: a stopped run goes on where it stopped, and"
+        " another --split or --router of the same text starts at once. Remove it when done."
+        " [default: memory, a layer at a time]",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    Option(
+        "--dry-run",
+        help="Only show what each stage would read, write, compute and hold; nothing is written.",
+    ),
+]
+
+
+def _show_plan(path: Path | None) -> None:
+    if path is None:
+        return
+    from .making import print_plan
+
+    print_plan(path)
+    raise Exit
+
+
+ShowPlan = Annotated[
+    Path | None,
+    Option(
+        "--show-plan",
+        parser=named_path,
+        metavar="FILE",
+        is_eager=True,
+        callback=_show_plan,
+        show_default=False,
+        help="Only show what this plan says: its choices, its text, how well it routes.",
+    ),
+]
+Checkpoint = Annotated[
+    Path,
+    Argument(
+        parser=named_path, metavar="FOLDER", show_default=False, help="The checkpoint's folder."
+    ),
+]
+Texts = Annotated[
+    list[Path],
+    Option(
+        "--text",
+        metavar="FILE",
+        show_default=False,
+        help="Plain text to predict; repeat for more files.",
+    ),
+]
+EvaluationTokens = Annotated[
+    int, Option("--tokens", metavar="N", min=2, help="How much of the text.")
+]
+EvaluationExperts = Annotated[
+    int | None,
+    Option(
+        "--experts-per-token",
+        metavar="K",
+        min=1,
+        show_default=False,
+        help="Experts that each token uses. [default: the model's own]",
+    ),
+]

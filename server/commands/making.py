@@ -1,0 +1,82 @@
+"""`moestro factorize` and `moestro evaluate`: words in, the toolbox's answer on stdout."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from moestro.engine import StartError
+from moestro.server.facts import Refused
+
+from .start import watched_progress
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except StartError as error:
+        raise Refused(str(error)) from error
+
+
+def factorize(
+    source: str,
+    out: Path,
+    *,
+    experts: int,
+    shared: int,
+    top_k: int,
+    calibration_tokens: int,
+    seed: int,
+    split: str,
+    router: str,
+    router_steps: int,
+    scale: str,
+    dry_run: bool,
+    cache_dir: Path,
+    calibration: Sequence[Path] = (),
+    plan: Path | None = None,
+    write_plan: Path | None = None,
+    work: Path | None = None,
+) -> None:
+    """Raises Refused."""
+    from moestro.factorize import Inputs, SplitOptions, run_dry, run_factorize
+
+    options = SplitOptions(
+        experts=experts,
+        shared_neurons=shared,
+        top_k=top_k,
+        calibration_tokens=calibration_tokens,
+        seed=seed,
+        split=split,
+        router=router,
+        router_steps=router_steps,
+        scale=scale,
+    )
+    inputs = Inputs(tuple(calibration), plan, work, cache_dir)
+    with _refusals():
+        if dry_run:
+            report = run_dry(source, out, options, inputs)
+        else:
+            with watched_progress() as progress:
+                report = run_factorize(source, out, options, inputs, write_plan, progress)
+    typer.echo(report)
+
+
+def print_plan(path: Path) -> None:
+    """Raises Refused."""
+    from moestro.factorize import show_plan
+
+    with _refusals():
+        text = show_plan(path)
+    typer.echo(text)
+
+
+def evaluate(folder: Path, texts: list[Path], tokens: int, experts_per_token: int | None) -> None:
+    """Raises Refused."""
+    from moestro.factorize import run_evaluate
+
+    with _refusals(), watched_progress() as progress:
+        report = run_evaluate(folder, texts, tokens, experts_per_token, progress)
+    typer.echo(report)
