@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import GraniteMoeSharedConfig
 
 from moestro.engine import Manifest, Progress, ProgressFn
 from moestro.factorize.facts import FactorizeError, Plan, require_free, staged
-from moestro.factorize.sources import INDEX_NAME, DenseModel, TensorReader
+from moestro.factorize.families import SINK, layer_fields, sink_names, stored_name, twin_class
+from moestro.factorize.sources import INDEX_NAME, CarriedReader, DenseModel
 
 # a power of two: exact, and the order of the experts stays; rows are about 1, so that the softmax
 # of the logits rounds to 1/k exactly. Too small for float16, hence a float32 tensor.
 ROUTER_SCALE = 2.0**-30
 SHARD_BYTES = 2 << 30
+DENSE_CONFIG_NAME = "moestro_dense.json"  # the dense model's config.json, for the way back
 DENSE_PARTS = ("gate_proj", "up_proj", "down_proj")
 COPIED = [
     "tokenizer.json",
@@ -69,7 +70,7 @@ def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> Non
     plan.check_carried()
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
     out.parent.mkdir(parents=True, exist_ok=True)
-    wider = storage_dtype(dense.dtype, output_factors(plan)).itemsize / dense.dtype.itemsize
+    wider = storage_dtype(dense.carried_dtype, output_factors(plan)).itemsize / dense.dtype.itemsize
     require_free(out.parent, int(dense.source_bytes * wider * 1.1), "the model with experts")
     with staged(out) as folder:
         _write_weights(folder, _all_tensors(dense, plan, progress))
@@ -77,6 +78,8 @@ def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> Non
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if not dense.family.told_by_twin(dense.config):
+            shutil.copyfile(source / "config.json", folder / DENSE_CONFIG_NAME)
         manifest(plan).write(folder)
 
 
@@ -123,19 +126,25 @@ def manifest(plan: Plan) -> Manifest:
     )
 
 
-def twin_config(dense: DenseModel, plan: Plan) -> GraniteMoeSharedConfig:
+def twin_config(dense: DenseModel, plan: Plan) -> Any:
     llama, options = dense.config, plan.facts.options
     head_dim = getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
     # not a field of the twin's own, but its attention and its angles both ask for it
     fields: dict[str, Any] = {"head_dim": head_dim}
-    fields |= {name: getattr(llama, name) for name in CARRIED}
-    config = GraniteMoeSharedConfig(
+    fields |= {name: getattr(llama, name) for name in CARRIED if hasattr(llama, name)}
+    fields |= {
+        "attention_bias": getattr(llama, "attention_bias", False),
+        "attention_multiplier": head_dim**-0.5,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+    }
+    fields |= dense.family.twin_fields(llama)
+    kinds = dense.family.layers(llama)
+    config_class, model_class = twin_class(kinds)
+    config = config_class(
         **fields,
-        attention_bias=getattr(llama, "attention_bias", False),
-        attention_multiplier=head_dim**-0.5,
-        embedding_multiplier=1.0,
-        logits_scaling=1.0,
-        residual_multiplier=1.0,
+        **layer_fields(kinds, llama.rope_parameters["rope_theta"], llama.max_position_embeddings),
         intermediate_size=options.expert_neurons(dense.neurons),
         shared_intermediate_size=options.shared_neurons,
         num_local_experts=options.experts,
@@ -143,21 +152,25 @@ def twin_config(dense: DenseModel, plan: Plan) -> GraniteMoeSharedConfig:
     )
     # what is computed in; what is stored is smaller, and the router would vanish in float16
     config.dtype = torch.float32
-    config.architectures = ["GraniteMoeSharedForCausalLM"]
+    config.architectures = [model_class]
     return config
 
 
 def _all_tensors(dense: DenseModel, plan: Plan, progress: ProgressFn) -> Iterator[Tensors]:
-    stored = storage_dtype(dense.dtype, output_factors(plan))
-    with dense.tensors() as reader:
+    stored = storage_dtype(dense.carried_dtype, output_factors(plan))
+    with dense.carried_tensors() as reader:
         outside = [name for name in reader.names() if not _layer_of(name)]
         if dense.config.tie_word_embeddings:
             outside = [name for name in outside if name != "lm_head.weight"]
-        yield {name: _to(reader.get(name), stored, name) for name in outside}
+        yield {name: _as_stored(reader, name, stored) for name in outside}
+        kinds = dense.family.layers(dense.config)
+        for name in sink_names(kinds):
+            yield {name: torch.full((int(dense.config.num_attention_heads),), SINK)}
         for layer in range(dense.layers):
-            yield _attention_tensors(reader, layer, stored) | _expert_tensors(
+            tensors = _attention_tensors(reader, layer, stored) | _expert_tensors(
                 reader, plan, layer, stored
             )
+            yield {stored_name(name, kinds): tensor for name, tensor in tensors.items()}
             progress(Progress("factorize", layer + 1, dense.layers, "layers"))
 
 
@@ -165,16 +178,16 @@ def _layer_of(name: str) -> str:
     return name.split(".")[2] if name.startswith("model.layers.") else ""
 
 
-def _attention_tensors(reader: TensorReader, layer: int, stored: torch.dtype) -> Tensors:
+def _attention_tensors(reader: CarriedReader, layer: int, stored: torch.dtype) -> Tensors:
     names = [
         name
         for name in reader.names()
         if _layer_of(name) == str(layer) and not any(f".mlp.{p}." in name for p in DENSE_PARTS)
     ]
-    return {name: _to(reader.get(name), stored, name) for name in names}
+    return {name: _as_stored(reader, name, stored) for name in names}
 
 
-def _expert_tensors(reader: TensorReader, plan: Plan, layer: int, stored: torch.dtype) -> Tensors:
+def _expert_tensors(reader: CarriedReader, plan: Plan, layer: int, stored: torch.dtype) -> Tensors:
     prefix = f"model.layers.{layer}"
     gate, up, down = (reader.get(f"{prefix}.mlp.{part}.weight") for part in DENSE_PARTS)
     options = plan.facts.options
@@ -194,6 +207,10 @@ def _expert_tensors(reader: TensorReader, plan: Plan, layer: int, stored: torch.
     named = {name: _to(tensor, stored, name) for name, tensor in named.items()}
     router = plan.routers[layer].float() * ROUTER_SCALE
     return named | {f"{prefix}.block_sparse_moe.router.layer.weight": router}
+
+
+def _as_stored(reader: CarriedReader, name: str, stored: torch.dtype) -> torch.Tensor:
+    return _to(reader.get(name), torch.float32 if reader.rounds(name) else stored, name)
 
 
 def _to(tensor: torch.Tensor, stored: torch.dtype, name: str) -> torch.Tensor:

@@ -86,7 +86,7 @@ def run_dry(source: str, out: Path, options: SplitOptions, inputs: Inputs) -> st
     if inputs.plan is not None:
         recipe = Plan.read(inputs.plan)
         recipe.check_carried()
-        stored = storage_dtype(dense.dtype, output_factors(recipe)).itemsize
+        stored = storage_dtype(dense.carried_dtype, output_factors(recipe)).itemsize
         return forecast_table(source, out, [apply_stage(shape, stored)], None, None)
     options.expert_neurons(dense.neurons)
     stages = forecast(
@@ -173,4 +173,4 @@ def _text_bytes(texts: Sequence[Path]) -> int:
 def _stored(dense: DenseModel, options: SplitOptions) -> torch.dtype:
     """As far as known before: a calibrated scale is no whole number."""
     known = {"one": float(options.top_k), "inverse-k": float(options.experts)}
-    return storage_dtype(dense.dtype, [known.get(options.scale, options.top_k + 0.5)])
+    return storage_dtype(dense.carried_dtype, [known.get(options.scale, options.top_k + 0.5)])

@@ -87,10 +87,11 @@ WINGS: dict[str, dict[str, set[str]]] = {
     },
     "factorize": {
         "facts": set(),
-        "sources": {"facts"},
+        "families": {"facts"},
+        "sources": {"facts", "families"},
         "methods": {"facts", "sources"},
         "recovery": {"facts"},
-        "": {"facts", "sources", "methods"},
+        "": {"facts", "families", "sources", "methods"},
     },
     "server": {
         "facts": set(),

@@ -7,6 +7,7 @@ Letters: N windows, S tokens of one, T = N * S, H hidden size, I neurons of one 
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,11 +23,10 @@ HIDDEN = "hidden"
 
 
 class LayerStack:
-    """The dense model's layers, one at a time: the same module with each layer's weights."""
+    """The dense model's layers, one at a time: a stock module with each layer's weights."""
 
     def __init__(self, dense: DenseModel, reader: TensorReader, window_tokens: int) -> None:
         config = copy.deepcopy(dense.config)
-        config.num_hidden_layers = 1
         with torch.device("meta"):
             auto: Any = AutoModelForCausalLM
             model = auto.from_config(
@@ -35,15 +35,22 @@ class LayerStack:
                 attn_implementation="sdpa",
                 trust_remote_code=False,
             )
-        self._layer = model.model.layers[0].eval()
+        self._layers = model.model.layers.eval()
+        self._layer = self._layers[0]
         self._reader = reader
+        self._family = dense.family
+        self._windows = [kind.window for kind in dense.family.layers(config)]
+        self._window: int | None = None
+        fields = dense.family.twin_fields(config)
+        self._embedding_scale = float(fields.get("embedding_multiplier", 1.0))
         self._positions = torch.arange(window_tokens)[None]
         rotary = type(model.model.rotary_emb)(config=config)
         self._angles = rotary(torch.zeros(1, 1, 1), self._positions)
 
     def embedded(self, windows: torch.Tensor) -> torch.Tensor:
         """[N, S, H] from ids [N, S]."""
-        return self._reader.get("model.embed_tokens.weight")[windows].float()
+        rows = self._reader.get("model.embed_tokens.weight")[windows].float()
+        return rows * self._embedding_scale
 
     def load(self, index: int) -> Any:
         """The layer's module, with its weights in fp32 until the next call."""
@@ -53,18 +60,32 @@ class LayerStack:
             for name in self._reader.names()
             if name.startswith(prefix)
         }
+        self._layer = copy.deepcopy(self._layers[index])  # of no weights: layers may differ
         self._layer.load_state_dict(weights, assign=True)
+        self._window = self._windows[index]
         return self._layer
 
     def run(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, S, H] behind the loaded layer. Without a mask, sdpa is causal."""
+        mask = None
+        if self._window is not None:
+            behind = self._positions.T - self._positions  # [S, S] how far back a key lies
+            mask = ((behind >= 0) & (behind < self._window))[None, None]
         out: torch.Tensor = self._layer(
             hidden,
-            attention_mask=None,
+            attention_mask=mask,
             position_ids=self._positions,
             position_embeddings=self._angles,
         )
         return out
+
+    def sample(
+        self, inputs: torch.Tensor, neurons: torch.Tensor, window_tokens: int
+    ) -> LayerSample:
+        """Of the loaded layer's FFN."""
+        down = self._layer.mlp.down_proj.weight.detach()
+        gate = self._family.gate_of(self._layer.mlp).detach()
+        return LayerSample(inputs, neurons, down, gate, window_tokens)
 
 
 def layer_samples(
@@ -87,7 +108,7 @@ def layer_samples(
         if kept is not None:
             first = finished_layers(kept, dense.layers)
             for index in range(start, first):
-                yield _again(stack.load(index), kept.get(_name(index))["inputs"], windows)
+                yield _again(stack, stack.load(index), kept.get(_name(index))["inputs"], windows)
             hidden = kept.get(HIDDEN)["hidden"] if 0 < first < dense.layers else None
         if hidden is None:
             hidden = stack.embedded(windows)
@@ -120,33 +141,33 @@ def _observed(
     stack: LayerStack, layer: Any, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, LayerSample]:
     inputs: list[torch.Tensor] = []
-    neurons: list[torch.Tensor] = []
-    hooks = [
-        layer.mlp.register_forward_pre_hook(_keep(inputs)),
-        layer.mlp.down_proj.register_forward_pre_hook(_keep(neurons)),
-    ]
-    window_tokens = hidden.shape[1]
-    behind = torch.cat([stack.run(part) for part in torch.split(hidden, WINDOWS_AT_ONCE)])
-    for hook in hooks:
-        hook.remove()
-    return behind, _sample(layer, torch.cat(inputs), torch.cat(neurons), window_tokens)
+    hook = layer.mlp.register_forward_pre_hook(_keep(inputs))
+    with _neurons_of(layer) as neurons:
+        behind = torch.cat([stack.run(part) for part in torch.split(hidden, WINDOWS_AT_ONCE)])
+    hook.remove()
+    return behind, stack.sample(torch.cat(inputs), torch.cat(neurons), hidden.shape[1])
 
 
 @torch.no_grad()
-def _again(layer: Any, inputs: torch.Tensor, windows: torch.Tensor) -> LayerSample:
-    """The same products in the same batches, so that they round as they did."""
-    neurons = [
-        (layer.mlp.act_fn(layer.mlp.gate_proj(part)) * layer.mlp.up_proj(part)).flatten(0, -2)
-        for part in torch.split(inputs.view(*windows.shape, -1), WINDOWS_AT_ONCE)
-    ]
-    return _sample(layer, inputs, torch.cat(neurons), windows.shape[1])
-
-
-def _sample(
-    layer: Any, inputs: torch.Tensor, neurons: torch.Tensor, window_tokens: int
+def _again(
+    stack: LayerStack, layer: Any, inputs: torch.Tensor, windows: torch.Tensor
 ) -> LayerSample:
-    down, gate = layer.mlp.down_proj.weight.detach(), layer.mlp.gate_proj.weight.detach()
-    return LayerSample(inputs, neurons, down, gate, window_tokens)
+    """The same products in the same batches, so that they round as they did."""
+    with _neurons_of(layer) as neurons:
+        for part in torch.split(inputs.view(*windows.shape, -1), WINDOWS_AT_ONCE):
+            layer.mlp(part)
+    return stack.sample(inputs, torch.cat(neurons), windows.shape[1])
+
+
+@contextmanager
+def _neurons_of(layer: Any) -> Iterator[list[torch.Tensor]]:
+    """What goes into the down projection while the block runs, a tensor [t, I] per call."""
+    neurons: list[torch.Tensor] = []
+    hook = layer.mlp.down_proj.register_forward_pre_hook(_keep(neurons))
+    try:
+        yield neurons
+    finally:
+        hook.remove()
 
 
 def _keep(into: list[torch.Tensor]) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:

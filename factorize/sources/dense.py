@@ -1,4 +1,4 @@
-"""A folder with a dense Llama-type model: what it is, whether it has an exact twin, its tensors."""
+"""A folder with a dense model: what it is, whether it has an exact twin, its tensors."""
 
 import hashlib
 import json
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from moestro.engine import StartError, read_config
 from moestro.factorize.facts import SourceRefused
+from moestro.factorize.families import FAMILIES, Family, Parts, obstacles
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,7 +24,7 @@ class DenseModel:
     """Facts of a dense model that the split can carry exactly."""
 
     folder: Path
-    config: Any  # LlamaConfig or MistralConfig
+    config: Any  # of one of FAMILIES
     files: dict[str, Path]  # tensor name -> the file that has it
     dtype: torch.dtype
 
@@ -62,6 +63,19 @@ class DenseModel:
         return cls(folder, config, files, dtype)
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def carried_dtype(self) -> torch.dtype:
+        """Of the FFN's weights as the twin gets them: `dtype` where they are the source's own."""
+        down = self._parts()["model.layers.0.mlp.down_proj.weight"]
+        return torch.float32 if down.rounds else self.dtype
+
+    def _parts(self) -> Parts:
+        return self.family.twin_parts(self.files, self.config)
+
+    @property
     def source_bytes(self) -> int:
         """Of all its weight files."""
         return sum(path.stat().st_size for path in set(self.files.values()))
@@ -84,6 +98,10 @@ class DenseModel:
     def tensors(self) -> "TensorReader":
         return TensorReader(self.files)
 
+    def carried_tensors(self) -> "CarriedReader":
+        """Under Llama's names and in Llama's form, whatever the family."""
+        return CarriedReader(self.files, self._parts())
+
     def content_sha256(self) -> str:
         """Of names, types, shapes and bytes, whatever the files they are spread over."""
         digest = hashlib.sha256()
@@ -103,7 +121,7 @@ class TensorReader:
         self._open: dict[Path, Any] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> "TensorReader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,20 +144,26 @@ class TensorReader:
         return tensor
 
 
-def obstacles(config: Any) -> Iterator[str]:
-    """Why a dense model has no exact GraniteMoeShared twin; nothing when it has one."""
-    kind = getattr(config, "model_type", None)
-    if kind not in ("llama", "mistral"):
-        yield f"it is of the type {kind!r}; llama and mistral are carried"
-        return
-    if getattr(config, "quantization_config", None) is not None:
-        yield "it is quantized; give the unquantized model"
-    if config.hidden_act != "silu":
-        yield f"its hidden_act is {config.hidden_act!r}; only silu is carried"
-    if getattr(config, "mlp_bias", False):
-        yield "mlp_bias is set; experts have no bias"
-    if getattr(config, "sliding_window", None) is not None:
-        yield "it has a sliding_window; the twin sees everything"
+class CarriedReader(TensorReader):
+    """The tensors of a family by Llama's names."""
+
+    def __init__(self, files: dict[str, Path], parts: Parts) -> None:
+        super().__init__(files)
+        self._parts = parts
+
+    def names(self) -> Iterator[str]:
+        return iter(sorted(self._parts))
+
+    def get(self, name: str) -> torch.Tensor:
+        """Raises SourceRefused."""
+        part = self._parts.get(name)
+        if part is None:
+            raise SourceRefused(f"the model has no tensor {name}")
+        return part.make([super(CarriedReader, self).get(source) for source in part.sources])
+
+    def rounds(self, name: str) -> bool:
+        """Whether the numbers are not the source's own, and a smaller type would change them."""
+        return self._parts[name].rounds
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

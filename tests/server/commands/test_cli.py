@@ -132,10 +132,12 @@ def test_the_names_that_factorize_offers_are_those_it_knows(tmp_path: Path):
     from typing import get_args
 
     from moestro.factorize.facts import ROUTERS, SCALES, SPLITS
+    from moestro.factorize.families import carried_words
     from moestro.server.commands import factorize_flags as flags
 
     for offered, known in ((flags.Split, SPLITS), (flags.Router, ROUTERS), (flags.Scale, SCALES)):
         assert get_args(get_args(offered)[0]) == known
+    assert flags.CARRIED.startswith(f"{carried_words()}:")
     done = moestro("factorize", "x", str(tmp_path / "out"), "--split", "best")
     assert_refused(done, "--split", "coactivation")
 

@@ -1,0 +1,67 @@
+"""What every carried family promises: observed, split and applied, it is the dense model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moestro.engine import Progress
+from moestro.factorize import Plan, SplitOptions, apply_plan, make_plan
+from moestro.factorize.evaluate import load_model
+from moestro.factorize.methods.collect import layer_samples
+from moestro.factorize.sources import DenseModel
+from tiny_dense import CASES, write_tiny_dense
+
+OPTIONS = SplitOptions(
+    experts=4, shared_neurons=16, top_k=3, calibration_tokens=256, window_tokens=64
+)
+
+
+def quiet(_: Progress) -> None:
+    pass
+
+
+def stock(folder: Path) -> Any:
+    auto: Any = AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def prompt(tokens: int = 24) -> torch.Tensor:
+    return torch.randint(3, 250, (2, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=[*CASES])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, texts: list[Path]
+) -> tuple[Path, Path, Plan]:
+    """The dense model, its twin, and the plan."""
+    folder = tmp_path_factory.mktemp("family")
+    dense = write_tiny_dense(folder / "dense", request.param)
+    plan = make_plan(dense, OPTIONS, texts, quiet)
+    apply_plan(plan, dense, folder / "twin", quiet)
+    return dense, folder / "twin", plan
+
+
+def test_all_experts_together_are_the_dense_model(pair: tuple[Path, Path, Plan]) -> None:
+    dense, whole = stock(pair[0]), load_model(pair[1], experts_per_token=4)
+    with torch.inference_mode():
+        expected = dense(prompt()).logits
+        assert expected.std() > 0.1
+        assert (expected - whole(prompt()).logits).abs().max() < 1e-4
+        greedy = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
+        first, second = (model.generate(prompt()[:1], **greedy) for model in (dense, whole))
+    assert torch.equal(first, second)
+
+
+def test_calibration_sees_what_the_stock_model_sees(pair: tuple[Path, Path, Plan]) -> None:
+    windows = prompt()
+    samples = list(layer_samples(DenseModel.open(pair[0]), windows))
+    model, seen = stock(pair[0]), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.inference_mode():
+        model(windows)
+    for sample, inputs in zip(samples, seen, strict=True):
+        assert torch.allclose(sample.inputs, inputs.flatten(0, 1), atol=1e-4)
