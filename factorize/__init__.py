@@ -14,6 +14,7 @@ from .apply import apply_plan
 from .commands import Inputs, run_dry, run_evaluate, run_factorize, show_plan
 from .demo import demo_plan, find_demo, prepare_demo, prepare_dense
 from .evaluate import Perplexity, perplexity
+from .export import run_export
 
 __all__ = [
     "DownloadCorrupt",
@@ -33,6 +34,7 @@ __all__ = [
     "prepare_dense",
     "run_dry",
     "run_evaluate",
+    "run_export",
     "run_factorize",
     "show_plan",
 ]

@@ -73,7 +73,7 @@ def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> Non
     wider = storage_dtype(dense.carried_dtype, output_factors(plan)).itemsize / dense.dtype.itemsize
     require_free(out.parent, int(dense.source_bytes * wider * 1.1), "the model with experts")
     with staged(out) as folder:
-        _write_weights(folder, _all_tensors(dense, plan, progress))
+        write_weights(folder, _all_tensors(dense, plan, progress))
         twin_config(dense, plan).save_pretrained(folder)
         for name in COPIED:
             if (source / name).is_file():
@@ -220,7 +220,7 @@ def _to(tensor: torch.Tensor, stored: torch.dtype, name: str) -> torch.Tensor:
     return converted
 
 
-def _write_weights(folder: Path, parts: Iterator[Tensors]) -> None:
+def write_weights(folder: Path, parts: Iterator[Tensors]) -> None:
     """One file, or several of SHARD_BYTES and an index; never more than one of them in memory."""
     shards: list[list[str]] = []
     held: Tensors = {}

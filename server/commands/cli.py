@@ -364,6 +364,14 @@ def factorize(
     make(**given)
 
 
+@app.command(help=making.EXPORT_HELP)
+def export(folder: making.Factorized, out: making.Out, plan: making.ExportPlan = None) -> None:
+    with _command_imports():
+        from .making import export as turn_back
+
+    turn_back(folder, out, plan)
+
+
 @app.command()
 def evaluate(
     folder: making.Checkpoint,

@@ -1,4 +1,4 @@
-"""The flags of `factorize` and `evaluate` in words."""
+"""The flags of `factorize`, `export` and `evaluate` in words."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -185,6 +185,41 @@ Texts = Annotated[
         help="Plain text to predict; repeat for more files.",
     ),
 ]
+Factorized = Annotated[
+    Path,
+    Argument(
+        parser=named_path,
+        metavar="FOLDER",
+        show_default=False,
+        help="What `moestro factorize` made.",
+    ),
+]
+ExportPlan = Annotated[
+    Path | None,
+    Option(
+        "--plan",
+        parser=named_path,
+        metavar="FILE",
+        show_default=False,
+        help="The plan that made FOLDER (see --write-plan of factorize): each neuron gets its place"
+        " back, so that the weights are the dense model's, bit by bit. Without it the neurons stay"
+        " grouped as the experts were, which computes the same.",
+    ),
+]
+EXPORT_HELP = """Turn a factorized model back into its dense one, for other tools.
+
+    \b
+    Examples:
+      moestro export ./my-moe ./my-llama
+      moestro export ./my-moe ./my-llama --plan plan.safetensors
+    \b
+    Splitting changes no weight, so nothing is lost: all experts together are the dense model. It is
+    written in the smallest type that holds its weights exactly. What has no way back is refused: a
+    --scale other than one, weights trained after the split, a model that factorize did not make.
+    \b
+    The result has the family of the source; a Mistral without a window becomes a Llama, which has
+    the same tensors. An OLMo keeps its weights centred, which computes the same.
+    """
 EvaluationTokens = Annotated[
     int, Option("--tokens", metavar="N", min=2, help="How much of the text.")
 ]

@@ -1,4 +1,4 @@
-"""`moestro factorize` and `moestro evaluate`: words in, the toolbox's answer on stdout."""
+"""`moestro factorize`, `export` and `evaluate`: words in, the toolbox's answer on stdout."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,4 +79,13 @@ def evaluate(folder: Path, texts: list[Path], tokens: int, experts_per_token: in
 
     with _refusals(), watched_progress() as progress:
         report = run_evaluate(folder, texts, tokens, experts_per_token, progress)
+    typer.echo(report)
+
+
+def export(folder: Path, out: Path, plan: Path | None) -> None:
+    """Raises Refused."""
+    from moestro.factorize import run_export
+
+    with _refusals(), watched_progress() as progress:
+        report = run_export(folder, out, plan, progress)
     typer.echo(report)

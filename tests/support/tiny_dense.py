@@ -72,3 +72,7 @@ def write_tiny_dense(folder: Path, case: str, dtype: torch.dtype = torch.bfloat1
     model.to(dtype).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+# What is odd in these the others have, too.
+REPEATED = {"llama", "mistral", "ministral", "qwen2-window", "seed_oss", "phi3-window"}

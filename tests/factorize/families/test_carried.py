@@ -7,16 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine_kit import opened, run_logits
 from moestro.engine import Progress
 from moestro.factorize import Plan, SplitOptions, apply_plan, make_plan
 from moestro.factorize.evaluate import load_model
 from moestro.factorize.methods.collect import layer_samples
 from moestro.factorize.sources import DenseModel
-from tiny_dense import CASES, write_tiny_dense
+from tiny_dense import CASES, REPEATED, write_tiny_dense
 
 OPTIONS = SplitOptions(
     experts=4, shared_neurons=16, top_k=3, calibration_tokens=256, window_tokens=64
 )
+
+EACH = [pytest.param(case, marks=pytest.mark.slow) if case in REPEATED else case for case in CASES]
 
 
 def quiet(_: Progress) -> None:
@@ -32,7 +35,7 @@ def prompt(tokens: int = 24) -> torch.Tensor:
     return torch.randint(3, 250, (2, tokens), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=[*CASES])
+@pytest.fixture(scope="module", params=EACH)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, texts: list[Path]
 ) -> tuple[Path, Path, Plan]:
@@ -65,3 +68,18 @@ def test_calibration_sees_what_the_stock_model_sees(pair: tuple[Path, Path, Plan
         model(windows)
     for sample, inputs in zip(samples, seen, strict=True):
         assert torch.allclose(sample.inputs, inputs.flatten(0, 1), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_engine_serves_the_twin(pair: tuple[Path, Path, Plan], tmp_path: Path) -> None:
+    ids = prompt()[0].tolist()
+    steps = [[(1, ids[:14])], *([(1, [token])] for token in ids[14:])]
+    with torch.inference_mode():
+        wanted = stock(pair[1])(torch.tensor([ids])).logits[0, 13:]
+    with opened(pair[1], tmp_path) as loaded:
+        plan = loaded.cache.plan
+    half = plan.total_experts // 2 * plan.slot_bytes
+    with opened(pair[1], tmp_path, host_memory_bytes=half) as loaded:
+        assert not loaded.cache.plan.holds_all
+        assert (run_logits(loaded, steps) - wanted).abs().max() < 1e-4
+        assert loaded.cache.stats().misses > 0
