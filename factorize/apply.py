@@ -1,8 +1,9 @@
 """Writes the model with experts that a plan makes of a dense model, as a stock checkpoint.
 
-GraniteMoeShared carries it exactly: Llama's attention, an always-on expert beside the routed
-ones, a router without bias. Its gates are a softmax over the chosen logits; with router rows this
-small they are all 1/k, and k, folded into the experts' down projections, cancels it.
+GraniteMoeShared (or its sibling with windows) carries it exactly: Llama's attention, an always-on
+expert beside the routed ones, a router without bias. Its gates are a softmax over the chosen
+logits; with router rows this small they are all 1/k, and k, folded into the experts' down
+projections, cancels it.
 Letters: H hidden size, S shared neurons, E experts, M neurons of one expert.
 """
 
@@ -40,7 +41,7 @@ COPIED = [
     "generation_config.json",
 ]
 
-CARRIED = (  # from Llama's configuration, under the same names
+CARRIED = (  # from the dense model's configuration, under the same names
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -144,7 +145,7 @@ def twin_config(dense: DenseModel, plan: Plan) -> Any:
     config_class, model_class = twin_class(kinds)
     config = config_class(
         **fields,
-        **layer_fields(kinds, llama.rope_parameters["rope_theta"], llama.max_position_embeddings),
+        **layer_fields(kinds, llama.rope_parameters, llama.max_position_embeddings),
         intermediate_size=options.expert_neurons(dense.neurons),
         shared_intermediate_size=options.shared_neurons,
         num_local_experts=options.experts,

@@ -3,7 +3,7 @@
 The sibling's attention adds an always-seen sink to each head; at this depth it weighs nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GraniteMoeSharedConfig, GraniteMoeSWAConfig
@@ -39,7 +39,7 @@ def twin_class(kinds: Sequence[LayerKind]) -> tuple[Any, str]:
 
 
 def layer_fields(
-    kinds: Sequence[LayerKind], rope_theta: float, context_tokens: int
+    kinds: Sequence[LayerKind], rope: Mapping[str, Any], context_tokens: int
 ) -> dict[str, Any]:
     """Fields of the sibling's configuration; none where the layers are all plain."""
     if all(kind == LayerKind() for kind in kinds):
@@ -49,7 +49,7 @@ def layer_fields(
     return {
         "layer_types": ["sliding_attention" if k.window else "full_attention" for k in kinds],
         "sliding_window": windows.pop() if windows else context_tokens,  # its class wants a number
-        "layer_rope_theta": [rope_theta if kind.rotates else 0 for kind in kinds],
+        "layer_rope_theta": [rope["rope_theta"] if kind.rotates else 0 for kind in kinds],
     }
 
 

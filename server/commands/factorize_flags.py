@@ -202,7 +202,8 @@ ExportPlan = Annotated[
         metavar="FILE",
         show_default=False,
         help="The plan that made FOLDER (see --write-plan of factorize): each neuron gets its place"
-        " back, so that the weights are the dense model's, bit by bit. Without it the neurons stay"
+        " back, so that the weights are the dense model's, bit by bit (of a float32 model with a"
+        " --top-k that is no power of two, but for the last bit). Without it the neurons stay"
         " grouped as the experts were, which computes the same.",
     ),
 ]

@@ -51,6 +51,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "gemma": ("gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma-gelu": ("gemma", {"head_dim": 8, "hidden_act": "gelu"}),
     "phi3": ("phi3", {}),
     "phi3-window": ("phi3", {"sliding_window": 9}),
     "olmo": ("olmo", {}),
@@ -75,4 +76,12 @@ def write_tiny_dense(folder: Path, case: str, dtype: torch.dtype = torch.bfloat1
 
 
 # What is odd in these the others have, too.
-REPEATED = {"llama", "mistral", "ministral", "qwen2-window", "seed_oss", "phi3-window"}
+REPEATED = {
+    "llama",
+    "mistral",
+    "ministral",
+    "qwen2-window",
+    "seed_oss",
+    "gemma-gelu",
+    "phi3-window",
+}

@@ -128,6 +128,12 @@ def test_factorize_of_a_missing_folder(tmp_path: Path):
 
 
 @pytest.mark.slow  # brings torch
+def test_export_of_what_was_not_factorized(tmp_path: Path):
+    done = moestro("export", str(tmp_path), str(tmp_path / "out"))
+    assert_refused(done, "was not made by `moestro factorize`", "moestro.json")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_names_that_factorize_offers_are_those_it_knows(tmp_path: Path):
     from typing import get_args
 
