@@ -91,7 +91,7 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "sources": {"facts", "families"},
         "methods": {"facts", "sources"},
         "recovery": {"facts"},
-        "": {"facts", "families", "sources", "methods"},
+        "": {"facts", "families", "sources", "methods", "recovery"},
     },
     "server": {
         "facts": set(),

@@ -121,9 +121,12 @@ def test_what_has_no_way_back(dense: Path, plan: Plan, twin: Path, tmp_path: Pat
     assert not out.exists()
 
 
-def test_a_manifest_that_says_more_is_a_change(twin: Path) -> None:
+def test_recovered_weights_have_no_way_back(twin: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(twin)
     assert manifest is not None
+    replace(manifest, deltas_sha256="ab12").write(twin)
+    with pytest.raises(FactorizeError, match=r"changed after the split \(deltas_sha256\)"):
+        run_export(twin, tmp_path / "out", None, quiet)
     said = asdict(manifest)
     assert changes(said) == changes(said | {"recovery": ""}) == ""
     assert "changed after the split (recovery)" in changes(said | {"recovery": "40 steps"})
