@@ -69,6 +69,7 @@ def run_factorize(
     started_s = time.monotonic()
     cache_dir = inputs.cache_dir or out.parent
     folder = prepare_dense(cache_dir, progress) if source in DEMO else Path(source)
+    _check_recoverable(folder, recovery)
     command = factorize_command(source, inputs, outputs, options, recovery)
     if inputs.plan is not None:
         plan = Plan.read(inputs.plan)
@@ -109,6 +110,18 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None) -> None:
         )
 
 
+def _check_recoverable(folder: Path, recovery: RecoverOptions | None) -> None:
+    """Raises FactorizeError where the twin's FFN is another form of what recovery would train."""
+    if recovery is None:
+        return
+    dense = DenseModel.open(folder)
+    if not dense.ffn_as_stored:
+        raise FactorizeError(
+            f"{dense.family.title} models are not recovered: their feed-forward weights are stored "
+            "in another form than the experts'; leave out --recover"
+        )
+
+
 def run_dry(
     source: str,
     out: Path,
@@ -123,6 +136,7 @@ def run_dry(
     _check_new(out)
     _check_recovery(inputs, recovery)
     dense = DenseModel.open(_found(source, inputs.cache_dir or out.parent))
+    _check_recoverable(dense.folder, recovery)
     shape = DenseShape(
         layers=dense.layers,
         hidden=dense.hidden,

@@ -72,6 +72,13 @@ class DenseModel:
         down = self._parts()["model.layers.0.mlp.down_proj.weight"]
         return torch.float32 if down.rounds else self.dtype
 
+    @property
+    def ffn_as_stored(self) -> bool:
+        """Whether the twin's FFN has the stored tensors: gate, up and down, each by itself."""
+        parts = self._parts()
+        names = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+        return all(parts[n].sources == (n,) and not parts[n].rounds for n in names if n in parts)
+
     def _parts(self) -> Parts:
         return self.family.twin_parts(self.files, self.config)
 

@@ -9,7 +9,18 @@ from transformers import AutoModelForCausalLM
 
 from engine_kit import opened, run_logits
 from moestro.engine import Progress
-from moestro.factorize import Plan, SplitOptions, apply_plan, make_plan
+from moestro.factorize import (
+    FactorizeError,
+    Inputs,
+    Outputs,
+    Plan,
+    RecoverOptions,
+    SplitOptions,
+    apply_plan,
+    make_plan,
+    run_dry,
+    run_factorize,
+)
 from moestro.factorize.evaluate import load_model
 from moestro.factorize.methods.collect import layer_samples
 from moestro.factorize.sources import DenseModel
@@ -83,3 +94,15 @@ def test_the_engine_serves_the_twin(pair: tuple[Path, Path, Plan], tmp_path: Pat
         assert not loaded.cache.plan.holds_all
         assert (run_logits(loaded, steps) - wanted).abs().max() < 1e-4
         assert loaded.cache.stats().misses > 0
+
+
+@pytest.mark.parametrize("case", ["phi3", "olmo"])
+def test_what_is_stored_otherwise_is_not_recovered(
+    case: str, texts: list[Path], tmp_path: Path
+) -> None:
+    dense, out = write_tiny_dense(tmp_path / "dense", case), tmp_path / "out"
+    inputs, recovery = Inputs(calibration=tuple(texts)), RecoverOptions(steps=1)
+    with pytest.raises(FactorizeError, match="not recovered.*leave out --recover"):
+        run_factorize(str(dense), out, OPTIONS, inputs, Outputs(), quiet, recovery)
+    with pytest.raises(FactorizeError, match="not recovered"):
+        run_dry(str(dense), out, OPTIONS, inputs, recovery)
