@@ -21,10 +21,13 @@ def summary(plan: Plan, dense: DenseModel, out: Path, deltas: Deltas | None = No
         f"{options.experts} experts of {width}, {options.top_k} per token "
         f"({share:.1%} of the FFN), {size_bytes / 1e6:.0f} MB",
         f"plan {plan.sha256[:16]}: {plan.facts.method}",
-        f"the routers find {plan.facts.router_hit:.1%} of the {options.top_k} experts that "
-        "matter most to a calibration token",
     ]
-    if deltas is not None:
+    if deltas is None:
+        lines.append(
+            f"the routers find {plan.facts.router_hit:.1%} of the {options.top_k} experts that "
+            "matter most to a calibration token"
+        )
+    else:
         lines.append(
             f"deltas {deltas.sha256[:16]}: {deltas.facts.method}; with all experts it is not the "
             "dense model any more"

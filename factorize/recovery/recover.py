@@ -26,7 +26,6 @@ from .repair import RepairOptions, repair
 from .student import Student
 
 STAGES = ("repair", "lora")
-TRAINED_RANK = 8  # learns more easily than the rank that is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class RecoverOptions:
     minutes: float = 60.0
     steps: int | None = None
     tokens: int = 65_536  # of the texts; each is read at least once by the repair
-    rank: int = 5  # that is kept of the low-rank deltas
+    rank: int = 5  # of the low-rank deltas
     seed: int = 0
 
     def check(self) -> None:
@@ -71,7 +70,7 @@ def recover(
     FactorizeError.
     """
     options.check()
-    student = Student(model, plan, max(options.rank, TRAINED_RANK))
+    student = Student(model, plan, options.rank)
     tensors: dict[str, torch.Tensor] = {}
     steps = 0
     if "repair" in options.stages:

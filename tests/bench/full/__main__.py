@@ -24,8 +24,9 @@ MODULES = {
     "p8": "p8_start",
     "p9": "p9_quality",
     "p10": "p10_demo",
+    "p11": "p11_sequences",
 }
-SMALL = {"p5", "p7", "p9", "p10"}  # need no large model
+SMALL = {"p5", "p7", "p9", "p10", "p11"}  # need no large model
 DISK = {"p3", "p4", "p6"}  # need more of them than one
 
 

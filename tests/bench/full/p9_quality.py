@@ -1,7 +1,8 @@
-"""P9: what the codecs cost in quality, on the demo model with all its experts active.
+"""P9: what the codecs cost in quality, on the demo's plan with all experts active.
 
-With all of them on, the factorized model computes what the dense one does, so that nothing but
-the formats differs. Measured on the demo moved off the 4-bit grid of the file it comes from.
+Without the deltas of its recovery and with all experts on, the factorized model computes what the
+dense one does, so that nothing but the formats differs. Measured on the demo moved off the 4-bit
+grid of the file it comes from.
 
 As a tool for tuning a format, in a minute: scripts/bench_full.sh p9 --windows 2 --formats int4/int8
 """
@@ -17,7 +18,7 @@ from bench_formats import WINDOW_TOKENS, log_probabilities, packed_logits, windo
 
 from engine_kit import MIB, opened
 from moestro.engine import StartError
-from moestro.factorize import prepare_demo
+from moestro.factorize import apply_plan, demo_plan, prepare_dense
 
 from .bars import Bar
 from .bench import Bench, begin, finish
@@ -41,7 +42,9 @@ def run(bench: Bench) -> None:
         f" {WINDOW_TOKENS} tokens"
     )
     torch.set_num_threads(1)
-    demo = prepare_demo(bench.demo_cache, lambda _: None)
+    demo = bench.shop.path("demo-exact")
+    dense = prepare_dense(bench.demo_cache, lambda _: None)
+    apply_plan(demo_plan(), dense, demo, lambda _: None)
     place = bench.shop.path("demo-off-grid-norms" if wanted.norms else "demo-off-grid")
     moved = make_off_grid(demo, place, norms=wanted.norms)
     cache = bench.shop.path("cache-p9")
