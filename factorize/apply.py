@@ -21,9 +21,8 @@ from moestro.engine import Manifest, Progress, ProgressFn
 from moestro.factorize.facts import FactorizeError, Plan, require_free, staged
 from moestro.factorize.sources import INDEX_NAME, DenseModel, TensorReader
 
-# a power of two: exact, and the order of the experts stays; rows are about 1, so that the softmax
-# of the logits rounds to 1/k exactly. Too small for float16, hence a float32 tensor.
-ROUTER_SCALE = 2.0**-30
+from .sidecar import stock_router, write_routers
+
 SHARD_BYTES = 2 << 30
 DENSE_PARTS = ("gate_proj", "up_proj", "down_proj")
 COPIED = [
@@ -66,7 +65,6 @@ def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> Non
     """
     dense = DenseModel.open(source)
     progress(Progress("factorize", 0, dense.layers, "layers"))
-    plan.check_carried()
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
     out.parent.mkdir(parents=True, exist_ok=True)
     wider = storage_dtype(dense.dtype, output_factors(plan)).itemsize / dense.dtype.itemsize
@@ -74,6 +72,7 @@ def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> Non
     with staged(out) as folder:
         _write_weights(folder, _all_tensors(dense, plan, progress))
         twin_config(dense, plan).save_pretrained(folder)
+        write_routers(plan, folder)
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -192,8 +191,7 @@ def _expert_tensors(reader: TensorReader, plan: Plan, layer: int, stored: torch.
         tensors["shared_mlp.output_linear"] = down[:, shared]
     named = {f"{prefix}.{name}.weight": tensor for name, tensor in tensors.items()}
     named = {name: _to(tensor, stored, name) for name, tensor in named.items()}
-    router = plan.routers[layer].float() * ROUTER_SCALE
-    return named | {f"{prefix}.block_sparse_moe.router.layer.weight": router}
+    return named | stock_router(plan, layer)
 
 
 def _to(tensor: torch.Tensor, stored: torch.dtype, name: str) -> torch.Tensor:

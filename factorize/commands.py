@@ -85,7 +85,6 @@ def run_dry(source: str, out: Path, options: SplitOptions, inputs: Inputs) -> st
     )
     if inputs.plan is not None:
         recipe = Plan.read(inputs.plan)
-        recipe.check_carried()
         stored = storage_dtype(dense.dtype, output_factors(recipe)).itemsize
         return forecast_table(source, out, [apply_stage(shape, stored)], None, None)
     options.expert_neurons(dense.neurons)

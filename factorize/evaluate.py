@@ -1,14 +1,18 @@
 """How well a model predicts a text, by plain transformers: no engine, no cache, no hooks."""
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from moestro.engine import Manifest, Progress, ProgressFn
+from moestro.engine import Manifest, Progress, ProgressFn, RouterFacts, load_routers, read_config
 from moestro.factorize.facts import FactorizeError
 from moestro.factorize.methods import load_tokenizer, quiet_bars, read_windows
 
@@ -27,16 +31,33 @@ def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
 
     Raises FactorizeError.
     """
-    with quiet_bars():
+    carried = RouterFacts.of(folder) is not None
+    with quiet_bars(), _no_report() if carried else nullcontext():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+                folder,
+                config=read_config(folder) if carried else None,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError) as error:
             raise FactorizeError(f"{folder} is not a model that loads: {error}") from error
+    load_routers(model, folder)
     if experts_per_token is not None:
         _set_experts(model, Manifest.read(folder), experts_per_token, folder)
     return model.eval()
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """transformers tells of routers that it misses, which come from a file of ours."""
+    told = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(told)
 
 
 def _set_experts(model: Any, manifest: Manifest | None, experts: int, folder: Path) -> None:

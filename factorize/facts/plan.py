@@ -62,14 +62,19 @@ class Plan:
         self.check_carried()
         return self.router_weights.last
 
+    @property
+    def needs_router_file(self) -> bool:
+        """Its routers are more than a stock checkpoint carries."""
+        return any(self.router_weights.beyond_stock())
+
     def check_carried(self) -> None:
         """Raises FactorizeError where the routers are more than linear ones without a bias."""
         needed = list(self.router_weights.beyond_stock())
         if needed:
             raise FactorizeError(
                 f"the plan's routers have {' and '.join(needed)}, which no stock checkpoint "
-                "carries: they need a router file beside the checkpoint and an engine that "
-                "reads it; make a plan with linear routers (router_hidden 0, router_bias 0)"
+                "carries and recovery does not train; make a plan with linear routers "
+                "(router_hidden 0, router_bias 0)"
             )
 
     def to_bytes(self) -> bytes:
