@@ -43,6 +43,6 @@ def write_routers(plan: Plan, folder: Path) -> None:
         hidden=0 if first is None else first.shape[1],
         activation=plan.router_weights.activation,
         bias=int(plan.router_weights.bias is not None),
-        tau=1.0,
+        tau=float(options.tau),
     )
     name_routers(folder, facts)

@@ -57,6 +57,14 @@ class RouterFacts:
             raise ModelRefused(f"{path}: {FACTS_KEY}: {error}; {AGAIN}") from error
         return facts
 
+    @property
+    def words(self) -> str:
+        """For people, in one line."""
+        parts = ["linear"] if not self.hidden else [f"{self.hidden} neurons ({self.activation})"]
+        parts += ["a bias"] if self.bias else []
+        share = f"experts run from {1 - self.tau:g} of the largest norm on"
+        return ", ".join([*parts, share] if self.tau < 1 else parts)
+
     def checked_file(self, folder: Path) -> Path:
         """Raises ModelRefused where it is missing or is not the file that was written."""
         path = folder / ROUTERS_NAME

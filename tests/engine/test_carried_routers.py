@@ -1,12 +1,15 @@
 """Routers from the file beside a checkpoint: the engine's logits are those of plain torch."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import tiny
 from engine_kit import generate, opened, run_logits
-from moestro.engine import EngineConfig, SamplingParams, plan_model
+from moestro.engine import EngineConfig, SamplingParams, StartError, plan_model
+from moestro.engine.planning import inspect
 from tiny_routed import EXPERTS, KINDS, LAYERS, TOP_K, build_routed, plain_reference
 
 EXPERT_BYTES = 4096
@@ -44,8 +47,9 @@ def test_another_number_of_experts_keeps_the_scale(tmp_path: Path) -> None:
     assert (found - reference(folder, "relu", k=5)).abs().max() < 1e-4
 
 
-def test_company_changes_no_bit(tmp_path: Path) -> None:
-    folder = build_routed(tmp_path, "tanh-bias")
+@pytest.mark.parametrize("tau", [1.0, 0.6])
+def test_company_changes_no_bit(tau: float, tmp_path: Path) -> None:
+    folder = build_routed(tmp_path, "tanh-bias", tau=tau)
     budget = {"host_memory_bytes": 12 * EXPERT_BYTES}
     with opened(folder, tmp_path / "cache", **budget) as loaded:
         alone = run_logits(loaded, [[(1, PROMPT)], [(1, [7])]])
@@ -73,6 +77,68 @@ def test_a_sequence_keeps_experts_of_its_own(tmp_path: Path) -> None:
         first = int(plain_reference(folder, "relu")(torch.tensor([PROMPT])).logits[0, -1].argmax())
     assert [answer.ids[0] for answer in answers.values()] == [first, first]
     assert answers[0.25].ids != answers[1.0].ids
+
+
+def test_tau_one_is_the_fixed_number_to_the_bit(tmp_path: Path) -> None:
+    folder = build_routed(tmp_path, "relu", tau=0.3)
+    fixed = build_routed(tmp_path / "fixed", "relu")
+    found = []
+    for each, tau in ((folder, 1.0), (fixed, None)):
+        with opened(each, tmp_path / "cache", experts_tau=tau) as loaded:
+            found.append(run_logits(loaded, CHUNKS))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-9])
+def test_a_tiny_tau_is_the_largest_expert_alone(tau: float, tmp_path: Path) -> None:
+    """As one expert per token, which weighs the same."""
+    folder = build_routed(tmp_path, "bias", tau=0.3)
+    found = []
+    for settings in ({"experts_tau": tau}, {"experts_per_token": 1}):
+        with opened(folder, tmp_path / "cache", **settings) as loaded:
+            before = loaded.cache.stats().lookups
+            found.append(run_logits(loaded, [[(1, [5])], [(1, [6])]]))
+            assert loaded.cache.stats().lookups - before == 2 * LAYERS
+    assert (found[0] - found[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["linear", "relu-bias"])
+def test_only_experts_above_the_threshold_run_and_count(kind: str, tmp_path: Path) -> None:
+    folder = build_routed(tmp_path, kind, tau=0.6)
+    model = plain_reference(folder, kind, tau=0.6)
+    ran: list[int] = []
+    for layer in model.model.layers:
+        router = layer.block_sparse_moe.router
+        router.forward = counted(router.forward, ran)
+    with torch.inference_mode():
+        model(torch.tensor([[5, 6, 9, 11]]))
+    budget = {"host_memory_bytes": 8 * EXPERT_BYTES}
+    with opened(folder, tmp_path / "cache", **budget) as loaded:
+        before = loaded.cache.stats()
+        run_logits(loaded, [[(1, [token])] for token in (5, 6, 9, 11)])
+        stats = loaded.cache.stats()
+        found = run_logits(loaded, CHUNKS)
+    assert stats.lookups - before.lookups == sum(ran)
+    assert 4 * LAYERS < sum(ran) < 4 * LAYERS * TOP_K
+    assert (found - reference(folder, kind, tau=0.6)).abs().max() < 1e-4
+
+
+def counted(forward: Any, ran: list[int]) -> Any:
+    """Notes how many experts run."""
+
+    def counting(x: torch.Tensor) -> Any:
+        found = forward(x)
+        ran.append(int((found[1] > 0).sum()))
+        return found
+
+    return counting
+
+
+def test_tau_needs_routers_of_norms(tmp_path: Path) -> None:
+    folder = build_routed(tmp_path, "relu", router="moefication")
+    for model in (folder, tiny.build("mixtral", tmp_path / "mixtral")):
+        with pytest.raises(StartError, match="--experts-tau: .* --router norm --tau T"):
+            inspect(EngineConfig(model, tmp_path / "cache", experts_tau=0.5))
 
 
 def test_a_plan_foretells_it(tmp_path: Path) -> None:
