@@ -17,7 +17,7 @@ from .apply import apply_plan, output_factors, storage_dtype
 from .demo import find_dense, prepare_dense
 from .evaluate import load_model, score
 from .forecast import DenseShape, apply_stage, forecast
-from .report import forecast_table, plan_screen, seconds_of, summary
+from .report import forecast_table, plan_screen, router_lines, seconds_of, summary
 
 DEMO = ("demo", "demo-dense")  # as a source, both are the dense model that the demo is made of
 
@@ -86,7 +86,8 @@ def run_dry(source: str, out: Path, options: SplitOptions, inputs: Inputs) -> st
     if inputs.plan is not None:
         recipe = Plan.read(inputs.plan)
         stored = storage_dtype(dense.dtype, output_factors(recipe)).itemsize
-        return forecast_table(source, out, [apply_stage(shape, stored)], None, None)
+        table = forecast_table(source, out, [apply_stage(shape, stored)], None, None)
+        return "\n".join([table, *router_lines(recipe.facts.options)])
     options.expert_neurons(dense.neurons)
     stages = forecast(
         shape,
@@ -95,7 +96,8 @@ def run_dry(source: str, out: Path, options: SplitOptions, inputs: Inputs) -> st
         keeps_work=inputs.work is not None,
         stored_weight_bytes=_stored(dense, options).itemsize,
     )
-    return forecast_table(source, out, stages, options, inputs.work)
+    table = forecast_table(source, out, stages, options, inputs.work)
+    return "\n".join([table, *router_lines(options)])
 
 
 def show_plan(path: Path) -> str:
@@ -117,6 +119,11 @@ def factorize_command(
     words += ["--split", options.split, "--router", options.router, "--scale", options.scale]
     if options.router != "ridge":
         words += ["--router-steps", str(options.router_steps)]
+    if options.router_hidden:
+        words += ["--router-hidden", str(options.router_hidden)]
+    words += ["--router-bias"] if options.router_bias else []
+    if options.tau < 1:
+        words += ["--tau", f"{options.tau:g}"]
     if write_plan is not None:
         words += ["--write-plan", str(write_plan)]
     return shlex.join(words)

@@ -158,6 +158,7 @@ def serve(
     expert_format: flags.ExpertFormat = None,
     dense_format: flags.DenseFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
+    experts_tau: flags.ExpertsTau = None,
     experts_mode: flags.ExpertsMode = None,
     experts_density: flags.ExpertsDensity = None,
     no_prefetch: flags.NoPrefetch = False,
@@ -224,6 +225,7 @@ def plan(
     expert_format: flags.ExpertFormat = None,
     dense_format: flags.DenseFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
+    experts_tau: flags.ExpertsTau = None,
     threads: flags.Threads = None,
     max_model_len: flags.MaxModelLen = None,
     max_step_tokens: flags.MaxStepTokens = None,
@@ -270,6 +272,7 @@ def record(
     host_memory: flags.HostMemory = None,
     expert_format: flags.ExpertFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
+    experts_tau: flags.ExpertsTau = None,
     threads: flags.Threads = None,
     cache_dir: flags.CacheDir = None,
 ) -> None:
@@ -335,6 +338,9 @@ def factorize(
     split: making.Split = "coactivation",
     router: making.Router = "ridge",
     router_steps: making.RouterSteps = 300,
+    router_hidden: making.RouterHidden = 0,
+    router_bias: making.RouterBias = False,
+    tau: making.Tau = 1.0,
     scale: making.Scale = "one",
     calibration_tokens: making.CalibrationTokens = 32768,
     seed: making.Seed = 0,
@@ -351,6 +357,7 @@ def factorize(
     Examples:
       moestro factorize demo-dense ./demo-moe --calibration text.txt --write-plan plan.safetensors
       moestro factorize ./my-llama ./my-moe --experts 8 --shared 0 --top-k 6 --work ./work
+      moestro factorize ./my-llama ./my-moe --router norm --router-hidden 128 --tau 0.8
       moestro factorize ./my-llama ./my-moe --dry-run
       moestro factorize --show-plan plan.safetensors
     \b
