@@ -10,12 +10,12 @@ import torch
 
 from moestro.engine import ProgressFn
 from moestro.factorize.facts import FactorizeError, Plan, SplitOptions, disk_errors
-from moestro.factorize.methods import load_tokenizer, make_plan, read_windows
+from moestro.factorize.methods import make_plan, read_windows
 from moestro.factorize.sources import DenseModel
 
 from .apply import apply_plan, output_factors, storage_dtype
 from .demo import find_dense, prepare_dense
-from .evaluate import load_model, score
+from .evaluate import load_model, score, tokenizer_of
 from .forecast import DenseShape, apply_stage, forecast
 from .report import forecast_table, plan_screen, router_lines, seconds_of, summary
 
@@ -143,7 +143,7 @@ def run_evaluate(
     if not texts:
         raise FactorizeError("no text given; name one or more text files")
     model = load_model(folder, experts_per_token)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     lines = []
     for text in texts:
         found = score(model, read_windows(tokenizer, [text], tokens), text, progress)

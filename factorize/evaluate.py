@@ -31,12 +31,12 @@ def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
 
     Raises FactorizeError.
     """
-    carried = RouterFacts.of(folder) is not None
-    with quiet_bars(), _no_report() if carried else nullcontext():
+    config = _own_config(folder)
+    with quiet_bars(), nullcontext() if config is None else _no_report():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                config=read_config(folder) if carried else None,
+                config=config,
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -47,6 +47,16 @@ def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
     if experts_per_token is not None:
         _set_experts(model, Manifest.read(folder), experts_per_token, folder)
     return model.eval()
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Of a model that `load_model` loads."""
+    return load_tokenizer(folder, _own_config(folder))
+
+
+def _own_config(folder: Path) -> Any:
+    """Of a folder whose config.json transformers does not read; None of any other."""
+    return None if RouterFacts.of(folder) is None else read_config(folder)
 
 
 @contextmanager
@@ -87,9 +97,8 @@ def perplexity(
     Raises FactorizeError when the text is shorter or the model does not load.
     """
     model = load_model(folder, experts_per_token)
-    return score(
-        model, read_windows(load_tokenizer(folder), [text], tokens, window), text, progress
-    )
+    tokenizer = tokenizer_of(folder)
+    return score(model, read_windows(tokenizer, [text], tokens, window), text, progress)
 
 
 @torch.inference_mode()
