@@ -1,6 +1,7 @@
 """Offline toolbox: makes checkpoints that the engine serves. Knows no request and no HTTP."""
 
 from moestro.factorize.facts import (
+    Deltas,
     DownloadCorrupt,
     FactorizeError,
     Plan,
@@ -9,19 +10,23 @@ from moestro.factorize.facts import (
     SplitOptions,
 )
 from moestro.factorize.methods import make_plan
+from moestro.factorize.recovery import RecoverOptions, recovery_stages
 
 from .apply import apply_plan
-from .commands import Inputs, run_dry, run_evaluate, run_factorize, show_plan
+from .commands import Inputs, Outputs, run_dry, run_evaluate, run_factorize, show_plan
 from .demo import demo_plan, find_demo, prepare_demo, prepare_dense
 from .evaluate import Perplexity, perplexity
 
 __all__ = [
     "DownloadCorrupt",
     "FactorizeError",
+    "Deltas",
     "Inputs",
+    "Outputs",
     "Perplexity",
     "Plan",
     "PlanFacts",
+    "RecoverOptions",
     "SourceRefused",
     "SplitOptions",
     "apply_plan",
@@ -31,6 +36,7 @@ __all__ = [
     "perplexity",
     "prepare_demo",
     "prepare_dense",
+    "recovery_stages",
     "run_dry",
     "run_evaluate",
     "run_factorize",

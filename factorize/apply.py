@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import GraniteMoeSharedConfig
 
 from moestro.engine import Manifest, Progress, ProgressFn
-from moestro.factorize.facts import FactorizeError, Plan, require_free, staged
+from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan, require_free, staged
 from moestro.factorize.sources import INDEX_NAME, DenseModel, TensorReader
 
 from .sidecar import stock_router, write_routers
@@ -58,25 +58,31 @@ CARRIED = (  # from Llama's configuration, under the same names
 Tensors = dict[str, torch.Tensor]
 
 
-def apply_plan(plan: Plan, source: Path, out: Path, progress: ProgressFn) -> None:
+def apply_plan(
+    plan: Plan, source: Path, out: Path, progress: ProgressFn, deltas: Deltas | None = None
+) -> None:
     """Writes the folder `out`, whole or not at all; the same bytes each time.
 
-    Raises SourceRefused when the plan is not for `source`, FactorizeError when the disk is full.
+    `deltas` are added to the dense weights first. Raises SourceRefused when the plan is not for
+    `source` or the deltas are not for the plan, FactorizeError when the disk is full.
     """
     dense = DenseModel.open(source)
     progress(Progress("factorize", 0, dense.layers, "layers"))
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
+    if deltas is not None:
+        deltas.check_fits(dense.layers, dense.neurons, dense.hidden, plan.sha256)
     out.parent.mkdir(parents=True, exist_ok=True)
-    wider = storage_dtype(dense.dtype, output_factors(plan)).itemsize / dense.dtype.itemsize
+    stored = stored_dtype(dense.dtype, plan, deltas)
+    wider = stored.itemsize / dense.dtype.itemsize
     require_free(out.parent, int(dense.source_bytes * wider * 1.1), "the model with experts")
     with staged(out) as folder:
-        _write_weights(folder, _all_tensors(dense, plan, progress))
+        _write_weights(folder, _all_tensors(dense, plan, deltas, stored, progress))
         twin_config(dense, plan).save_pretrained(folder)
         write_routers(plan, folder)
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        manifest(plan).write(folder)
+        manifest(plan, deltas).write(folder)
 
 
 def output_factors(plan: Plan) -> list[float]:
@@ -87,6 +93,13 @@ def output_factors(plan: Plan) -> list[float]:
     factors = [plan.facts.options.top_k * scale for scale in plan.scales.tolist()]
     # k times a rounded E / k is meant to be E
     return [float(round(f)) if math.isclose(f, round(f), rel_tol=1e-6) else f for f in factors]
+
+
+def stored_dtype(source: torch.dtype, plan: Plan, deltas: Deltas | None) -> torch.dtype:
+    """What the twin's weights are stored in; those with deltas lie on no grid and are rounded."""
+    if deltas is None:
+        return storage_dtype(source, output_factors(plan))
+    return torch.float32 if source == torch.float32 else torch.float16
 
 
 def storage_dtype(source: torch.dtype, factors: Sequence[float]) -> torch.dtype:
@@ -110,7 +123,7 @@ def _odd_part(number: int) -> int:
     return number // (number & -number)
 
 
-def manifest(plan: Plan) -> Manifest:
+def manifest(plan: Plan, deltas: Deltas | None = None) -> Manifest:
     options, facts = plan.facts.options, plan.facts
     return Manifest(
         experts_per_token=options.top_k,
@@ -119,6 +132,7 @@ def manifest(plan: Plan) -> Manifest:
         source=facts.source,
         method=facts.method,
         plan_sha256=plan.sha256,
+        deltas_sha256="" if deltas is None else deltas.sha256,
     )
 
 
@@ -146,16 +160,22 @@ def twin_config(dense: DenseModel, plan: Plan) -> GraniteMoeSharedConfig:
     return config
 
 
-def _all_tensors(dense: DenseModel, plan: Plan, progress: ProgressFn) -> Iterator[Tensors]:
-    stored = storage_dtype(dense.dtype, output_factors(plan))
+def _all_tensors(
+    dense: DenseModel,
+    plan: Plan,
+    deltas: Deltas | None,
+    stored: torch.dtype,
+    progress: ProgressFn,
+) -> Iterator[Tensors]:
     with dense.tensors() as reader:
         outside = [name for name in reader.names() if not _layer_of(name)]
         if dense.config.tie_word_embeddings:
             outside = [name for name in outside if name != "lm_head.weight"]
         yield {name: _to(reader.get(name), stored, name) for name in outside}
         for layer in range(dense.layers):
+            ffn = _ffn_weights(reader, layer, deltas)
             yield _attention_tensors(reader, layer, stored) | _expert_tensors(
-                reader, plan, layer, stored
+                ffn, plan, layer, stored
             )
             progress(Progress("factorize", layer + 1, dense.layers, "layers"))
 
@@ -173,9 +193,19 @@ def _attention_tensors(reader: TensorReader, layer: int, stored: torch.dtype) ->
     return {name: _to(reader.get(name), stored, name) for name in names}
 
 
-def _expert_tensors(reader: TensorReader, plan: Plan, layer: int, stored: torch.dtype) -> Tensors:
+def _ffn_weights(reader: TensorReader, layer: int, deltas: Deltas | None) -> list[torch.Tensor]:
+    """Gate and up [I, H], down [H, I] of one layer."""
+    weights = [reader.get(f"model.layers.{layer}.mlp.{part}.weight") for part in DENSE_PARTS]
+    if deltas is None:
+        return weights
+    return [deltas.add_to(weight, part, layer) for weight, part in zip(weights, PARTS, strict=True)]
+
+
+def _expert_tensors(
+    ffn: Sequence[torch.Tensor], plan: Plan, layer: int, stored: torch.dtype
+) -> Tensors:
     prefix = f"model.layers.{layer}"
-    gate, up, down = (reader.get(f"{prefix}.mlp.{part}.weight") for part in DENSE_PARTS)
+    gate, up, down = ffn
     options = plan.facts.options
     order = plan.order[layer].long()
     shared, routed = order[: options.shared_neurons], order[options.shared_neurons :]

@@ -9,14 +9,23 @@ from pathlib import Path
 import torch
 
 from moestro.engine import ProgressFn
-from moestro.factorize.facts import FactorizeError, Plan, SplitOptions, disk_errors
+from moestro.factorize.facts import Deltas, FactorizeError, Plan, SplitOptions, disk_errors
 from moestro.factorize.methods import make_plan, read_windows
+from moestro.factorize.recovery import RecoverOptions
 from moestro.factorize.sources import DenseModel
 
 from .apply import apply_plan, output_factors, storage_dtype
 from .demo import find_dense, prepare_dense
 from .evaluate import load_model, score, tokenizer_of
-from .forecast import DenseShape, apply_stage, forecast
+from .forecast import (
+    DenseShape,
+    Stage,
+    apply_stage,
+    distill_stage,
+    forecast,
+    repair_stage,
+)
+from .recovering import run_recovery
 from .report import forecast_table, plan_screen, router_lines, seconds_of, summary
 
 DEMO = ("demo", "demo-dense")  # as a source, both are the dense model that the demo is made of
@@ -27,9 +36,18 @@ class Inputs:
     """What a factorization may find on the disk."""
 
     calibration: tuple[Path, ...] = ()  # texts; without any, the model writes one
-    plan: Path | None = None  # applied as it is
+    plan: Path | None = None  # applied, or recovered, as it is
+    deltas: Path | None = None  # of a recovery, to be applied with `plan`
     work: Path | None = None  # what the model did is kept here, and found again
     cache_dir: Path | None = None  # has the demo's dense model; None: where the result is written
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a factorization keeps beside the model that it writes."""
+
+    plan: Path | None = None
+    deltas: Path | None = None
 
 
 def run_factorize(
@@ -37,41 +55,73 @@ def run_factorize(
     out: Path,
     options: SplitOptions,
     inputs: Inputs,
-    write_plan: Path | None,
+    outputs: Outputs,
     progress: ProgressFn,
+    recovery: RecoverOptions | None = None,
 ) -> str:
     """Writes the model with experts of `source` (a name of DEMO or a folder) to `out`.
 
-    Returns a summary. Without a plan in `inputs` one is made by `options`; `write_plan` keeps it.
-    Raises FactorizeError.
+    Returns a summary. Without a plan in `inputs` one is made by `options`. `recovery` trains what
+    the plan has lost before it is applied. Raises FactorizeError.
     """
     _check_new(out)
+    _check_recovery(inputs, recovery)
     started_s = time.monotonic()
     cache_dir = inputs.cache_dir or out.parent
     folder = prepare_dense(cache_dir, progress) if source in DEMO else Path(source)
+    command = factorize_command(source, inputs, outputs, options, recovery)
     if inputs.plan is not None:
-        recipe = Plan.read(inputs.plan)
+        plan = Plan.read(inputs.plan)
     else:
-        command = factorize_command(source, inputs.calibration, write_plan, options)
-        recipe = make_plan(
+        plan = make_plan(
             folder, options, inputs.calibration, progress, command=command, work=inputs.work
+        )
+    deltas = None if inputs.deltas is None else Deltas.read(inputs.deltas)
+    if recovery is not None:
+        plan, deltas = run_recovery(
+            folder, plan, inputs.calibration, recovery, progress, command, inputs.work
         )
     made_s = time.monotonic() - started_s
     with disk_errors(out.parent):
-        if write_plan is not None:
-            write_plan.parent.mkdir(parents=True, exist_ok=True)
-            recipe.write(write_plan)
-        apply_plan(recipe, folder, out, progress)
+        for kept, path in ((plan, outputs.plan), (deltas, outputs.deltas)):
+            if kept is not None and path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                kept.write(path)
+        apply_plan(plan, folder, out, progress, deltas)
     applied_s = time.monotonic() - started_s - made_s
-    return f"{summary(recipe, DenseModel.open(folder), out)}\n{seconds_of(made_s, applied_s)}"
+    told = summary(plan, DenseModel.open(folder), out, deltas)
+    return f"{told}\n{seconds_of(made_s, applied_s)}"
 
 
-def run_dry(source: str, out: Path, options: SplitOptions, inputs: Inputs) -> str:
+def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None) -> None:
+    """Raises FactorizeError for what does not go together."""
+    if inputs.deltas is not None and (inputs.plan is None or recovery is not None):
+        raise FactorizeError(
+            "--deltas go with the --plan that the same recovery wrote, and are not recovered again"
+        )
+    if recovery is None:
+        return
+    recovery.check()
+    if not inputs.calibration:
+        raise FactorizeError(
+            "recovery learns from text; give --calibration (what the model writes itself was "
+            "measured to teach it nothing)"
+        )
+
+
+def run_dry(
+    source: str,
+    out: Path,
+    options: SplitOptions,
+    inputs: Inputs,
+    recovery: RecoverOptions | None = None,
+) -> str:
     """What `run_factorize` would read, write, compute and hold; writes nothing.
 
     Raises FactorizeError for what that would refuse before any work.
     """
     _check_new(out)
+    _check_recovery(inputs, recovery)
     dense = DenseModel.open(_found(source, inputs.cache_dir or out.parent))
     shape = DenseShape(
         layers=dense.layers,
@@ -86,7 +136,10 @@ def run_dry(source: str, out: Path, options: SplitOptions, inputs: Inputs) -> st
     if inputs.plan is not None:
         recipe = Plan.read(inputs.plan)
         stored = storage_dtype(dense.dtype, output_factors(recipe)).itemsize
-        table = forecast_table(source, out, [apply_stage(shape, stored)], None, None)
+        if recovery is not None:
+            recipe.check_carried()
+        stages = [*_recovery_stages(shape, options, recovery), apply_stage(shape, stored)]
+        table = forecast_table(source, out, stages, None, None, recovery)
         return "\n".join([table, *router_lines(recipe.facts.options)])
     options.expert_neurons(dense.neurons)
     stages = forecast(
@@ -96,8 +149,20 @@ def run_dry(source: str, out: Path, options: SplitOptions, inputs: Inputs) -> st
         keeps_work=inputs.work is not None,
         stored_weight_bytes=_stored(dense, options).itemsize,
     )
-    table = forecast_table(source, out, stages, options, inputs.work)
+    stages[-1:-1] = _recovery_stages(shape, options, recovery)
+    table = forecast_table(source, out, stages, options, inputs.work, recovery)
     return "\n".join([table, *router_lines(options)])
+
+
+def _recovery_stages(
+    shape: DenseShape, options: SplitOptions, recovery: RecoverOptions | None
+) -> list[Stage]:
+    found = []
+    if recovery is not None and "repair" in recovery.stages:
+        found.append(repair_stage(shape, recovery.tokens))
+    if recovery is not None and "lora" in recovery.stages:
+        found.append(distill_stage(shape, recovery.steps or 0, options.window_tokens))
+    return found
 
 
 def show_plan(path: Path) -> str:
@@ -106,13 +171,19 @@ def show_plan(path: Path) -> str:
 
 
 def factorize_command(
-    source: str, calibration: Sequence[Path], write_plan: Path | None, options: SplitOptions
+    source: str,
+    inputs: Inputs,
+    outputs: Outputs,
+    options: SplitOptions,
+    recovery: RecoverOptions | None = None,
 ) -> str:
-    """The command line that makes the same plan again."""
+    """The command line that makes the same plan and deltas again."""
     # sums round otherwise with another number of threads
     words = [f"OMP_NUM_THREADS={torch.get_num_threads()}", "moestro", "factorize", source, "OUT"]
-    for text in calibration:
+    for text in inputs.calibration:
         words += ["--calibration", str(text)]
+    if inputs.plan is not None:
+        words += ["--plan", str(inputs.plan)]
     words += ["--experts", str(options.experts), "--shared", str(options.shared_neurons)]
     words += ["--top-k", str(options.top_k), "--seed", str(options.seed)]
     words += ["--calibration-tokens", str(options.calibration_tokens)]
@@ -124,8 +195,16 @@ def factorize_command(
     words += ["--router-bias"] if options.router_bias else []
     if options.tau < 1:
         words += ["--tau", f"{options.tau:g}"]
-    if write_plan is not None:
-        words += ["--write-plan", str(write_plan)]
+    if recovery is not None:
+        words += ["--recover", ",".join(recovery.stages), "--recover-rank", str(recovery.rank)]
+        words += ["--recover-tokens", str(recovery.tokens)]
+        if recovery.steps is not None:
+            words += ["--recover-steps", str(recovery.steps)]
+        else:
+            words += ["--recover-minutes", f"{recovery.minutes:g}"]
+    for flag, path in (("--write-plan", outputs.plan), ("--write-deltas", outputs.deltas)):
+        if path is not None:
+            words += [flag, str(path)]
     return shlex.join(words)
 
 

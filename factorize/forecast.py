@@ -18,6 +18,7 @@ from moestro.factorize.methods import (
 from .apply import SHARD_BYTES
 
 FLOAT_BYTES, INDEX_BYTES, ROUTER_BYTES = 4, 8, 2
+RIDGES = 5  # that repair tries
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,24 @@ def _route(shape: DenseShape, options: SplitOptions, keeps_work: bool) -> Stage:
     per_layer = shape.neurons * INDEX_BYTES + experts * hidden * ROUTER_BYTES
     kept = shape.layers * per_layer if keeps_work else 0
     return Stage("route", 0, kept, shape.layers * flops, _sample_bytes(shape, options) + held)
+
+
+def repair_stage(shape: DenseShape, tokens: int) -> Stage:
+    """The layer as teacher and as student, and the sums of the fit; twice its neurons are held."""
+    moments = 2 * tokens * shape.neurons * (shape.neurons + shape.hidden)
+    solved = RIDGES * (2 * shape.neurons**3 // 3 + 4 * shape.neurons**2 * shape.hidden)
+    flops = 4.0 * tokens * shape.layer_weights + moments + solved
+    held = tokens * (shape.neurons + 4 * shape.hidden) + 4 * shape.neurons**2
+    weights = shape.source_bytes // shape.weight_bytes
+    return Stage("repair", 0, 0, shape.layers * flops, (held + weights) * FLOAT_BYTES)
+
+
+def distill_stage(shape: DenseShape, steps: int, window_tokens: int) -> Stage:
+    """Teacher forward, student forward and backward; all activations of one window are held."""
+    weights = shape.source_bytes // shape.weight_bytes
+    per_token = shape.layers * (6 * shape.neurons + 16 * shape.hidden) + 4 * shape.vocabulary
+    held = weights + window_tokens * per_token
+    return Stage("distill", 0, 0, 6.0 * weights * steps * window_tokens, held * FLOAT_BYTES)
 
 
 def apply_stage(shape: DenseShape, stored_weight_bytes: int) -> Stage:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from moestro.factorize.facts import Plan, SplitOptions
+from moestro.factorize.facts import Deltas, Plan, SplitOptions
+from moestro.factorize.recovery import RecoverOptions
 from moestro.factorize.sources import DenseModel
 
 from .forecast import Stage
 
 
-def summary(plan: Plan, dense: DenseModel, out: Path) -> str:
+def summary(plan: Plan, dense: DenseModel, out: Path, deltas: Deltas | None = None) -> str:
     """Of a model that was just written to `out`."""
     options = plan.facts.options
     width = options.expert_neurons(dense.neurons)
@@ -24,6 +25,11 @@ def summary(plan: Plan, dense: DenseModel, out: Path) -> str:
         "matter most to a calibration token",
     ]
     lines += router_lines(options)
+    if deltas is not None:
+        lines.append(
+            f"deltas {deltas.sha256[:16]}: {deltas.facts.method}; with all experts it is not the "
+            "dense model any more"
+        )
     if options.scale != "one":
         lines.append(f"{_scales(plan)}; with all experts it is not the dense model any more")
     return "\n".join(lines)
@@ -89,8 +95,9 @@ def forecast_table(
     stages: Sequence[Stage],
     options: SplitOptions | None,
     work: Path | None,
+    recovery: RecoverOptions | None = None,
 ) -> str:
-    """A line for each stage. `options` None: a plan is there, and only applied."""
+    """A line for each stage. `options` None: a plan is there, and no other is made."""
     lines = [f"{source} -> {out}: a dry run, nothing is written"]
     lines += [f"{'stage':<8} {'reads':>9} {'writes':>9} {'TFLOP':>8} {'peak memory':>12}"]
     lines += [
@@ -107,6 +114,11 @@ def forecast_table(
             f"what {work} has of the same weights and text is not computed again"
             if work is not None
             else "what the model does is kept in memory, a layer at a time; --work DIR keeps it"
+        )
+    if recovery is not None and "lora" in recovery.stages and recovery.steps is None:
+        lines.append(
+            f"distillation ends after {recovery.minutes:g} minutes; how many steps these are, and "
+            "their work, the machine decides"
         )
     lines.append(
         "peak memory: weights and tensors; Python and its libraries take some 0.5 GB more, and "

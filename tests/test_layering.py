@@ -91,7 +91,7 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "sources": {"facts"},
         "methods": {"facts", "sources"},
         "recovery": {"facts"},
-        "": {"facts", "sources", "methods"},
+        "": {"facts", "sources", "methods", "recovery"},
     },
     "server": {
         "facts": set(),

@@ -9,11 +9,15 @@ from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
+from moestro.engine.facts import StartError
+
 FILE = Path(__file__).with_name("_native.so")
 MISSING = (
     "the products of this build are torch's, which decode at a fraction of the speed: install a C"
     " compiler (on Debian: apt-get install gcc libc6-dev) and moestro again"
 )
+
+REBUILD = "install moestro again (in a checkout: make dev)"
 
 
 class MatrixStruct(ctypes.Structure):
@@ -198,10 +202,23 @@ class TailCall(ctypes.Structure):
     )
 
 
+_STRUCTS: tuple[type[ctypes.Structure], ...] = (
+    MatrixStruct,
+    ExpertStruct,
+    ExpertCall,
+    AttentionStruct,
+    AttentionCall,
+    AttendCall,
+    RouteCall,
+    LayerStruct,
+    LayerCall,
+    TailCall,
+)
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_available": (c_char_p, (c_int,)),
     "moestro_chosen": (c_char_p, ()),
     "moestro_choose": (c_int, (c_char_p,)),
+    "moestro_struct_bytes": (c_int64, (c_int32,)),
     "moestro_pool_set_threads": (c_int, (c_int,)),
     "moestro_pool_threads": (c_int, ()),
     "moestro_experts": (c_int64, (POINTER(ExpertCall),)),
@@ -226,11 +243,22 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at `path`, its functions with their types. Raises OSError."""
-    found = ctypes.CDLL(str(path))
+    """The library at `path`, its functions with their types.
+
+    Raises StartError where it does not load, or was built of other sources than this file's.
+    """
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise StartError(f"{path} does not load ({error}); {REBUILD}") from error
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
+        function = getattr(found, name, None)
+        if function is None:
+            raise StartError(f"{path} has no {name}: it is of another version; {REBUILD}")
         function.restype, function.argtypes = result, arguments
+    for number, struct in enumerate(_STRUCTS):
+        if found.moestro_struct_bytes(number) != ctypes.sizeof(struct):
+            raise StartError(f"{path} was built for another {struct.__name__}; {REBUILD}")
     return found
 
 

@@ -26,6 +26,7 @@ class Manifest:
     source: str  # the dense model, in words
     method: str  # how it was split and routed, in words
     plan_sha256: str
+    deltas_sha256: str = ""  # of what was added to the dense weights; empty: they are as they were
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -39,10 +40,13 @@ class Manifest:
                 raise ValueError("no JSON object with a format")
             if fields.pop("format") != MANIFEST_FORMAT:
                 raise ModelRefused(f"{path} is of a format that this version does not read")
-            return read_fields(cls, fields, COUNTS)
+            return read_fields(cls, {"deltas_sha256": ""} | fields, COUNTS)
         except (OSError, ValueError, RecursionError) as error:
             raise ModelRefused(f"{path} is not a manifest of moestro: {error}") from error
 
     def write(self, folder: Path) -> None:
-        text = json.dumps({"format": MANIFEST_FORMAT, **asdict(self)}, indent=1) + "\n"
+        said = asdict(self)
+        if not self.deltas_sha256:  # older versions read it, too
+            del said["deltas_sha256"]
+        text = json.dumps({"format": MANIFEST_FORMAT, **said}, indent=1) + "\n"
         (folder / MANIFEST_NAME).write_text(text, "utf-8")

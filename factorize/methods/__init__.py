@@ -1,6 +1,6 @@
 """How a dense model is observed, and its neurons are split into experts and routed to."""
 
-from .calibration import load_tokenizer, quiet_bars, read_windows
+from .calibration import load_dense, load_tokenizer, quiet_bars, read_windows
 from .clusters import CLUSTER_ROUNDS, SWAP_POINTS
 from .fit import make_plan
 from .sampling import SAMPLED_AT_ONCE
@@ -13,6 +13,7 @@ __all__ = [
     "CLUSTER_TOKENS",
     "SAMPLED_AT_ONCE",
     "SWAP_POINTS",
+    "load_dense",
     "load_tokenizer",
     "make_plan",
     "quiet_bars",

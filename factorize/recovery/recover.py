@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ class RecoverOptions:
     stages: tuple[str, ...] = STAGES
     minutes: float = 60.0
     steps: int | None = None
+    tokens: int = 65_536  # of the texts; each is read at least once by the repair
     rank: int = 5  # that is kept of the low-rank deltas
     seed: int = 0
 
@@ -48,8 +48,12 @@ class RecoverOptions:
                 f"recovery has the stages {' and '.join(STAGES)},"
                 f" not {', '.join(unknown) or 'none'}"
             )
-        if self.rank < 1 or self.minutes <= 0 or (self.steps is not None and self.steps < 1):
-            raise FactorizeError("recovery needs a rank, minutes and steps above zero")
+        if (
+            min(self.rank, self.tokens) < 1
+            or self.minutes <= 0
+            or (self.steps is not None and self.steps < 1)
+        ):
+            raise FactorizeError("recovery needs a rank, tokens, minutes and steps above zero")
 
 
 def recover(
@@ -142,7 +146,7 @@ def _sha256(windows: torch.Tensor) -> str:
     return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
-def stages_of(words: Iterable[str]) -> tuple[str, ...]:
-    """The stages named in `repair,lora`, in their own order."""
-    named = {word.strip() for text in words for word in text.split(",") if word.strip()}
+def recovery_stages(words: str) -> tuple[str, ...]:
+    """The stages that `repair,lora` names, in the order in which they run."""
+    named = {word.strip() for word in words.split(",") if word.strip()}
     return tuple(stage for stage in STAGES if stage in named) + tuple(sorted(named - set(STAGES)))

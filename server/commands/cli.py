@@ -346,6 +346,13 @@ def factorize(
     seed: making.Seed = 0,
     plan: making.PlanFile = None,
     write_plan: making.WritePlan = None,
+    recover: making.Recover = None,
+    recover_minutes: making.RecoverMinutes = 60.0,
+    recover_steps: making.RecoverSteps = None,
+    recover_tokens: making.RecoverTokens = 65536,
+    recover_rank: making.RecoverRank = 5,
+    deltas: making.DeltasFile = None,
+    write_deltas: making.WriteDeltas = None,
     show_plan: making.ShowPlan = None,
     work: making.Work = None,
     dry_run: making.DryRun = False,
@@ -358,11 +365,13 @@ def factorize(
       moestro factorize demo-dense ./demo-moe --calibration text.txt --write-plan plan.safetensors
       moestro factorize ./my-llama ./my-moe --experts 8 --shared 0 --top-k 6 --work ./work
       moestro factorize ./my-llama ./my-moe --router norm --router-hidden 128 --tau 0.8
+      moestro factorize ./my-llama ./my-moe --calibration text.txt --recover repair,lora
       moestro factorize ./my-llama ./my-moe --dry-run
       moestro factorize --show-plan plan.safetensors
     \b
     A chain: collect (what each layer sees on the text) -> split (neurons into experts) -> route
-    (which experts a token takes) -> apply (the checkpoint, for `moestro serve` and transformers).
+    (which experts a token takes) -> recover (if asked for: what is lost, learnt back) -> apply
+    (the checkpoint, for `moestro serve` and transformers).
     """
     given = _given(locals(), "show_plan") | {"cache_dir": _places(cache_dir).cache_dir}
     with _command_imports():

@@ -155,6 +155,70 @@ Scale = Annotated[
         " inverse-k: experts / top-k (FactorLLM).",
     ),
 ]
+Recover = Annotated[
+    str | None,
+    Option(
+        "--recover",
+        metavar="STAGES",
+        show_default=False,
+        help="Bring back what is lost by leaving experts out: repair (each layer's down projection,"
+        " solved in one go), lora (the whole model learns to predict what the dense one does, into"
+        " small deltas and the routers), or both: repair,lora. Minutes to hours on the CPU.",
+    ),
+]
+RecoverMinutes = Annotated[
+    float,
+    Option("--recover-minutes", metavar="M", min=0, help="At the most, for the stage lora."),
+]
+RecoverSteps = Annotated[
+    int | None,
+    Option(
+        "--recover-steps",
+        metavar="N",
+        min=1,
+        show_default=False,
+        help="So many steps of lora instead, one window of text each: a result that can be had"
+        " again, however fast the machine.",
+    ),
+]
+RecoverTokens = Annotated[
+    int,
+    Option(
+        "--recover-tokens",
+        metavar="N",
+        min=1,
+        help="How much of --calibration recovery reads; the more, the better other texts fare.",
+    ),
+]
+RecoverRank = Annotated[
+    int,
+    Option(
+        "--recover-rank",
+        metavar="R",
+        min=1,
+        help="Of the deltas that lora keeps: their file grows with it.",
+    ),
+]
+DeltasFile = Annotated[
+    Path | None,
+    Option(
+        "--deltas",
+        parser=named_path,
+        metavar="FILE",
+        show_default=False,
+        help="Apply the deltas of a recovery, together with the --plan that it wrote.",
+    ),
+]
+WriteDeltas = Annotated[
+    Path | None,
+    Option(
+        "--write-deltas",
+        parser=named_path,
+        metavar="FILE",
+        show_default=False,
+        help="Keep what recovery has added to the weights; --write-plan keeps its routers.",
+    ),
+]
 Work = Annotated[
     Path | None,
     Option(

@@ -42,11 +42,22 @@ def factorize(
     plan: Path | None = None,
     write_plan: Path | None = None,
     work: Path | None = None,
+    recover: str | None = None,
+    recover_minutes: float = 60.0,
+    recover_steps: int | None = None,
+    recover_tokens: int = 65_536,
+    recover_rank: int = 5,
+    deltas: Path | None = None,
+    write_deltas: Path | None = None,
 ) -> None:
     """Raises Refused."""
-    from moestro.factorize import Inputs, SplitOptions, run_dry, run_factorize
+    from moestro import factorize as toolbox
 
-    options = SplitOptions(
+    recovery = None
+    if recover is not None:
+        bounds = (recover_minutes, recover_steps, recover_tokens, recover_rank)
+        recovery = toolbox.RecoverOptions(toolbox.recovery_stages(recover), *bounds, seed)
+    options = toolbox.SplitOptions(
         experts=experts,
         shared_neurons=shared,
         top_k=top_k,
@@ -60,13 +71,16 @@ def factorize(
         tau=tau,
         scale=scale,
     )
-    inputs = Inputs(tuple(calibration), plan, work, cache_dir)
+    inputs = toolbox.Inputs(tuple(calibration), plan, deltas, work, cache_dir)
+    outputs = toolbox.Outputs(write_plan, write_deltas)
     with _refusals():
         if dry_run:
-            report = run_dry(source, out, options, inputs)
+            report = toolbox.run_dry(source, out, options, inputs, recovery)
         else:
             with watched_progress() as progress:
-                report = run_factorize(source, out, options, inputs, write_plan, progress)
+                report = toolbox.run_factorize(
+                    source, out, options, inputs, outputs, progress, recovery
+                )
     typer.echo(report)
 
 

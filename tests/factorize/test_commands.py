@@ -9,7 +9,9 @@ from moestro.engine import Manifest, Progress
 from moestro.factorize import (
     FactorizeError,
     Inputs,
+    Outputs,
     Plan,
+    RecoverOptions,
     SplitOptions,
     perplexity,
     run_dry,
@@ -38,7 +40,7 @@ def test_make_write_and_apply(long_dense: Path, texts: list[Path], tmp_path: Pat
         tmp_path / "out",
         replace(SPLIT, seed=3),
         Inputs(calibration=tuple(texts)),
-        tmp_path / "plan.safetensors",
+        Outputs(plan=tmp_path / "plan.safetensors"),
         quiet,
     )
     assert "3 layers, each 16 neurons always on and 4 experts of 8, 3 per token (83.3%" in said
@@ -51,7 +53,7 @@ def test_make_write_and_apply(long_dense: Path, texts: list[Path], tmp_path: Pat
         plan.facts.command,
     )
     given = Inputs(plan=tmp_path / "plan.safetensors")
-    run_factorize(str(long_dense), tmp_path / "again", SPLIT, given, None, quiet)
+    run_factorize(str(long_dense), tmp_path / "again", SPLIT, given, Outputs(), quiet)
     first, again = (Manifest.read(tmp_path / name) for name in ("out", "again"))
     assert first == again is not None
     weights = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
@@ -60,7 +62,7 @@ def test_make_write_and_apply(long_dense: Path, texts: list[Path], tmp_path: Pat
 
 def test_an_existing_folder_is_left_alone(long_dense: Path, tmp_path: Path) -> None:
     with pytest.raises(FactorizeError, match="exists already"):
-        run_factorize(str(long_dense), tmp_path, SPLIT, Inputs(), None, quiet)
+        run_factorize(str(long_dense), tmp_path, SPLIT, Inputs(), Outputs(), quiet)
     with pytest.raises(FactorizeError, match="exists already"):
         run_dry(str(long_dense), tmp_path, SPLIT, Inputs())
 
@@ -105,7 +107,7 @@ def test_what_is_written_is_what_was_foretold(
             if path.name == "hidden.safetensors":  # anew behind each layer
                 written[path] *= notice.done
 
-    run_factorize(str(long_dense), tmp_path / "out", SPLIT, given, None, watch)
+    run_factorize(str(long_dense), tmp_path / "out", SPLIT, given, Outputs(), watch)
     for stage in ("collect", "split", "route"):
         sizes = [n for path, n in written.items() if path.parent.name.startswith(stage)]
         # a header of some 200 bytes for each of up to four files
@@ -121,7 +123,7 @@ def test_without_a_text_the_model_writes_one(long_dense: Path, tmp_path: Path) -
         given = Inputs(work=tmp_path / work if work else None)
         chosen = replace(options, seed=seed)
         path = tmp_path / f"{name}.plan"
-        run_factorize(str(long_dense), tmp_path / name, chosen, given, path, quiet)
+        run_factorize(str(long_dense), tmp_path / name, chosen, given, Outputs(plan=path), quiet)
         plans.append(Plan.read(path))
     texts = [plan.facts.texts_sha256 for plan in plans]
     assert texts[0] == texts[1] == texts[2] != texts[3]
@@ -133,7 +135,9 @@ def test_a_plan_on_one_screen(long_dense: Path, texts: list[Path], tmp_path: Pat
     path = tmp_path / "plan.safetensors"
     given = Inputs(calibration=tuple(texts))
     options = replace(SPLIT, scale="calibrated", router="norm", router_steps=5, split="kmeans")
-    said = run_factorize(str(long_dense), tmp_path / "out", options, given, path, quiet)
+    said = run_factorize(
+        str(long_dense), tmp_path / "out", options, given, Outputs(plan=path), quiet
+    )
     assert "not the dense model any more" in said
     screen = show_plan(path)
     assert len(screen.splitlines()) <= 24
@@ -166,7 +170,7 @@ def test_routers_with_more_are_told_of_everywhere(
     words = "are foretold at least 0.25 of the largest (tau 0.75)"
     for said in (
         run_dry(str(long_dense), tmp_path / "out", options, given),
-        run_factorize(str(long_dense), tmp_path / "out", options, given, path, quiet),
+        run_factorize(str(long_dense), tmp_path / "out", options, given, Outputs(path), quiet),
     ):
         assert f"a first layer of 8 neurons, a bias, experts that {words}: with a file" in said
     screen = show_plan(path)
@@ -185,7 +189,7 @@ def test_routers_with_more_are_told_of_everywhere(
 def test_evaluate(long_dense: Path, tmp_path: Path, texts: list[Path]) -> None:
     text = write_text(tmp_path / "held-out.txt", seed=9)
     given = Inputs(calibration=tuple(texts))
-    run_factorize(str(long_dense), tmp_path / "out", SPLIT, given, None, quiet)
+    run_factorize(str(long_dense), tmp_path / "out", SPLIT, given, Outputs(), quiet)
     dense = perplexity(long_dense, text, 1024, quiet)
     assert (dense.tokens, dense.value > 1) == (1022, True)
     whole = perplexity(tmp_path / "out", text, 1024, quiet, experts_per_token=4)
@@ -204,3 +208,66 @@ def test_what_cannot_be_evaluated(long_dense: Path, tmp_path: Path) -> None:
         run_evaluate(tmp_path, [text], 1024, None, quiet)
     with pytest.raises(FactorizeError, match="no text given"):
         run_evaluate(long_dense, [], 1024, None, quiet)
+
+
+def test_a_dry_run_tells_of_recovery(long_dense: Path, texts: list[Path], tmp_path: Path) -> None:
+    given = Inputs(calibration=tuple(texts))
+    said = run_dry(
+        str(long_dense), tmp_path / "out", SPLIT, given, RecoverOptions(steps=7, tokens=1024)
+    )
+    assert re.search(r"^repair +\S+ B? *\S* ", said, re.MULTILINE)
+    assert re.search(r"^distill .* 0\.00 ", said, re.MULTILINE)
+    bound = run_dry(
+        str(long_dense), tmp_path / "out", SPLIT, given, RecoverOptions(("lora",), minutes=9)
+    )
+    assert "distillation ends after 9 minutes" in bound and "repair" not in bound
+
+
+def test_recovery_writes_a_plan_and_deltas_that_make_the_same_model(
+    long_dense: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    given = Inputs(calibration=tuple(texts), work=tmp_path / "work")
+    kept = Outputs(tmp_path / "plan", tmp_path / "deltas")
+    recovery = RecoverOptions(steps=3, tokens=1024)
+    said = run_factorize(
+        str(long_dense), tmp_path / "out", SPLIT, given, kept, quiet, recovery=recovery
+    )
+    assert "3 steps of distillation" in said and "not the dense model any more" in said
+    again = Inputs(plan=kept.plan, deltas=kept.deltas)
+    run_factorize(str(long_dense), tmp_path / "again", SPLIT, again, Outputs(), quiet)
+    first, second = (Manifest.read(tmp_path / name) for name in ("out", "again"))
+    assert first == second and first is not None and first.deltas_sha256
+    weights = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    command = Plan.read(tmp_path / "plan").facts.command
+    assert "--recover repair,lora --recover-rank 5 --recover-tokens 1024 --recover-steps 3" in (
+        command
+    )
+    assert command.endswith(f"--write-plan {kept.plan} --write-deltas {kept.deltas}")
+    with pytest.raises(FactorizeError, match="for another plan"):
+        run_factorize(
+            str(long_dense),
+            tmp_path / "other",
+            SPLIT,
+            replace(given, work=None),
+            Outputs(plan=tmp_path / "other.plan"),
+            quiet,
+        )
+        foreign = Inputs(plan=tmp_path / "other.plan", deltas=kept.deltas)
+        run_factorize(str(long_dense), tmp_path / "third", SPLIT, foreign, Outputs(), quiet)
+
+
+@pytest.mark.parametrize(
+    ("given", "recovery", "words"),
+    [
+        (Inputs(), RecoverOptions(), "give --calibration"),
+        (Inputs(deltas=Path("deltas")), None, "go with the --plan"),
+        (Inputs(plan=Path("plan"), deltas=Path("deltas")), RecoverOptions(), "recovered again"),
+        (Inputs((Path("text"),)), RecoverOptions(("prune",)), "not prune"),
+    ],
+)
+def test_recoveries_that_cannot_be_are_refused_before_any_work(
+    given: Inputs, recovery: RecoverOptions | None, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FactorizeError, match=words):
+        run_factorize("/none", tmp_path / "out", SPLIT, given, Outputs(), quiet, recovery=recovery)

@@ -35,5 +35,7 @@ typedef struct {
 /* 0, or, having done nothing, how many bytes of scratch are needed. */
 int64_t moestro_layer_head(const layer_head *layer, const layer_call *call);
 int64_t moestro_layer_tail(const tail_call *call);
+/* sizeof of what the calls are given, in the order of library.py; -1 past the last */
+int64_t moestro_struct_bytes(int32_t number);
 
 #endif

@@ -11,7 +11,7 @@ from moestro.engine import Progress
 from moestro.factorize import FactorizeError, Plan, apply_plan
 from moestro.factorize.recovery.distill import DistillOptions, distill
 from moestro.factorize.recovery.kept import KeptFile
-from moestro.factorize.recovery.recover import RecoverOptions, recover, stages_of
+from moestro.factorize.recovery.recover import RecoverOptions, recover, recovery_stages
 from moestro.factorize.recovery.repair import RepairOptions, repair
 from moestro.factorize.recovery.student import Student, straight_through
 
@@ -196,8 +196,8 @@ def test_what_recovery_gives_is_what_it_has_learnt(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (RecoverOptions(stages_of(["repair,prune"])), "not prune"),
-        (RecoverOptions(stages_of([])), "not none"),
+        (RecoverOptions(recovery_stages("prune, repair")), "not prune"),
+        (RecoverOptions(recovery_stages("")), "not none"),
         (RecoverOptions(rank=0), "above zero"),
     ],
 )

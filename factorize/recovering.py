@@ -1,0 +1,36 @@
+"""A recovery on files: the dense model's folder and texts in, a better plan and deltas out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moestro.engine import ProgressFn
+from moestro.factorize.facts import Deltas, Plan
+from moestro.factorize.methods import load_dense, load_tokenizer, read_windows
+from moestro.factorize.recovery import RecoverOptions, recover
+from moestro.factorize.sources import DenseModel
+
+
+def run_recovery(
+    folder: Path,
+    plan: Plan,
+    texts: Sequence[Path],
+    options: RecoverOptions,
+    progress: ProgressFn,
+    command: str = "",
+    work: Path | None = None,
+) -> tuple[Plan, Deltas]:
+    """What `recover` gives, of the dense model in `folder`.
+
+    `work` keeps where the distillation stands. Raises SourceRefused for a model that `plan` was
+    not made for, FactorizeError for unfit options or texts that are too short.
+    """
+    dense = DenseModel.open(folder)
+    plan.check_carried()
+    plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
+    window = plan.facts.options.window_tokens
+    windows = read_windows(load_tokenizer(folder), texts, options.tokens, window)
+    state = None
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        state = work / "distillation.safetensors"
+    return recover(load_dense(folder), plan, windows, options, progress, command, state)
