@@ -65,7 +65,7 @@ def run_factorize(
     the plan has lost before it is applied. Raises FactorizeError.
     """
     _check_new(out)
-    _check_recovery(inputs, recovery)
+    _check_recovery(inputs, recovery, options)
     started_s = time.monotonic()
     cache_dir = inputs.cache_dir or out.parent
     folder = prepare_dense(cache_dir, progress) if source in DEMO else Path(source)
@@ -93,7 +93,7 @@ def run_factorize(
     return f"{told}\n{seconds_of(made_s, applied_s)}"
 
 
-def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None) -> None:
+def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: SplitOptions) -> None:
     """Raises FactorizeError for what does not go together."""
     if inputs.deltas is not None and (inputs.plan is None or recovery is not None):
         raise FactorizeError(
@@ -102,6 +102,11 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None) -> None:
     if recovery is None:
         return
     recovery.check()
+    if inputs.plan is None and router_lines(options):
+        raise FactorizeError(
+            "recovery trains linear routers alone; leave out --router-hidden, --router-bias and "
+            "--tau, or --recover"
+        )
     if not inputs.calibration:
         raise FactorizeError(
             "recovery learns from text; give --calibration (what the model writes itself was "
@@ -121,7 +126,7 @@ def run_dry(
     Raises FactorizeError for what that would refuse before any work.
     """
     _check_new(out)
-    _check_recovery(inputs, recovery)
+    _check_recovery(inputs, recovery, options)
     dense = DenseModel.open(_found(source, inputs.cache_dir or out.parent))
     shape = DenseShape(
         layers=dense.layers,

@@ -182,6 +182,8 @@ def test_routers_with_more_are_told_of_everywhere(
         perplexity(tmp_path / "out", text, 512, quiet, experts_per_token=k).value for k in (None, 1)
     ]
     assert found[0] != found[1]
+    with pytest.raises(FactorizeError, match="recovery trains linear routers alone"):
+        run_dry(str(long_dense), tmp_path / "again", options, given, RecoverOptions())
     dry = run_dry(str(long_dense), tmp_path / "again", SPLIT, Inputs(plan=path))
     assert "with a file of routers" in dry
 
