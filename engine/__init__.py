@@ -44,6 +44,7 @@ from moestro.engine.planning import (
     Outlook,
     changes,
 )
+from moestro.engine.routers import load_routers
 from moestro.engine.step import (
     MOST_BIAS,
     MOST_LOGPROBS,
@@ -54,7 +55,14 @@ from moestro.engine.step import (
     TokenLogprob,
 )
 from moestro.engine.text import TemplateFacts, Tokenizer, TokenizerInfo
-from moestro.engine.weights import MANIFEST_NAME, Manifest, read_config
+from moestro.engine.weights import (
+    MANIFEST_NAME,
+    ROUTERS_NAME,
+    Manifest,
+    RouterFacts,
+    name_routers,
+    read_config,
+)
 
 from .planner import plan_model
 from .tracing import (
@@ -76,6 +84,7 @@ __all__ = [
     "MANIFEST_NAME",
     "MOST_BIAS",
     "MOST_LOGPROBS",
+    "ROUTERS_NAME",
     "BadParameter",
     "Bound",
     "BudgetTooSmall",
@@ -116,6 +125,7 @@ __all__ = [
     "ReplayRow",
     "ReplayTable",
     "RequestError",
+    "RouterFacts",
     "SamplingParams",
     "SelectionStats",
     "StartError",
@@ -130,7 +140,9 @@ __all__ = [
     "TokenizerInfo",
     "Unavailable",
     "changes",
+    "load_routers",
     "mix_by_trace",
+    "name_routers",
     "plan_model",
     "read_config",
     "record_trace",

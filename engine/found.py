@@ -7,6 +7,7 @@ from moestro.engine.facts import EngineConfig, Threads
 from moestro.engine.kernels import MISSING, chosen
 from moestro.engine.planning import Blueprint, MemoryPlan, gains_of
 from moestro.engine.text import Tokenizer
+from moestro.engine.weights import ROUTERS_NAME
 
 log = logging.getLogger("moestro.engine")
 
@@ -28,6 +29,8 @@ def log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> N
             blueprint.manifest.source,
             blueprint.output_scale,
         )
+    if (routers := blueprint.checkpoint.routers) is not None:
+        log.info("routers: from %s, %s", ROUTERS_NAME, routers.words)
     device = blueprint.device
     name = device.place if device.room is None else device.room.name
     log.info("%s", blueprint.topology.lane.line)

@@ -22,9 +22,8 @@ from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan, require
 from moestro.factorize.families import SINK, layer_fields, sink_names, stored_name, twin_class
 from moestro.factorize.sources import INDEX_NAME, CarriedReader, DenseModel
 
-# a power of two: exact, and the order of the experts stays; rows are about 1, so that the softmax
-# of the logits rounds to 1/k exactly. Too small for float16, hence a float32 tensor.
-ROUTER_SCALE = 2.0**-30
+from .sidecar import stock_router, write_routers
+
 SHARD_BYTES = 2 << 30
 DENSE_CONFIG_NAME = "moestro_dense.json"  # the dense model's config.json, for the way back
 DENSE_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -71,7 +70,6 @@ def apply_plan(
     """
     dense = DenseModel.open(source)
     progress(Progress("factorize", 0, dense.layers, "layers"))
-    plan.check_carried()
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
     if deltas is not None:
         deltas.check_fits(dense.layers, dense.neurons, dense.hidden, plan.sha256)
@@ -82,6 +80,7 @@ def apply_plan(
     with staged(out) as folder:
         write_weights(folder, _all_tensors(dense, plan, deltas, stored, progress))
         twin_config(dense, plan).save_pretrained(folder)
+        write_routers(plan, folder)
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -236,8 +235,7 @@ def _expert_tensors(
         tensors["shared_mlp.output_linear"] = down[:, shared]
     named = {f"{prefix}.{name}.weight": tensor for name, tensor in tensors.items()}
     named = {name: _to(tensor, stored, name) for name, tensor in named.items()}
-    router = plan.routers[layer].float() * ROUTER_SCALE
-    return named | {f"{prefix}.block_sparse_moe.router.layer.weight": router}
+    return named | stock_router(plan, layer)
 
 
 def _as_stored(reader: CarriedReader, name: str, stored: torch.dtype) -> torch.Tensor:

@@ -10,13 +10,13 @@ import torch
 
 from moestro.engine import ProgressFn
 from moestro.factorize.facts import Deltas, FactorizeError, Plan, SplitOptions, disk_errors
-from moestro.factorize.methods import load_tokenizer, make_plan, read_windows
+from moestro.factorize.methods import make_plan, read_windows
 from moestro.factorize.recovery import RecoverOptions
 from moestro.factorize.sources import DenseModel
 
 from .apply import apply_plan, output_factors, storage_dtype
 from .demo import find_dense, prepare_dense
-from .evaluate import load_model, score
+from .evaluate import load_model, score, tokenizer_of
 from .forecast import (
     DenseShape,
     Stage,
@@ -26,7 +26,7 @@ from .forecast import (
     repair_stage,
 )
 from .recovering import run_recovery
-from .report import forecast_table, plan_screen, seconds_of, summary
+from .report import forecast_table, plan_screen, router_lines, seconds_of, summary
 
 DEMO = ("demo", "demo-dense")  # as a source, both are the dense model that the demo is made of
 
@@ -65,7 +65,7 @@ def run_factorize(
     the plan has lost before it is applied. Raises FactorizeError.
     """
     _check_new(out)
-    _check_recovery(inputs, recovery)
+    _check_recovery(inputs, recovery, options)
     started_s = time.monotonic()
     cache_dir = inputs.cache_dir or out.parent
     folder = prepare_dense(cache_dir, progress) if source in DEMO else Path(source)
@@ -94,7 +94,7 @@ def run_factorize(
     return f"{told}\n{seconds_of(made_s, applied_s)}"
 
 
-def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None) -> None:
+def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: SplitOptions) -> None:
     """Raises FactorizeError for what does not go together."""
     if inputs.deltas is not None and (inputs.plan is None or recovery is not None):
         raise FactorizeError(
@@ -103,6 +103,11 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None) -> None:
     if recovery is None:
         return
     recovery.check()
+    if inputs.plan is None and router_lines(options):
+        raise FactorizeError(
+            "recovery trains linear routers alone; leave out --router-hidden, --router-bias and "
+            "--tau, or --recover"
+        )
     if not inputs.calibration:
         raise FactorizeError(
             "recovery learns from text; give --calibration (what the model writes itself was "
@@ -134,7 +139,7 @@ def run_dry(
     Raises FactorizeError for what that would refuse before any work.
     """
     _check_new(out)
-    _check_recovery(inputs, recovery)
+    _check_recovery(inputs, recovery, options)
     dense = DenseModel.open(_found(source, inputs.cache_dir or out.parent))
     _check_recoverable(dense.folder, recovery)
     shape = DenseShape(
@@ -149,10 +154,12 @@ def run_dry(
     )
     if inputs.plan is not None:
         recipe = Plan.read(inputs.plan)
-        recipe.check_carried()
         stored = storage_dtype(dense.carried_dtype, output_factors(recipe)).itemsize
+        if recovery is not None:
+            recipe.check_carried()
         stages = [*_recovery_stages(shape, options, recovery), apply_stage(shape, stored)]
-        return forecast_table(source, out, stages, None, None, recovery)
+        table = forecast_table(source, out, stages, None, None, recovery)
+        return "\n".join([table, *router_lines(recipe.facts.options)])
     options.expert_neurons(dense.neurons)
     stages = forecast(
         shape,
@@ -162,7 +169,8 @@ def run_dry(
         stored_weight_bytes=_stored(dense, options).itemsize,
     )
     stages[-1:-1] = _recovery_stages(shape, options, recovery)
-    return forecast_table(source, out, stages, options, inputs.work, recovery)
+    table = forecast_table(source, out, stages, options, inputs.work, recovery)
+    return "\n".join([table, *router_lines(options)])
 
 
 def _recovery_stages(
@@ -201,6 +209,11 @@ def factorize_command(
     words += ["--split", options.split, "--router", options.router, "--scale", options.scale]
     if options.router != "ridge":
         words += ["--router-steps", str(options.router_steps)]
+    if options.router_hidden:
+        words += ["--router-hidden", str(options.router_hidden)]
+    words += ["--router-bias"] if options.router_bias else []
+    if options.tau < 1:
+        words += ["--tau", f"{options.tau:g}"]
     if recovery is not None:
         words += ["--recover", ",".join(recovery.stages), "--recover-rank", str(recovery.rank)]
         words += ["--recover-tokens", str(recovery.tokens)]
@@ -228,7 +241,7 @@ def run_evaluate(
     if not texts:
         raise FactorizeError("no text given; name one or more text files")
     model = load_model(folder, experts_per_token)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     lines = []
     for text in texts:
         found = score(model, read_windows(tokenizer, [text], tokens), text, progress)

@@ -1,14 +1,18 @@
 """How well a model predicts a text, by plain transformers: no engine, no cache, no hooks."""
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from moestro.engine import Manifest, Progress, ProgressFn
+from moestro.engine import Manifest, Progress, ProgressFn, RouterFacts, load_routers, read_config
 from moestro.factorize.facts import FactorizeError
 from moestro.factorize.methods import load_tokenizer, quiet_bars, read_windows
 
@@ -27,16 +31,43 @@ def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
 
     Raises FactorizeError.
     """
-    with quiet_bars():
+    config = _own_config(folder)
+    with quiet_bars(), nullcontext() if config is None else _no_report():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+                folder,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError) as error:
             raise FactorizeError(f"{folder} is not a model that loads: {error}") from error
+    load_routers(model, folder)
     if experts_per_token is not None:
         _set_experts(model, Manifest.read(folder), experts_per_token, folder)
     return model.eval()
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Of a model that `load_model` loads."""
+    return load_tokenizer(folder, _own_config(folder))
+
+
+def _own_config(folder: Path) -> Any:
+    """Of a folder whose config.json transformers does not read; None of any other."""
+    return None if RouterFacts.of(folder) is None else read_config(folder)
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """transformers tells of routers that it misses, which come from a file of ours."""
+    told = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(told)
 
 
 def _set_experts(model: Any, manifest: Manifest | None, experts: int, folder: Path) -> None:
@@ -66,9 +97,8 @@ def perplexity(
     Raises FactorizeError when the text is shorter or the model does not load.
     """
     model = load_model(folder, experts_per_token)
-    return score(
-        model, read_windows(load_tokenizer(folder), [text], tokens, window), text, progress
-    )
+    tokenizer = tokenizer_of(folder)
+    return score(model, read_windows(tokenizer, [text], tokens, window), text, progress)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ def summary(plan: Plan, dense: DenseModel, out: Path, deltas: Deltas | None = No
         f"({share:.1%} of the FFN), {size_bytes / 1e6:.0f} MB",
         f"plan {plan.sha256[:16]}: {plan.facts.method}",
     ]
+    lines += router_lines(options)
     if deltas is None:
         lines.append(
             f"the routers find {plan.facts.router_hit:.1%} of the {options.top_k} experts that "
@@ -47,23 +48,42 @@ def plan_screen(path: Path, plan: Plan) -> str:
     layers, neurons = plan.order.shape
     routers = plan.router_weights
     kind = "".join(f", {more}" for more in routers.beyond_stock()) or ", as stock checkpoints have"
+    running = f", of which those run that {_threshold(options)}" if options.tau < 1 else ""
     trained = "solved" if options.router == "ridge" else f"{options.router_steps} steps of Adam"
     rows = {
         "plan": f"{path}, format {plan.format}, sha256 {plan.sha256}",
         "source": f"{facts.source}, weights {facts.source_sha256[:16]}",
         "shape": f"{layers} layers, each {options.shared_neurons} of {neurons} neurons always on "
         f"and {options.experts} experts of {options.expert_neurons(neurons)}; "
-        f"{options.top_k} experts a token",
+        f"{options.top_k} experts a token{running}",
         "text": f"up to {options.calibration_tokens} tokens in windows of {options.window_tokens}, "
         f"ids {facts.texts_sha256[:16]}",
         "split": f"{options.split}, seed {options.seed}",
         "router": f"{options.router} ({trained}); matrices {tuple(routers.last.shape[1:])}{kind}",
         "router hit": f"{facts.router_hit:.1%} of the experts that matter most, on the text itself",
+        "written as": "weights and a file of routers, for moestro alone"
+        if plan.needs_router_file
+        else "a stock checkpoint",
         "scale": _scales(plan),
         "method": facts.method,
         "command": facts.command or "not noted",
     }
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+def _threshold(options: SplitOptions) -> str:
+    return f"are foretold at least {1 - options.tau:g} of the largest (tau {options.tau:g})"
+
+
+def router_lines(options: SplitOptions) -> list[str]:
+    """One where the routers are more than a stock checkpoint carries."""
+    parts = [f"a first layer of {options.router_hidden} neurons"] if options.router_hidden else []
+    parts += ["a bias"] if options.router_bias else []
+    parts += [f"experts that {_threshold(options)}"] if options.tau < 1 else []
+    words = ", ".join(parts)
+    return (
+        [f"routers: {words}: with a file of routers, which moestro alone serves"] if parts else []
+    )
 
 
 def _scales(plan: Plan) -> str:

@@ -75,14 +75,15 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "formats": {"facts", "kernels"},
         "weights": {"facts", "kernels", "formats"},
         "selection": {"facts"},
-        "model": {"facts", "kernels", "formats", "weights", "selection"},
+        "routers": {"facts", "kernels", "formats", "weights"},
+        "model": {"facts", "kernels", "formats", "weights", "selection", "routers"},
         "lanes": {"facts", "formats", "model"},
         "planning": {"facts", "kernels", "formats", "weights", "model", "lanes"},
         "text": {"facts", "weights"},
         "step": {"facts", "selection", "model", "lanes", "text"},
         "": {
             *("facts", "kernels", "formats", "weights", "selection", "model", "lanes"),
-            *("planning", "text", "step"),
+            *("routers", "planning", "text", "step"),
         },
     },
     "factorize": {

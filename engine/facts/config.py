@@ -37,6 +37,7 @@ class EngineConfig:
     link: LinkSpec | None = None  # on a cpu: a device behind it is imagined
     kv_memory_bytes: int | None = None
     experts_per_token: int | None = None
+    experts_tau: float | None = None  # 0 to 1, of a factorized model with routers of norms
     sequence_density: float | None = None  # of requests that do not say; None: tokens choose
     sequence_least_tokens: int = 16  # of a prompt that may choose its sequence's experts
     prefetch: bool = True
@@ -62,6 +63,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadParameter(f"{name} must be positive, not {value}", name)
+        if self.experts_tau is not None and not 0 <= self.experts_tau <= 1:
+            raise BadParameter(
+                f"experts_tau must be between 0 and 1, not {self.experts_tau}", "experts_tau"
+            )
         if self.sequence_density is not None and not 0 < self.sequence_density <= 1:
             raise BadParameter(
                 f"sequence_density must be above 0 and at most 1, not {self.sequence_density}",

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as hf_logging
 
 from moestro.engine.facts import Lane, ModelRefused
+from moestro.engine.routers import carry_routers
 from moestro.engine.weights import Checkpoint, refusing
 
 from . import attention, experts
@@ -52,6 +53,7 @@ def build_meta_model(
         except ModelRefused:
             model = _build(checkpoint, dtype, STOCK_ATTENTIONS[1])
     adapt(model)
+    carry_routers(model, checkpoint.routers)
     for path in absent_paths:
         for module in model.get_submodule(path).modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # nothing to initialize

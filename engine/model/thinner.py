@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from moestro.engine.kernels import Scratch
+from moestro.engine.routers import CarriedRouter
 
 from .kv import PackedCache
 from .thin import ThinAttention, ThinNorm, attention_of, mlp_of, norm_of, router_of
@@ -46,6 +47,8 @@ class Thinner:
         if (norm := norm_of(module)) is not None:
             module.__dict__["forward"] = ThinNorm(module.forward, norm)
             self.counts["norms"] += 1
+        elif isinstance(module, CarriedRouter):
+            self.counts["routers"] += module.take_rows_alone()
         elif (router := router_of(module)) is not None:
             module.__dict__["forward"] = router
             self.counts["routers"] += 1

@@ -1,7 +1,7 @@
 """A model understood and its memory planned, before anything is loaded."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -27,7 +27,14 @@ from moestro.engine.formats import (
 )
 from moestro.engine.lanes import choose_lane
 from moestro.engine.model import Topology, build_meta_model
-from moestro.engine.weights import Checkpoint, DenseFile, Manifest, Replacement, replacements
+from moestro.engine.weights import (
+    Checkpoint,
+    DenseFile,
+    Manifest,
+    Replacement,
+    RouterFacts,
+    replacements,
+)
 
 log = logging.getLogger("moestro.engine")
 
@@ -80,6 +87,7 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
     """The same from files that are already open, or from a sketch of them."""
     manifest = Manifest.read(config.model_path)
     experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
+    checkpoint.routers = _with_tau(checkpoint.routers, config)
     packed = build_meta_model(checkpoint, device.compute_dtype)
     _check_experts(checkpoint, packed, experts_per_token)
     topology = choose_lane(
@@ -98,6 +106,18 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
     return Blueprint(
         checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale, codec, device
     )
+
+
+def _with_tau(routers: RouterFacts | None, config: EngineConfig) -> RouterFacts | None:
+    """Raises StartError where no router foretells norms that could be compared."""
+    if config.experts_tau is None:
+        return routers
+    if routers is None or routers.target != "norm":
+        raise StartError(
+            "--experts-tau: this model's routers do not foretell how large outputs are; make one"
+            " with `moestro factorize --router norm --tau T`"
+        )
+    return replace(routers, tau=config.experts_tau)
 
 
 def _check_experts(checkpoint: Checkpoint, model: PreTrainedModel, per_token: int) -> None:

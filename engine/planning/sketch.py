@@ -16,6 +16,7 @@ from moestro.engine.weights import (
     INDEX_NAME,
     PLAIN_DTYPES,
     Checkpoint,
+    RouterFacts,
     json_object,
     read_config,
     weight_files,
@@ -61,6 +62,7 @@ class Sketch(Checkpoint):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
+        self.routers = RouterFacts.of(folder)
         self._said_dtype = getattr(self.config, "dtype", None)  # building a model sets it
         self._file_of_key = {}
         self._slices = {}

@@ -8,6 +8,7 @@ from .dense_file import DenseFile
 from .linears import LastRows, Shared, TileLinear, beside
 from .manifest import MANIFEST_NAME, Manifest
 from .nested_config import warn_disagreement
+from .routers import ROUTERS_NAME, RouterFacts, name_routers
 from .weight_files import INDEX_NAME, weight_files
 
 __all__ = [
@@ -19,13 +20,16 @@ __all__ = [
     "MANIFEST_NAME",
     "Manifest",
     "PLAIN_DTYPES",
+    "ROUTERS_NAME",
     "Replacement",
+    "RouterFacts",
     "Shared",
     "TileLinear",
     "beside",
     "is_there",
     "json_object",
     "load_dense",
+    "name_routers",
     "read_config",
     "refuse_stand_in",
     "refusing",

@@ -35,6 +35,7 @@ from .config import read_config
 from .damage import few, one_line, readable
 from .linears import CompactLinear, StoredEmbedding, TileLinear
 from .nested_config import warn_disagreements
+from .routers import RouterFacts
 from .tying import same_numbers, tied_twice, untie, warn_untied
 from .weight_files import open_weights, weight_files
 
@@ -58,7 +59,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        found = open_weights(weight_files(folder))
+        self.routers = RouterFacts.of(folder)
+        beside = [] if self.routers is None else [self.routers.checked_file(folder)]
+        found = open_weights([*weight_files(folder), *beside])
         self._file_of_key = {key: path for key, (path, _) in found.items()}
         self._slices: dict[str, Any] = {key: part for key, (_, part) in found.items()}
         self._untied: set[str] = set()  # names that the config ties and the files do not

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moestro.engine.facts import ModelNotFound, ModelRefused
 
 from .damage import COPY_AGAIN, is_dangling, one_line, read_json, readable
+from .routers import stock_config
 
 log = logging.getLogger("moestro.engine")
 
@@ -37,6 +38,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     raw = read_json(path, "a config")
     if not isinstance(raw, dict):
         raise ModelRefused(f"{path} is not a JSON object")
+    carried = stock_config(path, raw)
+    if carried is not raw:
+        return _stock(path, carried)
     if raw.get("auto_map"):
         _refuse_own_code(path, raw.get("model_type"))
     if raw.get("quantization_config"):
@@ -46,6 +50,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
             folder, local_files_only=True, trust_remote_code=False
         )
     vars(config).pop("auto_map", None)
+    return config
+
+
+def _stock(path: Path, carried: dict[str, Any]) -> PreTrainedConfig:
+    """Of the stock class whose routers are in a file of ours. Raises ModelRefused."""
+    for name in ("auto_map", "quantization_config"):
+        if name in carried:
+            raise ModelRefused(f"{path}: {name} beside routers of moestro is not carried")
+    with refusing(str(path)):
+        config: PreTrainedConfig = CONFIG_MAPPING[carried["model_type"]].from_dict(carried)
     return config
 
 

@@ -16,6 +16,7 @@ from moestro.engine.facts import ModelNotFound, ModelRefused
 
 from .damage import few, one_line, read_json, readable, refuse_dangling, refuse_stand_in
 from .padded_file import LENGTH_BYTES, MAX_HEADER_BYTES, padded_slices
+from .routers import ROUTERS_NAME
 
 log = logging.getLogger("moestro.engine")
 
@@ -32,7 +33,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     with readable(folder):
         names = sorted(entry.name for entry in folder.iterdir())
-    found = [name for name in names if name.endswith(".safetensors")]
+    found = [name for name in names if name.endswith(".safetensors") and name != ROUTERS_NAME]
     if INDEX_NAME in names:
         chosen = sorted(set(weight_map(folder).values()))
         _refuse_lost_shards(folder, chosen, found)

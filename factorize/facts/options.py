@@ -19,6 +19,8 @@ FIRST_FORMAT = (  # what plans of format 1 say; the others had their defaults th
     "seed",
 )
 
+AFTER_FORMAT_2 = {"tau": 1.0}  # plans of format 2 say these only where they are something else
+
 
 @dataclass(frozen=True, slots=True)
 class SplitOptions:
@@ -37,6 +39,7 @@ class SplitOptions:
     router_steps: int = 300  # of Adam; a ridge router is solved, not trained
     router_hidden: int = 0  # neurons of a trained router's first layer; 0: it has none
     router_bias: int = 0  # 1: a trained router has a bias
+    tau: float = 1.0  # experts run from (1 - tau) of the largest foretold norm on; 1: all top_k
 
     def expert_neurons(self, neurons: int) -> int:
         """Neurons of one routed expert out of an FFN's `neurons`. Raises FactorizeError."""
@@ -62,6 +65,13 @@ class SplitOptions:
                 yield f"there is no {word} {chosen!r}; choose one of {', '.join(names)}"
         if self.router_steps < 1 or self.router_hidden < 0 or self.router_bias not in (0, 1):
             yield "a router is trained for at least one step, with no or some hidden neurons"
+        if not 0 <= self.tau <= 1:
+            yield f"tau is between 0 (the largest expert alone) and 1 (all top-k), not {self.tau}"
+        if self.tau < 1 and (self.router, self.scale) != ("norm", "one"):
+            yield (
+                "tau compares foretold norms, and experts that run weigh 1: it needs the router "
+                f"norm and the scale one, not {self.router} and {self.scale}"
+            )
         if self.router == "ridge" and (self.router_hidden or self.router_bias):
             yield "a ridge router is linear without a bias; train another for hidden neurons"
 

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from moestro.cache import read_fields
 
 from .errors import FactorizeError, SourceRefused
-from .options import COUNTS, FIRST_FORMAT, SplitOptions, with_defaults
+from .options import AFTER_FORMAT_2, COUNTS, FIRST_FORMAT, SplitOptions, with_defaults
 from .router_weights import ACTIVATIONS, RouterWeights
 from .work_folder import tensors_sha256
 
@@ -62,14 +62,21 @@ class Plan:
         self.check_carried()
         return self.router_weights.last
 
+    @property
+    def needs_router_file(self) -> bool:
+        """Its routers are more than a stock checkpoint carries."""
+        return self.facts.options.tau < 1 or any(self.router_weights.beyond_stock())
+
     def check_carried(self) -> None:
-        """Raises FactorizeError where the routers are more than linear ones without a bias."""
-        needed = list(self.router_weights.beyond_stock())
+        """Raises FactorizeError where the routers are more than linear ones of top_k experts."""
+        needed = [*self.router_weights.beyond_stock()]
+        if self.facts.options.tau < 1:
+            needed.append(f"a threshold tau of {self.facts.options.tau:g}")
         if needed:
             raise FactorizeError(
                 f"the plan's routers have {' and '.join(needed)}, which no stock checkpoint "
-                "carries: they need a router file beside the checkpoint and an engine that "
-                "reads it; make a plan with linear routers (router_hidden 0, router_bias 0)"
+                "carries and recovery does not train; make a plan with linear routers "
+                "(router_hidden 0, router_bias 0, tau 1)"
             )
 
     def to_bytes(self) -> bytes:
@@ -79,6 +86,8 @@ class Plan:
             options = said.pop("options")
             said |= {"options": {name: options[name] for name in FIRST_FORMAT}}
         else:
+            options, newer = said["options"], AFTER_FORMAT_2
+            said["options"] = {n: v for n, v in options.items() if newer.get(n, ...) != v}
             tensors |= {"scales": self.scales}
             rest = self.router_weights.tensors().items()
             tensors |= {f"router_{name}": part for name, part in rest if name != "last"}
@@ -146,6 +155,8 @@ def _first_format(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Pl
 def _plan(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Plan:
     said = {name: value for name, value in facts.items() if name not in ("format", "sha256")}
     rest = {name: value for name, value in facts.items() if name not in OF_FORMAT_2}
+    if isinstance(facts["options"], dict):
+        rest["options"] = AFTER_FORMAT_2 | facts["options"]
     plan = _of_parts(rest, tensors, facts["router_activation"])
     if facts["sha256"] != _checksum(said, tensors):
         raise ValueError("it has another checksum than when written; it is damaged or was edited")

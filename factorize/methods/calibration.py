@@ -52,8 +52,11 @@ def load_dense(folder: Path) -> Any:
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+def load_tokenizer(folder: Path, config: Any = None) -> Any:
+    """`config`: the model's, where transformers does not read the one in `folder`."""
+    return AutoTokenizer.from_pretrained(
+        folder, config=config, local_files_only=True, trust_remote_code=False
+    )
 
 
 def read_windows(

@@ -36,7 +36,7 @@ class Stages:
         observed = (source_sha256, texts_sha256, torch.get_num_threads())
         o = options
         split = (*observed, o.split, o.experts, o.shared_neurons, o.seed)
-        form = (o.router_steps, o.router_hidden, o.router_bias)
+        form = (o.router_steps, o.router_hidden, o.router_bias, *(["norms"] if o.tau < 1 else []))
         route = (*split, o.top_k, o.router, o.scale, o.ridge, *form)
         self.collected = place.inside(f"collect-{key_of(*observed)}") if place else None
         self._split = place.inside(f"split-{key_of(*split)}") if place else None

@@ -86,7 +86,7 @@ def train_router(activity: Activity, options: SplitOptions, scale: float) -> Rou
     with torch.enable_grad():
         _train(weights, lesson.loss, inputs, targets, options.router_steps, draw)
     last, first, bias = weights.last.detach(), weights.first, weights.bias
-    if first is None and bias is None:
+    if first is None and bias is None and options.tau == 1:
         return evened(activity.inputs, last / size)
     return RouterWeights(
         (last if first is not None else last / size).to(torch.float16),

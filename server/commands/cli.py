@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -17,11 +17,12 @@ from moestro.server.facts import Refused, refusal_line
 
 from . import factorize_flags as making
 from . import flags
+from .parameters import places_of, said, settings_of
 
 if TYPE_CHECKING:
     import socket
 
-    from moestro.server.facts import Places, Settings
+    from moestro.server.facts import Settings
 
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
@@ -63,33 +64,6 @@ def _drop_output() -> None:
 def _refuse(message: str) -> int:
     typer.echo(refusal_line(message), err=True)
     return 2
-
-
-def _given(parameters: dict[str, Any], *others: str) -> dict[str, Any]:
-    """Those of a command's parameters that are settings and were said."""
-    return {name: v for name, v in parameters.items() if v is not None and name not in others}
-
-
-def _settings(given: dict[str, Any]) -> "Settings":
-    """Raises Refused. A variable that is no setting changes nothing, and is said."""
-    from moestro.server.facts import load_settings
-
-    _say_misspelt()
-    return load_settings(given)
-
-
-def _places(cache_dir: str | None) -> "Places":
-    from moestro.server.facts import load_places
-
-    _say_misspelt()
-    return load_places(cache_dir)
-
-
-def _say_misspelt() -> None:
-    from moestro.server.facts import misspelt_variables
-
-    for line in misspelt_variables():
-        typer.echo(f"moestro: warning: {line}", err=True)
 
 
 @contextmanager
@@ -158,6 +132,7 @@ def serve(
     expert_format: flags.ExpertFormat = None,
     dense_format: flags.DenseFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
+    experts_tau: flags.ExpertsTau = None,
     experts_mode: flags.ExpertsMode = None,
     experts_density: flags.ExpertsDensity = None,
     no_prefetch: flags.NoPrefetch = False,
@@ -184,12 +159,12 @@ def serve(
     MOESTRO_HOST_MEMORY=2GiB is --host-memory 2GiB, MOESTRO_PREFETCH=false is --no-prefetch;
     a flag wins. Ctrl-C lets running requests finish, a second one does not.
     """
-    given = _given(locals(), "no_prefetch", "no_host_compute")
+    given = said(locals(), "no_prefetch", "no_host_compute")
     if no_prefetch:
         given["prefetch"] = False
     if no_host_compute:
         given["host_compute"] = False
-    settings = _settings(given)
+    settings = settings_of(given)
     from .listen import listening_socket
 
     raise typer.Exit(_serve(settings, listening_socket(settings.host, settings.port)))
@@ -224,6 +199,7 @@ def plan(
     expert_format: flags.ExpertFormat = None,
     dense_format: flags.DenseFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
+    experts_tau: flags.ExpertsTau = None,
     threads: flags.Threads = None,
     max_model_len: flags.MaxModelLen = None,
     max_step_tokens: flags.MaxStepTokens = None,
@@ -247,8 +223,8 @@ def plan(
     --json prints one object of model, memory, experts, link, compute, decode, prefill, changes:
     sizes in bytes (…_bytes), times in seconds (…_s), speeds per second (tokens_per_s).
     """
-    given = _given(locals(), "disk_speed", "trace", "as_json")
-    settings = _settings(given)
+    given = said(locals(), "disk_speed", "trace", "as_json")
+    settings = settings_of(given)
     with _command_imports():
         from .plan import run_plan
 
@@ -270,6 +246,7 @@ def record(
     host_memory: flags.HostMemory = None,
     expert_format: flags.ExpertFormat = None,
     experts_per_token: flags.ExpertsPerToken = None,
+    experts_tau: flags.ExpertsTau = None,
     threads: flags.Threads = None,
     cache_dir: flags.CacheDir = None,
 ) -> None:
@@ -281,8 +258,8 @@ def record(
       moestro trace replay demo.trace
       moestro plan demo --trace demo.trace
     """
-    given = _given(locals(), "out", "prompts", "tokens")
-    settings = _settings(given)
+    given = said(locals(), "out", "prompts", "tokens")
+    settings = settings_of(given)
     with _command_imports():
         from .tracing import run_record
 
@@ -335,6 +312,9 @@ def factorize(
     split: making.Split = "coactivation",
     router: making.Router = "ridge",
     router_steps: making.RouterSteps = 300,
+    router_hidden: making.RouterHidden = 0,
+    router_bias: making.RouterBias = False,
+    tau: making.Tau = 1.0,
     scale: making.Scale = "one",
     calibration_tokens: making.CalibrationTokens = 32768,
     seed: making.Seed = 0,
@@ -358,6 +338,7 @@ def factorize(
     Examples:
       moestro factorize demo-dense ./demo-moe --calibration text.txt --write-plan plan.safetensors
       moestro factorize ./my-llama ./my-moe --experts 8 --shared 0 --top-k 6 --work ./work
+      moestro factorize ./my-llama ./my-moe --router norm --router-hidden 128 --tau 0.8
       moestro factorize ./my-llama ./my-moe --calibration text.txt --recover repair,lora
       moestro factorize ./my-llama ./my-moe --dry-run
       moestro factorize --show-plan plan.safetensors
@@ -366,7 +347,7 @@ def factorize(
     (which experts a token takes) -> recover (if asked for: what is lost, learnt back) -> apply
     (the checkpoint, for `moestro serve` and transformers).
     """
-    given = _given(locals(), "show_plan") | {"cache_dir": _places(cache_dir).cache_dir}
+    given = said(locals(), "show_plan") | {"cache_dir": places_of(cache_dir).cache_dir}
     with _command_imports():
         from .making import factorize as make
 

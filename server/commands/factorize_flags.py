@@ -119,6 +119,38 @@ RouterSteps = Annotated[
         help="Training steps of the routers prior, norm and moefication; ridge needs none.",
     ),
 ]
+RouterHidden = Annotated[
+    int,
+    Option(
+        "--router-hidden",
+        metavar="N",
+        min=0,
+        help="Neurons of a first layer in the routers (D2DMoE has 128), which finds more of the"
+        " experts that matter; not with ridge. Above 0 the result has a file of routers beside the"
+        " weights: moestro serves it, and transformers refuses it. 0: linear routers.",
+    ),
+]
+RouterBias = Annotated[
+    bool,
+    Option(
+        "--router-bias",
+        help="Give the routers a bias, as FactorLLM has it; not with ridge. Needs the file of"
+        " routers, too.",
+    ),
+]
+Tau = Annotated[
+    float,
+    Option(
+        "--tau",
+        metavar="T",
+        min=0.0,
+        max=1.0,
+        help="With --router norm, run only those of a token's --top-k experts whose foretold"
+        " output is at least 1 - T times the largest one: easy tokens then take fewer experts and"
+        " misses, at some cost in quality. 1 runs all, 0 the largest alone. Below 1 it needs the"
+        " file of routers; `moestro serve --experts-tau` takes another T.",
+    ),
+]
 Scale = Annotated[
     Literal["one", "calibrated", "inverse-k"],
     Option(

@@ -106,6 +106,16 @@ ExpertsPerToken = Annotated[
         help="Experts that each token uses. [default: the model's own]",
     ),
 ]
+ExpertsTau = Annotated[
+    str | None,
+    Option(
+        "--experts-tau",
+        metavar="T",
+        help="Of a token's experts run those whose foretold output is at least 1 - T times the"
+        " largest one: 1 is all, 0 the largest alone. For models of `moestro factorize --router"
+        " norm --tau`. [default: the model's own]",
+    ),
+]
 ExpertsMode = Annotated[
     str | None,
     Option(

@@ -32,6 +32,9 @@ def factorize(
     split: str,
     router: str,
     router_steps: int,
+    router_hidden: int,
+    router_bias: bool,
+    tau: float,
     scale: str,
     dry_run: bool,
     cache_dir: Path,
@@ -63,6 +66,9 @@ def factorize(
         split=split,
         router=router,
         router_steps=router_steps,
+        router_hidden=router_hidden,
+        router_bias=int(router_bias),
+        tau=tau,
         scale=scale,
     )
     inputs = toolbox.Inputs(tuple(calibration), plan, deltas, work, cache_dir)

@@ -164,6 +164,7 @@ class Settings(Places):
         "native", description="a dense format (native, int8)"
     )
     experts_per_token: Count | None = None
+    experts_tau: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
     experts_mode: ExpertsMode = Field("token", description="who chooses experts (token, sequence)")
     experts_density: float = Field(
         0.5, gt=0, le=1, description="a share of the experts, above 0 and at most 1"
@@ -284,6 +285,7 @@ class Settings(Places):
             link=None if self.emulate_link is None else LinkSpec(*self.emulate_link),
             kv_memory_bytes=self.kv_memory,
             experts_per_token=self.experts_per_token,
+            experts_tau=self.experts_tau,
             sequence_density=self.experts_density if self.experts_mode == "sequence" else None,
             prefetch=self.prefetch,
             host_compute=self.host_compute,

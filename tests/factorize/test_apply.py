@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeSharedFo
 
 from moestro.engine import Manifest, Progress
 from moestro.factorize import (
-    FactorizeError,
     Plan,
     SourceRefused,
     SplitOptions,
@@ -214,14 +213,24 @@ def safe_dtype(folder: Path) -> torch.dtype:
         return file.get_tensor("model.layers.0.block_sparse_moe.output_linear.weight").dtype
 
 
-def test_a_router_that_no_stock_checkpoint_carries_is_refused(
+def test_routers_that_no_stock_checkpoint_carries_lie_in_a_file_of_their_own(
     dense: Path, texts: list[Path], plan: Plan, tmp_path: Path
 ) -> None:
     options = replace(plan.facts.options, router="moefication", router_hidden=8, router_bias=1)
     rich = make_plan(dense, replace(options, router_steps=5), texts, quiet)
-    with pytest.raises(FactorizeError, match="a first layer with tanh and a bias, which no stock"):
-        apply_plan(rich, dense, tmp_path / "twin", quiet)
-    assert list(tmp_path.iterdir()) == []
+    weights = rich.router_weights
+    assert weights.first is not None and weights.bias is not None
+    apply_plan(rich, dense, tmp_path / "twin", quiet)
+    assert_twins(dense, tmp_path / "twin", experts=4)
+    router = load_model(tmp_path / "twin").model.layers[1].block_sparse_moe.router
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        logits, gates, chosen = router(x)
+    first, last, bias = (part[1].float() for part in (weights.first, weights.last, weights.bias))
+    expected = (x @ first.T).tanh() @ last.T + bias
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert torch.equal(chosen, expected.topk(3).indices)
+    assert torch.equal(gates, torch.full((7, 3), 1 / 3))
 
 
 def test_a_plan_for_other_weights_is_refused(plan: Plan, tmp_path: Path) -> None:

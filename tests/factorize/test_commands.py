@@ -154,6 +154,40 @@ def test_a_plan_on_one_screen(long_dense: Path, texts: list[Path], tmp_path: Pat
         show_plan(texts[0])
 
 
+def test_routers_with_more_are_told_of_everywhere(
+    long_dense: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    options = replace(
+        SPLIT,
+        router="norm",
+        router_steps=5,
+        router_hidden=8,
+        router_bias=1,
+        tau=0.75,
+        split="random",
+    )
+    given, path = Inputs(calibration=tuple(texts)), tmp_path / "plan.safetensors"
+    words = "are foretold at least 0.25 of the largest (tau 0.75)"
+    for said in (
+        run_dry(str(long_dense), tmp_path / "out", options, given),
+        run_factorize(str(long_dense), tmp_path / "out", options, given, Outputs(path), quiet),
+    ):
+        assert f"a first layer of 8 neurons, a bias, experts that {words}: with a file" in said
+    screen = show_plan(path)
+    assert f"3 experts a token, of which those run that {words}" in screen
+    assert "weights and a file of routers, for moestro alone" in screen
+    assert "--router-steps 5 --router-hidden 8 --router-bias --tau 0.75" in screen
+    text = write_text(tmp_path / "held-out.txt", seed=9)
+    found = [
+        perplexity(tmp_path / "out", text, 512, quiet, experts_per_token=k).value for k in (None, 1)
+    ]
+    assert found[0] != found[1]
+    with pytest.raises(FactorizeError, match="recovery trains linear routers alone"):
+        run_dry(str(long_dense), tmp_path / "again", options, given, RecoverOptions())
+    dry = run_dry(str(long_dense), tmp_path / "again", SPLIT, Inputs(plan=path))
+    assert "with a file of routers" in dry
+
+
 def test_evaluate(long_dense: Path, tmp_path: Path, texts: list[Path]) -> None:
     text = write_text(tmp_path / "held-out.txt", seed=9)
     given = Inputs(calibration=tuple(texts))

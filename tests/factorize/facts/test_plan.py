@@ -171,3 +171,30 @@ def test_a_plan_that_names_a_neuron_twice(plan: Plan) -> None:
 def test_splits_that_do_not_work_out(options: SplitOptions, words: str) -> None:
     with pytest.raises(FactorizeError, match=words):
         options.expert_neurons(48)
+
+
+def test_tau_is_said_where_it_is_not_one(plan: Plan, tmp_path: Path) -> None:
+    for tau, said in ((1.0, False), (0.25, True)):
+        chosen = replace(
+            plan, facts=replace(plan.facts, options=replace(plan.facts.options, tau=tau))
+        )
+        chosen.write(tmp_path / "plan.safetensors")
+        assert ("tau" in parts_of(tmp_path / "plan.safetensors")[0]["options"]) == said
+        again = Plan.read(tmp_path / "plan.safetensors")
+        assert again.facts.options.tau == tau and again.sha256 == chosen.sha256
+        assert again.needs_router_file == said
+    with pytest.raises(FactorizeError, match="a threshold tau of 0.25, which no stock"):
+        again.check_carried()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (SplitOptions(router="norm", tau=1.5), "tau is between 0"),
+        (SplitOptions(tau=0.5), "needs the router norm and the scale one, not ridge and one"),
+        (SplitOptions(router="norm", scale="inverse-k", tau=0.5), "not norm and inverse-k"),
+    ],
+)
+def test_a_threshold_needs_foretold_norms(options: SplitOptions, words: str) -> None:
+    with pytest.raises(FactorizeError, match=words):
+        options.expert_neurons(2304)

@@ -7,7 +7,7 @@ from transformers.models.granitemoeshared.modeling_granitemoeshared import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from moestro.factorize.apply import ROUTER_SCALE
+from moestro.factorize.sidecar import ROUTER_SCALE
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 4000, 64, 24, 6
 

@@ -68,6 +68,14 @@ def test_the_form_of_the_paper_has_a_first_layer_and_a_bias(router: str) -> None
     assert hit_rate(rich.logits(given.inputs), given.norms, 2) > 0.85
 
 
+def test_with_tau_a_linear_router_foretells_norms_not_their_order_alone() -> None:
+    given = activity()
+    found = train_router(given, options("norm", tau=0.5), 1.0)
+    assert not list(found.beyond_stock())
+    error = found.logits(given.inputs) - norm_targets(given, 2, 1.0)
+    assert float(error.square().mean()) < 0.2 * float(norm_targets(given, 2, 1.0).var())
+
+
 def test_prior_wants_the_experts_nearest_to_the_output() -> None:
     """Against the definition, with all outputs at hand."""
     outputs = normal(50, 6, 12)  # [T, E, H]

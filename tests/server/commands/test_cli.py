@@ -62,7 +62,7 @@ def test_help_tells_the_true_defaults():
 def test_flags_are_those_that_were_promised():
     promised = (
         "--host --port --device --device-memory --emulate-link --host-memory --kv-memory "
-        "--expert-format --dense-format --experts-per-token "
+        "--expert-format --dense-format --experts-per-token --experts-tau "
         "--experts-mode --experts-density --no-prefetch --no-host-compute "
         "--prefetch-experts --threads "
         "--max-model-len --max-step-tokens --served-model-name --cache-dir "
@@ -169,6 +169,7 @@ def test_the_chain_from_the_command_line(tmp_path: Path):
     words = ["factorize", str(dense), str(out), "--experts", "6", "--shared", "0", "--top-k", "2"]
     words += ["--split", "kmeans", "--router", "norm", "--router-steps", "5", "--work", str(work)]
     words += ["--calibration-tokens", "512", "--scale", "calibrated"]
+    words += ["--router-hidden", "4", "--router-bias"]
     dry = moestro(*words, "--dry-run")
     assert (dry.returncode, out.exists(), work.exists()) == (0, False, False)
     assert "a dry run, nothing is written" in dry.stdout
@@ -179,4 +180,8 @@ def test_the_chain_from_the_command_line(tmp_path: Path):
     assert sorted(path.name.partition("-")[0] for path in work.iterdir()) == [
         *("collect", "route", "sampled", "split")
     ]
+    assert "a first layer of 4 neurons, a bias: with a file of routers" in done.stdout
+    assert (out / "moestro_routers.safetensors").is_file()
     assert_refused(moestro(*words), "exists already")
+    words[2] = str(tmp_path / "other")
+    assert_refused(moestro(*words, "--tau", "0.5"), "tau compares foretold norms")

@@ -72,6 +72,8 @@ def test_flags_win_over_variables(monkeypatch):
         ("kv_memory", "2G", "--kv-memory: '2G' is not a size"),
         ("threads", "0", "--threads: '0' is not a whole number above 0"),
         ("experts_per_token", "x", "--experts-per-token: 'x' is not a whole number above 0"),
+        ("experts_tau", "1.1", "--experts-tau: '1.1' is not a number from 0 to 1"),
+        ("experts_tau", "nan", "--experts-tau: 'nan' is not a number from 0 to 1"),
         ("max_model_len", "-1", "--max-model-len: '-1' is not a whole number above 0"),
         ("max_step_tokens", "15", "--max-step-tokens: '15' is not a whole number from 16 on"),
         ("max_step_tokens", "1e3", "--max-step-tokens: '1e3' is not a whole number from 16 on"),
