@@ -39,7 +39,7 @@ check: dev ## format, lint and types alone
 	@scripts/check.sh
 
 test-fast: dev
-	@.venv/bin/pytest -m "not slow and not gpu and not clients and not families" $(PYTEST_ARGS)
+	@.venv/bin/pytest -n 2 --dist loadfile -m "not slow and not gpu and not clients and not families" $(PYTEST_ARGS)
 
 test-slow: dev ## the tests that take more than a few seconds
 	@.venv/bin/pytest -m "slow and not gpu" $(PYTEST_ARGS)

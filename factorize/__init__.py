@@ -14,7 +14,7 @@ from moestro.factorize.recovery import RecoverOptions, recovery_stages
 
 from .apply import apply_plan
 from .commands import Inputs, Outputs, run_dry, run_evaluate, run_factorize, show_plan
-from .demo import demo_plan, find_demo, prepare_demo, prepare_dense
+from .demo import demo_deltas, demo_plan, find_demo, prepare_demo, prepare_dense
 from .evaluate import Perplexity, perplexity
 from .export import run_export
 
@@ -31,6 +31,7 @@ __all__ = [
     "SourceRefused",
     "SplitOptions",
     "apply_plan",
+    "demo_deltas",
     "demo_plan",
     "find_demo",
     "make_plan",

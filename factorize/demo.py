@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moestro.engine import Manifest, ModelRefused, ProgressFn
 from moestro.factorize.facts import (
+    Deltas,
     Plan,
     damage,
     disk_errors,
@@ -28,6 +29,7 @@ from .apply import apply_plan
 log = logging.getLogger("moestro.factorize")
 
 PLAN_NAME = "demo_plan.safetensors"
+DELTAS_NAME = "demo_deltas.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,13 @@ def prepare_demo(cache_dir: Path, progress: ProgressFn) -> Path:
     The first call downloads 93 MB and takes up to a minute. Two at once share the work. `progress`
     may raise to stop it; nothing half-made stays. Raises FactorizeError.
     """
-    return prepare(SMOLLM2, demo_plan(), cache_dir, progress)
+    return prepare(SMOLLM2, demo_plan(), cache_dir, progress, deltas=demo_deltas())
 
 
 def find_demo(cache_dir: Path) -> Path | None:
     """The folder that `prepare_demo` would return, if it is whole; makes nothing."""
     target = cache_dir / "models" / SMOLLM2.moe_name
-    return target if _is_ready(target, demo_plan()) else None
+    return target if _is_ready(target, demo_plan(), demo_deltas()) else None
 
 
 def prepare_dense(
@@ -99,22 +101,23 @@ def prepare(
     cache_dir: Path,
     progress: ProgressFn,
     download: Downloader | None = None,
+    deltas: Deltas | None = None,
 ) -> Path:
-    """What `prepare_demo` does, of any source and plan and from any downloader."""
+    """What `prepare_demo` does, of any source, plan and deltas, and from any downloader."""
     target = cache_dir / "models" / source.moe_name
-    if _is_ready(target, plan):  # needs no lock, and no disk that can be written
+    if _is_ready(target, plan, deltas):  # needs no lock, and no disk that can be written
         return target
     _say_damage(target)
     with _workplace(cache_dir, progress) as place:
         made = place / "models" / source.moe_name
-        if not _is_ready(made, plan):  # else made by the process that had the lock
+        if not _is_ready(made, plan, deltas):  # else made by the process that had the lock
             dense = cache_dir / "models" / source.dense_name
             if not _is_whole(dense):
                 dense = _dense(source, place, progress, download)
-            apply_plan(plan, dense, made, progress)
+            apply_plan(plan, dense, made, progress, deltas)
             write_note(made)
         if place != cache_dir:
-            publish(made, target, lambda folder: _is_ready(folder, plan))
+            publish(made, target, lambda folder: _is_ready(folder, plan, deltas))
     return target
 
 
@@ -122,6 +125,12 @@ def demo_plan() -> Plan:
     """The plan that comes with this package."""
     with resources.as_file(resources.files("moestro.factorize") / PLAN_NAME) as path:
         return Plan.read(path)
+
+
+def demo_deltas() -> Deltas:
+    """What recovery has added to the demo's dense weights; comes with this package, too."""
+    with resources.as_file(resources.files("moestro.factorize") / DELTAS_NAME) as path:
+        return Deltas.read(path)
 
 
 @contextmanager
@@ -137,15 +146,19 @@ def _workplace(cache_dir: Path, progress: ProgressFn) -> Iterator[Path]:
                 yield own
 
 
-def _is_ready(target: Path, plan: Plan) -> bool:
-    """Whether `target` is whole, and what this plan makes: another version's is made anew."""
+def _is_ready(target: Path, plan: Plan, deltas: Deltas | None) -> bool:
+    """Whether `target` is whole and of this plan and deltas: another version's is made anew."""
     if not _is_whole(target):
         return False
     try:
         manifest = Manifest.read(target)
     except ModelRefused:
         return False
-    return manifest is not None and manifest.plan_sha256 == plan.sha256
+    added = "" if deltas is None else deltas.sha256
+    return manifest is not None and (manifest.plan_sha256, manifest.deltas_sha256) == (
+        plan.sha256,
+        added,
+    )
 
 
 def _is_whole(target: Path) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -24,18 +25,9 @@ def factorize(
     source: str,
     out: Path,
     *,
-    experts: int,
     shared: int,
-    top_k: int,
-    calibration_tokens: int,
     seed: int,
-    split: str,
-    router: str,
-    router_steps: int,
-    router_hidden: int,
     router_bias: bool,
-    tau: float,
-    scale: str,
     dry_run: bool,
     cache_dir: Path,
     calibration: Sequence[Path] = (),
@@ -49,8 +41,9 @@ def factorize(
     recover_rank: int = 5,
     deltas: Path | None = None,
     write_deltas: Path | None = None,
+    **choices: Any,
 ) -> None:
-    """Raises Refused."""
+    """`choices` are the fields of SplitOptions that have the flag's own name. Raises Refused."""
     from moestro import factorize as toolbox
 
     recovery = None
@@ -58,18 +51,7 @@ def factorize(
         bounds = (recover_minutes, recover_steps, recover_tokens, recover_rank)
         recovery = toolbox.RecoverOptions(toolbox.recovery_stages(recover), *bounds, seed)
     options = toolbox.SplitOptions(
-        experts=experts,
-        shared_neurons=shared,
-        top_k=top_k,
-        calibration_tokens=calibration_tokens,
-        seed=seed,
-        split=split,
-        router=router,
-        router_steps=router_steps,
-        router_hidden=router_hidden,
-        router_bias=int(router_bias),
-        tau=tau,
-        scale=scale,
+        shared_neurons=shared, seed=seed, router_bias=int(router_bias), **choices
     )
     inputs = toolbox.Inputs(tuple(calibration), plan, deltas, work, cache_dir)
     outputs = toolbox.Outputs(write_plan, write_deltas)

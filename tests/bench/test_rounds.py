@@ -108,8 +108,8 @@ def test_a_layer_without_a_clock_is_judged_by_the_step(tmp_path: Path) -> None:
     assert len(bench.missing) == 2
 
 
-@pytest.mark.parametrize(("shape", "wanted"), [(OLMOE, 2_200_000_000), (OLMOE8, 1_100_000_000)])
-def test_the_memory_group_is_half_at_half_the_depth(
+@pytest.mark.parametrize(("shape", "wanted"), [(OLMOE, 2_200_000_000), (OLMOE8, 1_500_000_000)])
+def test_the_memory_group_holds_as_large_a_share_at_half_the_depth(
     tmp_path: Path, shape: Geometry, wanted: int
 ) -> None:
     assert p3_disk.group_bytes(bench_in(tmp_path, shape)) == wanted

@@ -14,7 +14,7 @@ import transformers as hf
 from engine_kit import MIB, generate, opened, run_logits
 from exposition import samples
 from moestro.engine import SamplingParams
-from moestro.factorize import prepare_demo, prepare_dense
+from moestro.factorize import apply_plan, demo_plan, prepare_demo, prepare_dense
 from server_process import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -65,11 +65,12 @@ def test_greedy_text_is_the_same_for_every_budget(
     assert together == wanted[:4]
 
 
-def test_all_experts_give_the_dense_model(demo: Path, cache_dir: Path) -> None:
-    dense = hf.AutoModelForCausalLM.from_pretrained(
-        prepare_dense(cache_dir, lambda _: None), dtype=torch.float32
-    ).eval()
-    with opened(demo, cache_dir, kv_memory_bytes=64 * MIB, experts_per_token=24) as loaded:
+def test_all_experts_give_the_dense_model(cache_dir: Path, tmp_path: Path) -> None:
+    """Of the demo's plan as it is applied without the deltas of its recovery."""
+    source, exact = prepare_dense(cache_dir, lambda _: None), tmp_path / "exact"
+    apply_plan(demo_plan(), source, exact, lambda _: None)
+    dense = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with opened(exact, tmp_path, kv_memory_bytes=64 * MIB, experts_per_token=24) as loaded:
         assert loaded.info.experts_per_token == 24
         for prompt in PROMPTS:
             ids = loaded.tokenizer.encode(prompt)

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from engine_kit import MIB, opened
-from moestro.engine import EngineConfig, plan_model
+from moestro.engine import EngineConfig, StartError, plan_model
 from moestro.engine.kernels import library
 from moestro.engine.kernels.library import MISSING, chosen, instruction_sets, load
 
@@ -74,5 +74,5 @@ def test_the_pool_has_the_threads_of_the_flag(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_build_without_a_library_has_none_at_its_place(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"_native\.so"):
+    with pytest.raises(StartError, match=r"_native\.so does not load .*install moestro again"):
         load(tmp_path / "_native.so")

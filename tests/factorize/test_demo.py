@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moestro.engine import LoadCancelled, Manifest, Progress
-from moestro.factorize import FactorizeError, Plan, SplitOptions, demo_plan, make_plan
+from moestro.factorize import FactorizeError, Plan, SplitOptions, demo_deltas, demo_plan, make_plan
 from moestro.factorize.demo import SMOLLM2, DemoSource, prepare, prepare_dense
 from moestro.factorize.evaluate import load_model
 from moestro.factorize.sources.download import PinnedFile
@@ -273,3 +273,13 @@ def test_the_plan_in_the_package() -> None:
     assert "moestro factorize demo" in plan.facts.command
     assert len(plan.to_bytes()) < 1 << 20
     plan.check_fits(30, 1536, 576, plan.facts.source_sha256)
+
+
+def test_the_deltas_in_the_package() -> None:
+    deltas = demo_deltas()
+    deltas.check_fits(30, 1536, 576, demo_plan().sha256)
+    assert "--recover" in deltas.facts.command
+    assert len(deltas.to_bytes()) < 1 << 20
+    assert set(deltas.tensors) == {
+        f"{part}.{what}" for part in ("gate", "up", "down") for what in ("into", "out_of", "scale")
+    }

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from moestro.engine import Progress
-from moestro.factorize import apply_plan, demo_plan, prepare_demo, prepare_dense
+from moestro.factorize import apply_plan, demo_deltas, demo_plan, prepare_demo, prepare_dense
 from moestro.factorize.evaluate import load_model
 from moestro.factorize.facts.folder_note import NOTE_NAME
 
@@ -43,9 +43,11 @@ def demo(cache_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(demo: Path, cache_dir: Path) -> tuple[Any, Any]:
-    """The dense model, and the demo with all of its experts; both in fp32."""
-    return load_model(prepare_dense(cache_dir, quiet)), load_model(demo, experts_per_token=24)
+def pair(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The dense model, and it split by the demo's plan, with all experts, before any recovery."""
+    dense, exact = prepare_dense(cache_dir, quiet), tmp_path_factory.mktemp("exact") / "model"
+    apply_plan(demo_plan(), dense, exact, quiet)
+    return load_model(dense), load_model(exact, experts_per_token=24)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -69,8 +71,11 @@ def test_twelve_experts_speak_english(demo: Path) -> None:
     assert words & {"the", "a", "of", "that", "is", "and"} > {"is"}
 
 
-def test_the_plan_gives_the_same_bytes_again(demo: Path, cache_dir: Path, tmp_path: Path) -> None:
-    apply_plan(demo_plan(), prepare_dense(cache_dir, quiet), tmp_path / "again", quiet)
+def test_plan_and_deltas_give_the_same_bytes_again(
+    demo: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    dense = prepare_dense(cache_dir, quiet)
+    apply_plan(demo_plan(), dense, tmp_path / "again", quiet, demo_deltas())
     for path in demo.iterdir():
         if path.name == NOTE_NAME:  # of the folder, with its times
             continue
