@@ -109,10 +109,7 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
             "--tau, or --recover"
         )
     if not inputs.calibration:
-        raise FactorizeError(
-            "recovery learns from text; give --calibration (what the model writes itself was "
-            "measured to teach it nothing)"
-        )
+        raise FactorizeError("recovery learns from text that people wrote; give --calibration")
 
 
 def _check_recoverable(folder: Path, recovery: RecoverOptions | None) -> None:
