@@ -163,15 +163,7 @@ def _dense_config(folder: Path) -> Any:
         said = json.loads(kept.read_text("utf-8"))
         said.pop("auto_map", None)
         config: Any = type(AutoConfig.for_model(said["model_type"])).from_dict(said)
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        KeyError,
-        RecursionError,
-        StartError,
-    ) as error:
+    except UNREADABLE as error:
         raise FactorizeError(f"{folder} does not tell its dense model: {error}") from error
     if config.model_type not in FAMILIES:
         raise FactorizeError(f"{kept} is of the type {config.model_type!r}, which is not carried")

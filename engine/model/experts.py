@@ -144,8 +144,8 @@ class OffloadedExperts:
         if rows is None:
             return self._run(module, hidden, ids, weights, None)
         spread = rows.spread(self.layer, hidden, ids, weights)
-        shape = spread.ids.numel()
-        energies = hidden.new_zeros(shape, dtype=torch.float32) if rows.looks else None
+        places = spread.ids.numel()
+        energies = hidden.new_zeros(places, dtype=torch.float32) if rows.looks else None
         given = spread.rows(hidden)
         out = self._run(module, given, spread.ids, spread.weights, energies)
         if energies is not None:

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from moestro.cache import read_fields
 
+from .described_file import read_described
 from .errors import FactorizeError, SourceRefused
 
 DELTAS_FORMAT = 1
@@ -62,12 +63,7 @@ class Deltas:
     def read(cls, path: Path) -> "Deltas":
         """Raises FactorizeError when it is not a file of deltas, or of another version."""
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads(file.metadata()[METADATA_KEY])
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-            if not isinstance(facts, dict):
-                raise TypeError("its facts are no JSON object")
+            facts, tensors = read_described(path, METADATA_KEY)
             if facts.pop("format") != DELTAS_FORMAT:
                 raise FactorizeError(
                     f"{path} has deltas of a format that this version does not read"

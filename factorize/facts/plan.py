@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from moestro.cache import read_fields
 
+from .described_file import read_described
 from .errors import FactorizeError, SourceRefused
 from .options import AFTER_FORMAT_2, COUNTS, FIRST_FORMAT, SplitOptions, with_defaults
 from .router_weights import ACTIVATIONS, RouterWeights
@@ -106,11 +107,7 @@ class Plan:
     def read(cls, path: Path) -> "Plan":
         """Raises FactorizeError when it is not a plan, or not one that this version reads."""
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads(file.metadata()[METADATA_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if not isinstance(facts, dict):
-                raise TypeError("its facts are no JSON object")
+            facts, tensors = read_described(path, METADATA_KEY)
             if facts["format"] not in READABLE_FORMATS:
                 raise FactorizeError(
                     f"{path} is a plan of a format that this version does not read"

@@ -1,0 +1,24 @@
+"""Tensors with facts about them, in one safetensors file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+Tensors = dict[str, torch.Tensor]
+
+
+def read_described(path: Path, key: str) -> tuple[dict[str, Any], Tensors]:
+    """The JSON object that the metadata has under `key`, and all tensors.
+
+    Raises OSError, SafetensorError, ValueError, KeyError, TypeError or RecursionError for a file
+    that is none.
+    """
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()[key])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not isinstance(facts, dict):
+        raise TypeError("its facts are no JSON object")
+    return facts, tensors
