@@ -204,6 +204,16 @@ RecoverRank = Annotated[
         help="Of the deltas that lora keeps: their file grows with it.",
     ),
 ]
+RecoverMode = Annotated[
+    str,
+    Option(
+        "--recover-mode",
+        metavar="MODES",
+        help="What lora practises: token (each token's router chooses), sequence (the prompt"
+        " chooses for all that follows, as --experts-mode sequence serves), or both in turns:"
+        " token,sequence.",
+    ),
+]
 DeltasFile = Annotated[
     Path | None,
     Option(
@@ -211,7 +221,8 @@ DeltasFile = Annotated[
         parser=named_path,
         metavar="FILE",
         show_default=False,
-        help="Apply the deltas of a recovery, together with the --plan that it wrote.",
+        help="Apply the deltas of a recovery, together with the --plan that it wrote; with"
+        " --recover, go on from them.",
     ),
 ]
 WriteDeltas = Annotated[
