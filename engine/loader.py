@@ -265,6 +265,7 @@ def _assemble(
         blueprint.vocab_size,
         lambda: _discard(config.pack_path),
     )
+    manifest = blueprint.manifest
     info = ModelInfo(
         family=blueprint.checkpoint.config.model_type,
         max_model_len_tokens=context,
@@ -277,6 +278,7 @@ def _assemble(
         expert_format=config.format_name,
         lane=blueprint.topology.lane.lane.value,
         created_s=int(time.time()),
+        sequence_density=0.0 if manifest is None else manifest.sequence_density,
     )
     return Loaded(engine, cache, tokenizer, info, plan, load_s, prefetch)
 

@@ -94,7 +94,7 @@ def output_factors(plan: Plan) -> list[float]:
 
     The manifest names k alone: served with K experts and K / k, a layer's sum keeps its scale.
     """
-    factors = [plan.facts.options.top_k * scale for scale in plan.scales.tolist()]
+    factors = [plan.facts.options.experts_per_token * scale for scale in plan.scales.tolist()]
     # k times a rounded E / k is meant to be E
     return [float(round(f)) if math.isclose(f, round(f), rel_tol=1e-6) else f for f in factors]
 
@@ -130,13 +130,14 @@ def _odd_part(number: int) -> int:
 def manifest(plan: Plan, deltas: Deltas | None = None) -> Manifest:
     options, facts = plan.facts.options, plan.facts
     return Manifest(
-        experts_per_token=options.top_k,
+        experts_per_token=options.experts_per_token,
         num_experts=options.experts,
-        output_factor=float(options.top_k),
+        output_factor=float(options.experts_per_token),
         source=facts.source,
         method=facts.method,
         plan_sha256=plan.sha256,
         deltas_sha256="" if deltas is None else deltas.sha256,
+        sequence_density=options.sequence_density,
     )
 
 
@@ -162,7 +163,7 @@ def twin_config(dense: DenseModel, plan: Plan) -> Any:
         intermediate_size=options.expert_neurons(dense.neurons),
         shared_intermediate_size=options.shared_neurons,
         num_local_experts=options.experts,
-        num_experts_per_tok=options.top_k,
+        num_experts_per_tok=options.experts_per_token,
     )
     # what is computed in; what is stored is smaller, and the router would vanish in float16
     config.dtype = torch.float32

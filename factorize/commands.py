@@ -101,6 +101,8 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
     if recovery is None:
         return
     recovery.check()
+    if inputs.plan is None and options.router == "none":
+        raise FactorizeError("recovery trains routers, and --router none has none; leave one out")
     if inputs.plan is None and router_lines(options):
         raise FactorizeError(
             "recovery trains linear routers alone; leave out --router-hidden, --router-bias and "
@@ -151,7 +153,7 @@ def run_dry(
         recipe = Plan.read(inputs.plan)
         stored = storage_dtype(dense.carried_dtype, output_factors(recipe)).itemsize
         if recovery is not None:
-            recipe.check_carried()
+            recipe.check_recoverable()
         stages = [*_recovery_stages(shape, options, recovery), apply_stage(shape, stored)]
         table = forecast_table(source, out, stages, None, None, recovery)
         return "\n".join([table, *router_lines(recipe.facts.options)])

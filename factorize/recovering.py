@@ -27,7 +27,7 @@ def run_recovery(
     FactorizeError for unfit options or texts that are too short.
     """
     dense = DenseModel.open(folder)
-    plan.check_carried()
+    plan.check_recoverable()
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
     window = plan.facts.options.window_tokens
     if start is not None:

@@ -32,6 +32,7 @@ class ModelInfo:
     expert_format: str
     lane: str  # how the sequences of a step go through it
     created_s: int  # unix time of the load
+    sequence_density: float = 0.0  # what a prompt keeps where no router chooses; else 0
 
 
 @dataclass(frozen=True, slots=True)

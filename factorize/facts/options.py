@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from .errors import FactorizeError
 
 SPLITS = ("coactivation", "kmeans", "importance", "contiguous", "random")
-ROUTERS = ("ridge", "prior", "norm", "moefication")
+ROUTERS = ("ridge", "prior", "norm", "moefication", "none")
 SCALES = ("one", "calibrated", "inverse-k")
 COUNTS = ("experts", "top_k", "calibration_tokens", "window_tokens")
 FIRST_FORMAT = (  # what plans of format 1 say; the others had their defaults then
@@ -41,6 +41,16 @@ class SplitOptions:
     router_bias: int = 0  # 1: a trained router has a bias
     tau: float = 1.0  # experts run from (1 - tau) of the largest foretold norm on; 1: all top_k
 
+    @property
+    def experts_per_token(self) -> int:
+        """Where no router chooses, a token of a prompt takes all."""
+        return self.experts if self.router == "none" else self.top_k
+
+    @property
+    def sequence_density(self) -> float:
+        """The share of the experts that a prompt keeps where no router chooses; 0 elsewhere."""
+        return self.top_k / self.experts if self.router == "none" else 0.0
+
     def expert_neurons(self, neurons: int) -> int:
         """Neurons of one routed expert out of an FFN's `neurons`. Raises FactorizeError."""
         for reason in self._unknown():
@@ -72,8 +82,13 @@ class SplitOptions:
                 "tau compares foretold norms, and experts that run weigh 1: it needs the router "
                 f"norm and the scale one, not {self.router} and {self.scale}"
             )
-        if self.router == "ridge" and (self.router_hidden or self.router_bias):
-            yield "a ridge router is linear without a bias; train another for hidden neurons"
+        if self.router == "none" and self.scale != "one":
+            yield (
+                "without a router all experts run in a prompt, whose sum is the dense model's with "
+                f"the scale one alone, not {self.scale}"
+            )
+        if self.router in ("ridge", "none") and (self.router_hidden or self.router_bias):
+            yield "only trained routers have hidden neurons or a bias, not ridge and none"
 
 
 def with_defaults(options: dict[str, object]) -> dict[str, object]:

@@ -79,6 +79,8 @@ def route(
     sample: LayerSample, groups: torch.Tensor, options: SplitOptions
 ) -> tuple[RouterWeights, float, float]:
     """(router, scale, hit rate) of the experts `groups` [E, M]."""
+    if options.router == "none":
+        return RouterWeights(torch.zeros(len(groups), sample.inputs.shape[1]).half()), 1.0, 0.0
     activity = observe(sample, groups)
     scale = fixed_scale(options.scale, options.experts, options.top_k)
     router = _fit_router(sample, groups, activity, options, scale)

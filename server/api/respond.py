@@ -70,7 +70,7 @@ async def respond(
     """
     request.state.accepted = True
     track.prompt_tokens = stream.prompt_tokens
-    headers = {EXPERTS_HEADER: experts_words(body.expert_density(parts.settings))}
+    headers = {EXPERTS_HEADER: experts_words(body.expert_density(parts))}
     if body.stream:
         sse = Sse(reply, track, parts.worker, body.include_usage, body.usage_in_every_chunk)
         return EventStream(sse, stream, parts.settings.keep_alive, headers)

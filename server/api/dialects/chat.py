@@ -41,7 +41,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, parts: Par
     params = body.sampling(
         tokens_to_make(body.asked_tokens, len(conversation.ids), body.answers, worker),
         n=body.answers,
-        expert_density=body.expert_density(parts.settings),
+        expert_density=body.expert_density(parts),
         logprobs=body.scores,
         grammar=grammar,
         skip_special_tokens=not conversation.reads_markers

@@ -39,7 +39,7 @@ async def create_completion(body: CompletionRequest, request: Request, parts: Pa
         body.sampling(
             tokens_to_make(body.asked_tokens, len(prompt.ids), body.candidates, parts.worker),
             n=body.candidates,
-            expert_density=body.expert_density(parts.settings),
+            expert_density=body.expert_density(parts),
             grammar=grammar,
             logprobs=body.answer_scores,
             prompt_logprobs=body.prompt_scores,

@@ -165,7 +165,9 @@ def test_a_plan_that_names_a_neuron_twice(plan: Plan) -> None:
         (SplitOptions(router="best"), "no router 'best'"),
         (SplitOptions(scale="two"), "no scale 'two'; choose one of one, calibrated, inverse-k"),
         (SplitOptions(router="norm", router_steps=0), "at least one step"),
-        (SplitOptions(router_hidden=8), "a ridge router is linear"),
+        (SplitOptions(router_hidden=8), "only trained routers"),
+        (SplitOptions(router="none", router_bias=1), "only trained routers"),
+        (SplitOptions(router="none", scale="calibrated"), "scale one alone, not calibrated"),
     ],
 )
 def test_splits_that_do_not_work_out(options: SplitOptions, words: str) -> None:
