@@ -13,12 +13,13 @@ from .forecast import Stage
 def summary(plan: Plan, dense: DenseModel, out: Path, deltas: Deltas | None = None) -> str:
     """Of a model that was just written to `out`."""
     options = plan.facts.options
-    width = options.expert_neurons(dense.neurons)
-    share = (options.shared_neurons + options.top_k * width) / dense.neurons
+    each = (dense.neurons - options.shared_neurons) / options.experts
+    share = (options.shared_neurons + options.top_k * each) / dense.neurons
     size_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    experts = f"{options.experts} experts of {_widths(options, dense.neurons)}"
     lines = [
         f"{out}: {dense.layers} layers, each {options.shared_neurons} neurons always on and "
-        f"{options.experts} experts of {width}, {options.top_k} {_chosen_for(options)} "
+        f"{experts}, {options.top_k} {_chosen_for(options)} "
         f"({share:.1%} of the FFN), {size_bytes / 1e6:.0f} MB",
         f"plan {plan.sha256[:16]}: {plan.facts.method}",
     ]
@@ -60,7 +61,7 @@ def plan_screen(path: Path, plan: Plan) -> str:
         "plan": f"{path}, format {plan.format}, sha256 {plan.sha256}",
         "source": f"{facts.source}, weights {facts.source_sha256[:16]}",
         "shape": f"{layers} layers, each {options.shared_neurons} of {neurons} neurons always on "
-        f"and {options.experts} experts of {options.expert_neurons(neurons)}; "
+        f"and {options.experts} experts of {_widths(options, neurons)}; "
         f"{options.top_k} experts {_chosen_for(options)}{running}",
         "text": f"up to {options.calibration_tokens} tokens in windows of {options.window_tokens}, "
         f"ids {facts.texts_sha256[:16]}",
@@ -75,6 +76,12 @@ def plan_screen(path: Path, plan: Plan) -> str:
         "command": facts.command or "not noted",
     }
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+def _widths(options: SplitOptions, neurons: int) -> str:
+    sizes, places = options.expert_sizes(neurons), options.expert_neurons(neurons)
+    words = " or ".join(str(size) for size in sorted({*sizes}, reverse=True))
+    return words if {*sizes} == {places} else f"{words} (stored as {places})"
 
 
 def _chosen_for(options: SplitOptions) -> str:

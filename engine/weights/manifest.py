@@ -13,7 +13,9 @@ from moestro.engine.facts import ModelRefused
 
 MANIFEST_NAME = "moestro.json"
 MANIFEST_FORMAT = 1
-UNSAID = {"deltas_sha256": "", "sequence_density": 0.0}  # where they are so, nothing is said
+# Where they are so, nothing is said.
+# Where they are so, nothing is said.
+UNSAID = {"deltas_sha256": "", "sequence_density": 0.0, "neurons": 0}
 COUNTS = ("experts_per_token", "num_experts", "output_factor")
 
 
@@ -29,6 +31,7 @@ class Manifest:
     plan_sha256: str
     deltas_sha256: str = ""  # of what was added to the dense weights; empty: they are as they were
     sequence_density: float = 0.0  # what a prompt keeps where no router chooses; else 0
+    neurons: int = 0  # of the dense model's FFN, where the experts have places for more; else 0
 
     @property
     def has_router(self) -> bool:

@@ -8,6 +8,7 @@ from .errors import FactorizeError
 SPLITS = ("coactivation", "kmeans", "importance", "contiguous", "random")
 ROUTERS = ("ridge", "prior", "norm", "moefication", "none")
 SCALES = ("one", "calibrated", "inverse-k")
+PLACES_STEP = 8
 COUNTS = ("experts", "top_k", "calibration_tokens", "window_tokens")
 FIRST_FORMAT = (  # what plans of format 1 say; the others had their defaults then
     "experts",
@@ -52,7 +53,11 @@ class SplitOptions:
         return self.top_k / self.experts if self.router == "none" else 0.0
 
     def expert_neurons(self, neurons: int) -> int:
-        """Neurons of one routed expert out of an FFN's `neurons`. Raises FactorizeError."""
+        """Places for neurons in each routed expert of an FFN's `neurons`. Raises FactorizeError.
+
+        Where they are more than neurons, zeros fill them up: to the largest expert's size, and to
+        whole steps, since torch's grouped product wants rows of whole 16 bytes.
+        """
         for reason in self._unknown():
             raise FactorizeError(reason)
         routed = neurons - self.shared_neurons
@@ -61,12 +66,22 @@ class SplitOptions:
                 f"{self.top_k} of {self.experts} experts per token does not work: take at least "
                 "2 experts, and between 1 and all of them per token"
             )
-        if self.shared_neurons < 0 or routed <= 0 or routed % self.experts:
+        if self.shared_neurons < 0 or routed < self.experts:
             raise FactorizeError(
                 f"{neurons} neurons less {self.shared_neurons} shared ones leave {routed}, which "
-                f"is not a positive multiple of {self.experts} experts; change either number"
+                f"is not enough for {self.experts} experts; change either number"
             )
-        return routed // self.experts
+        largest = -(-routed // self.experts)
+        return -(-largest // PLACES_STEP) * PLACES_STEP
+
+    def expert_sizes(self, neurons: int) -> tuple[int, ...]:
+        """Neurons of each routed expert: as many in all, or one more in the first ones."""
+        least, more = divmod(neurons - self.shared_neurons, self.experts)
+        return (least + 1,) * more + (least,) * (self.experts - more)
+
+    def has_empty_places(self, neurons: int) -> bool:
+        """Raises FactorizeError."""
+        return self.shared_neurons + self.experts * self.expert_neurons(neurons) != neurons
 
     def _unknown(self) -> Iterator[str]:
         for word, names in (("split", SPLITS), ("router", ROUTERS), ("scale", SCALES)):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan
+from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan, expert_members
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATE_WIDTH = 0.5  # of the logistic curve that stands in for the mask's derivative, in logits
@@ -91,15 +91,13 @@ class StudentFFN(nn.Module):
     def __init__(
         self,
         mlp: nn.Module,
-        order: torch.Tensor,
+        members: torch.Tensor,
         router: torch.Tensor,
-        shared: int,
         rank: int,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        experts = len(router)
         self.act_fn: Any = mlp.act_fn
         self.gate = LowRank(_linear(mlp, "gate_proj"), rank, generator)
         self.up = LowRank(_linear(mlp, "up_proj"), rank, generator)
@@ -108,12 +106,7 @@ class StudentFFN(nn.Module):
         self.top_k: int | None = None
         self.prompt_tokens: int | None = None
         self.scale = scale  # of the sum of the experts that are on
-        members = torch.empty(len(order), dtype=torch.long)
-        members[order[:shared]] = experts  # the column that is always on
-        members[order[shared:]] = torch.arange(experts).repeat_interleave(
-            (len(order) - shared) // experts
-        )
-        self.members = members  # of each neuron
+        self.members = members  # [I] the expert of each neuron; E: it is always on
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         changed = self.top_k is not None
@@ -172,12 +165,12 @@ class Student:
         """`start`: deltas of `plan` to begin with. Raises FactorizeError for a larger rank."""
         self.model = model.requires_grad_(False)
         model.lm_head = FrozenLinear(model.lm_head)
-        shared = plan.facts.options.shared_neurons
         self.ffns: list[StudentFFN] = []
         for layer, order, router, scale in zip(
             model.model.layers, plan.order.long(), plan.routers, plan.scales.tolist(), strict=True
         ):
-            layer.mlp = StudentFFN(layer.mlp, order, router, shared, rank, scale)
+            members = expert_members(order, plan.facts.options)
+            layer.mlp = StudentFFN(layer.mlp, members, router, rank, scale)
             for name in ATTENTION_PARTS:
                 setattr(layer.self_attn, name, FrozenLinear(getattr(layer.self_attn, name)))
             self.ffns.append(layer.mlp)

@@ -85,8 +85,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
     assert tree(tmp_path) == before
     alone = run_dry(str(long_dense), out, SPLIT, Inputs(cache_dir=tmp_path / "cache"))
     assert "sample " in alone
-    with pytest.raises(FactorizeError, match="multiple of 5"):
-        run_dry(str(long_dense), out, replace(SPLIT, experts=5), given)
+    with pytest.raises(FactorizeError, match="not enough for 33 experts"):
+        run_dry(str(long_dense), out, replace(SPLIT, experts=33), given)
     with pytest.raises(FactorizeError, match="cannot read the text"):
         run_dry(str(long_dense), out, SPLIT, Inputs(calibration=(tmp_path / "none",)))
     with pytest.raises(FactorizeError, match="a dry run fetches nothing"):
