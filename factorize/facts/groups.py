@@ -13,7 +13,7 @@ def expert_groups(order: torch.Tensor, options: SplitOptions) -> torch.Tensor:
     """[E, M] neurons of `order` [I], the shared ones first; I stands for none."""
     neurons = len(order)
     width = options.expert_neurons(neurons)
-    routed = torch.split(order[options.shared_neurons :].long(), options.expert_sizes(neurons))
+    routed = torch.split(order[options.shared_neurons :].long(), [*options.expert_sizes(neurons)])
     return torch.stack([functional.pad(x, (0, width - len(x)), value=neurons) for x in routed])
 
 
