@@ -19,6 +19,7 @@ from moestro.engine.weights import (
     RouterFacts,
     json_object,
     read_config,
+    read_quantization,
     weight_files,
 )
 
@@ -67,6 +68,7 @@ class Sketch(Checkpoint):
         self._file_of_key = {}
         self._slices = {}
         self._untied = set()
+        self.quantization = read_quantization(folder)
 
     def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
         """Like a Checkpoint's, with the model's own names."""

@@ -1,7 +1,7 @@
 """A checkpoint's tensors: found, complete, loaded; the dense part in compact form."""
 
 from .checkpoint import PLAIN_DTYPES, Checkpoint
-from .config import read_config, refusing
+from .config import read_config, read_quantization, refusing
 from .damage import is_there, json_object, refuse_stand_in
 from .dense import DENSE_FORMATS, Replacement, load_dense, replacements, saved_bytes
 from .dense_file import DenseFile
@@ -31,6 +31,7 @@ __all__ = [
     "load_dense",
     "name_routers",
     "read_config",
+    "read_quantization",
     "refuse_stand_in",
     "refusing",
     "replacements",

@@ -29,9 +29,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moestro.cache import human_bytes
 from moestro.engine.facts import ModelRefused
 from moestro.engine.formats import ExpertsModule, is_experts_module
+from moestro.engine.quantized import Quantization, plain_slices
 
 from .completeness import Renamed, refuse_missing
-from .config import read_config
+from .config import read_config, read_quantization
 from .damage import few, one_line, readable
 from .linears import CompactLinear, StoredEmbedding, TileLinear
 from .nested_config import warn_disagreements
@@ -64,7 +65,22 @@ class Checkpoint:
         found = open_weights([*weight_files(folder), *beside])
         self._file_of_key = {key: path for key, (path, _) in found.items()}
         self._slices: dict[str, Any] = {key: part for key, (_, part) in found.items()}
+        self.quantization = read_quantization(folder)
+        if self.quantization is not None:
+            self._decode(self.quantization)
         self._untied: set[str] = set()  # names that the config ties and the files do not
+
+    def _decode(self, quantization: Quantization) -> None:
+        """From here on the quantized tensors have the names, shapes and numbers of plain ones."""
+        dtype = getattr(self.config.get_text_config(), "dtype", None) or torch.bfloat16
+        if dtype not in PLAIN_DTYPES.values():
+            raise ModelRefused(f"{self.folder}: weights in {dtype} are not carried")
+        plain = plain_slices(self._slices, quantization, dtype)
+        whole = sorted(set(self._file_of_key.values()))
+        self._slices = plain
+        self._file_of_key = {key: self._file_of_key.get(key, whole[0]) for key in plain}
+        kind = str(dtype).removeprefix("torch.")
+        log.info("weights: %s, decoded to %s", quantization.method, kind)
 
     def close(self) -> None:
         self._slices.clear()  # the last that holds the files open
@@ -82,8 +98,8 @@ class Checkpoint:
         if name not in PLAIN_DTYPES:
             raise ModelRefused(
                 f"{self._file_of_key[key]}: tensor {key} is {name}, and weights must be"
-                f" {', '.join(PLAIN_DTYPES)}; quantized checkpoints are not carried, use one in"
-                " bf16, fp16 or fp32"
+                f" {', '.join(PLAIN_DTYPES)}; what is quantized needs a quantization_config in"
+                " config.json that says how"
             )
         return PLAIN_DTYPES[name]
 

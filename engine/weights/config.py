@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moestro.engine.facts import ModelNotFound, ModelRefused
+from moestro.engine.quantized import Quantization, quantization_of, refuse_method
 
 from .damage import COPY_AGAIN, is_dangling, one_line, read_json, readable
 from .routers import stock_config
@@ -43,14 +44,29 @@ def read_config(folder: Path) -> PreTrainedConfig:
         return _stock(path, carried)
     if raw.get("auto_map"):
         _refuse_own_code(path, raw.get("model_type"))
-    if raw.get("quantization_config"):
-        raise ModelRefused(f"{path}: quantized checkpoints are not carried, use bf16 or fp16")
+    quantization_of(path, raw)  # its own words for what transformers would fall over
     with refusing(str(path)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     vars(config).pop("auto_map", None)
+    parts = (config, config.get_text_config())
+    for part in (each for each in parts if isinstance(each, PreTrainedConfig)):
+        vars(part).pop("quantization_config", None)  # what is loaded is decoded
     return config
+
+
+def read_quantization(folder: Path) -> Quantization | None:
+    """What the config says of how the files are quantized.
+
+    Raises ModelRefused, also for a method that is not carried.
+    """
+    path = folder / CONFIG_NAME
+    raw = read_json(path, "a config")
+    found = quantization_of(path, raw) if isinstance(raw, dict) else None
+    if found is not None:
+        refuse_method(found)
+    return found
 
 
 def _stock(path: Path, carried: dict[str, Any]) -> PreTrainedConfig:

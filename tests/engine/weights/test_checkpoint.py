@@ -58,7 +58,7 @@ def own_code(folder: Path) -> None:
     edit_config(folder, model_type="evil", auto_map={"AutoConfig": "modeling_evil.Evil"})
 
 
-def quantized(folder: Path) -> None:
+def said_to_be_quantized(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "fp8"})
 
 
@@ -164,7 +164,7 @@ def config_is_bytes(folder: Path) -> None:
         (pickled, ModelRefused, "pytorch_model.bin, which can run code"),
         (no_weights, ModelNotFound, "no .safetensors files"),
         (own_code, ModelRefused, "auto_map"),
-        (quantized, ModelRefused, "quantized checkpoints are not carried"),
+        (said_to_be_quantized, ModelRefused, "says fp8, and no tensor of the files is"),
         (wrong_width, ModelRefused, "in the file"),
         (broken_config, ModelRefused, "config.json"),
         (unknown_type, ModelRefused, "nothing_known"),
