@@ -159,7 +159,7 @@ def load(
         # rows of scores take two copies, where the plan has room for one of each sequence's logits
         head_rows = max(1, config.max_running // 2)
         torch_threads = TorchThreads(1 if tiled else threads.count, threads.count)
-        selection = sequence_experts(config, blueprint, model)
+        selection = sequence_experts(config, blueprint, lane, step)
         runner = Runner(lane, step, head_rows, torch_threads, selection)
         limits = replace(
             _limits(config, plan), shares_prompt=lane.packs, whole_prompts=whole_prompts

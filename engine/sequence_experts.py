@@ -2,34 +2,45 @@
 
 import logging
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from moestro.engine.facts import NO_SEQUENCE_EXPERTS, EngineConfig, StartError
 from moestro.engine.kernels import Router, route
-from moestro.engine.model import RouterPlace, ThinRouter
+from moestro.engine.lanes import LanePart, PackedLane, PassLane, last_rows
+from moestro.engine.model import RouterPlace, StepPhase, ThinRouter, experts_aside
+from moestro.engine.neurons import Mlp, install, mlp_of
 from moestro.engine.planning import Blueprint
 from moestro.engine.selection import Ranking, SequenceExperts, ranking_of
 
 log = logging.getLogger("moestro.engine")
 
 
+PROBE = ((0, 0), (0, 0, 0))  # two sequences, so that rows of one of them are seen as such
+
+
 def sequence_experts(
-    config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel
+    config: EngineConfig, blueprint: Blueprint, lane: PassLane, step: StepPhase
 ) -> SequenceExperts | None:
     """None where the model cannot: a row of what its experts read is no token, or the one expert of
 
-    a token is all that is known of the choice. `model` has its weights and lane.
+    a token is all that is known of the choice. The model of `lane` has its weights.
 
     In a factorized model all kept experts run, each with the weight that one of its chosen ones
-    has; elsewhere its router chooses. Raises StartError where that is asked of all requests.
+    has; its shared expert, which was chosen to be needed always, stays whole. Elsewhere its router
+    chooses, and the same density is kept of the neurons of shared experts and layers without
+    experts: one number says how much of the FFN an answer is computed with. Raises StartError where
+    that is asked of all requests.
     """
+    model = lane.model
     if not blueprint.topology.rows_are_tokens:
         _refuse_default(config)
         return None
     counts = [entry.num_experts for entry in blueprint.experts]
     weight, rankings = None, list[Ranking | None]([None] * len(counts))
+    mlps = dict[torch.nn.Module, Mlp]()
     if blueprint.manifest is not None:
         weight, how = 1 / blueprint.experts_per_token, "all that it keeps run"
     else:
@@ -42,9 +53,55 @@ def sequence_experts(
         known = sum(each is not None for each in rankings)
         how = f"the routers of {known} of {len(counts)} layers choose among those that it keeps"
         how += "" if known == len(counts) else ", the others' choices are cut down to them"
+        mlps = _choosable(blueprint, lane)
+        install(model, mlps.items(), step)
     log.info("experts of a sequence (mode sequence): %s", how)
     least, place = config.sequence_least_tokens, blueprint.device.place
-    return SequenceExperts(counts, weight, least, place, rankings)
+    return SequenceExperts(counts, weight, least, place, rankings, list(mlps.values()))
+
+
+def _choosable(blueprint: Blueprint, lane: PassLane) -> dict[torch.nn.Module, Mlp]:
+    """MLPs that every pass runs once on all of its rows; the log says how many."""
+    dtype, experts = blueprint.device.compute_dtype, set(blueprint.topology.experts_paths)
+    with torch.inference_mode():
+        found = {
+            module: mlp
+            for path, module in lane.model.named_modules()
+            if path not in experts and (mlp := mlp_of(module, dtype)) is not None
+        }
+        rows = _rows_seen(lane, list(found)) if found else {}
+    own = [sum(map(len, PROBE))] if lane.packs else [len(ids) for ids in PROBE]
+    kept = {module: mlp for module, mlp in found.items() if rows[module] == own}
+    log.info(
+        "neurons of a sequence (mode sequence): its prompt chooses those of %d shared experts and"
+        " MLPs without experts, in blocks of %d; what else all tokens run stays whole",
+        len(kept),
+        Mlp.block,
+    )
+    return kept
+
+
+def _rows_seen(lane: PassLane, modules: list[torch.nn.Module]) -> dict[torch.nn.Module, list[int]]:
+    """How many rows each of `modules` is given, call by call, while PROBE is computed."""
+    seen = {module: list[int]() for module in modules}
+
+    def note(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        (rows,) = (*given, *named.values())
+        seen[module].append(rows.numel() // rows.shape[-1])
+
+    handles = [each.register_forward_pre_hook(note, with_kwargs=True) for each in modules]
+    own = lane.with_own_pages(len(PROBE)) if isinstance(lane, PackedLane) else lane
+    parts = [LanePart((at, 0), [at], list(ids), 0) for at, ids in enumerate(PROBE)]
+    try:
+        with experts_aside(lane.model):
+            for some in [parts] if own.packs else [[part] for part in parts]:
+                own.run(some, last_rows(some))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part in parts:
+            own.forget(part.key)
+    return seen
 
 
 def _refuse_default(config: EngineConfig) -> None:

@@ -69,6 +69,7 @@ class SelectionStats:
     requests: dict[str, int]  # by SEQUENCE_CHOICES
     kept_experts: int  # of all layers of the sequences whose prompt chose
     known_experts: int  # that they chose from
+    neuron_copies_bytes: int = 0  # of running ones: what they keep of neurons that all tokens run
 
 
 @dataclass(frozen=True, slots=True)
