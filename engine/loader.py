@@ -55,7 +55,7 @@ from moestro.engine.planning import (
     plan_memory,
     release_freed_memory,
 )
-from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits
+from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits, no_copies
 from moestro.engine.text import Tokenizer
 
 from .choices import check_choices, check_device
@@ -257,9 +257,10 @@ def _assemble(
             context,
             plan.demand.context_tokens,
         )
+    selection = runner.selection
     engine = Engine(
         runner,
-        Scheduler(limits),
+        Scheduler(limits, no_copies if selection is None else selection.copies_bytes),
         tokenizer,
         context,
         blueprint.vocab_size,

@@ -61,7 +61,13 @@ def sequence_experts(
 
 
 def _choosable(blueprint: Blueprint, lane: PassLane) -> dict[torch.nn.Module, Mlp]:
-    """MLPs that every pass runs once on all of its rows; the log says how many."""
+    """MLPs that every pass runs once on all of its rows; the log says how many.
+
+    None on a device with memory of its own: its KV is taken whole, there is no room in it.
+    """
+    if blueprint.device.room is not None:
+        log.info("neurons of a sequence (mode sequence): all serve, on a device none are chosen")
+        return {}
     dtype, experts = blueprint.device.compute_dtype, set(blueprint.topology.experts_paths)
     with torch.inference_mode():
         found = {

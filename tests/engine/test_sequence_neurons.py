@@ -9,10 +9,10 @@ import torch
 import transformers as hf
 
 import tiny
-from engine_kit import opened
-from moestro.engine import SamplingParams
+from engine_kit import generate_each, opened
+from moestro.engine import PromptTooLong, SamplingParams
 from moestro.engine.loader import Loaded
-from moestro.engine.model import ThinLayer
+from moestro.engine.model import ThinLayer, ThinMlp
 from moestro.engine.step.sequence import Batch, Part
 from moestro.engine.step.sequence import Sequence as Running
 
@@ -81,6 +81,11 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(FAMILIES[family][0](), tmp_path_factory.mktemp(family) / "model")
+
+
+def asking(density: float | None, **more: Any) -> SamplingParams:
+    plain: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+    return SamplingParams(**plain | more, expert_density=density)
 
 
 class Decoding:
@@ -259,15 +264,83 @@ def test_whatever_the_company_keeps_changes_no_bit(loaded: Loaded, family: str) 
         steps.end()
 
 
-def test_whole_layers_of_the_library_do_not_go_around_it(
-    folder: Path, family: str, tmp_path: Path
-) -> None:
+def test_whole_layers_of_the_library_do_not_go_around_it(loaded: Loaded, family: str) -> None:
     """Granite's layers are computed in two calls, its shared expert in the second of them."""
-    with opened(folder, tmp_path / "cache") as loaded:
-        layers = [
-            thin
-            for module in loaded.engine.runner.lane.model.modules()
-            if isinstance(thin := module.__dict__.get("forward"), ThinLayer) and thin.trusted
-        ]
-        assert len(layers) == (3 if family == "granite" else 0)
-        assert all(layer.shared_apart is not None for layer in layers)
+    layers = [
+        thin
+        for module in loaded.engine.runner.lane.model.modules()
+        if isinstance(thin := module.__dict__.get("forward"), ThinLayer) and thin.trusted
+    ]
+    assert len(layers) == (3 if family == "granite" else 0)
+    assert all(layer.shared_apart is not None for layer in layers)
+
+
+def held_tensors(loaded: Loaded) -> int:
+    """Bytes of all copies, as they lie."""
+    selection = loaded.engine.runner.selection
+    assert selection is not None
+    kept = {id(each): each for each in selection._kept.values()}
+    found = [copy for each in kept.values() for copy in each.neurons.copies if copy is not None]
+    assert all(isinstance(copy, ThinMlp) for copy in found)
+    matrices = [(copy.expert.first, copy.expert.down) for copy in found]  # type: ignore[attr-defined]
+    return sum(matrix.stored.nbytes for pair in matrices for matrix in pair)
+
+
+def test_copies_take_room_of_the_kv_while_their_answers_run(loaded: Loaded) -> None:
+    """They are shared by all answers of a request, and gone with the last of them."""
+    engine, scheduler = loaded.engine, loaded.engine.scheduler
+    page_bytes, plain = scheduler.limits.page_bytes, asking(None, n=2)
+    engine.add(Running(1, PROMPT, plain))
+    engine.step()
+    alone_bytes = scheduler.kv_reserved_bytes
+    asked = Running(2, PROMPT, asking(DENSITY, n=2))
+    engine.add(asked)
+    engine.step()
+    held = loaded.stats().selection.neuron_copies_bytes
+    assert held == held_tensors(loaded) > 0
+    assert scheduler.kv_reserved_bytes == 2 * alone_bytes + -(-held // page_bytes) * page_bytes
+    assert len([each for each in scheduler.running if each.number == 2]) == 2
+    engine.check()
+    engine.step()
+    engine.cancel(asked)
+    engine.check()
+    assert loaded.stats().selection.neuron_copies_bytes == held_tensors(loaded) == 0
+    assert scheduler.kv_reserved_bytes == alone_bytes
+    while not engine.idle:
+        engine.step()
+    assert scheduler.kv_reserved_bytes == 0
+
+
+def test_short_prompts_and_density_one_keep_no_copies(loaded: Loaded) -> None:
+    for number, (ids, density) in enumerate([(PROMPT[:15], 0.5), (PROMPT, 1.0)]):
+        sequence = Running(number, ids, asking(density))
+        loaded.engine.add(sequence)
+        loaded.engine.step()
+        assert not sequence.pages_of_copies
+        assert loaded.stats().selection.neuron_copies_bytes == held_tensors(loaded) == 0
+        loaded.engine.cancel(sequence)
+
+
+def test_who_does_not_fit_waits_and_who_never_can_is_told(folder: Path, tmp_path: Path) -> None:
+    """A KV that holds the copies of one answer, and not of two."""
+    with opened(folder, tmp_path / "probe") as loaded:
+        selection, limits = loaded.engine.runner.selection, loaded.engine.scheduler.limits
+        assert selection is not None
+        copies = -(-selection.copies_bytes(len(PROMPT), 0.5) // limits.page_bytes)
+    kv_bytes = (copies + 4) * limits.page_bytes
+    with opened(folder, tmp_path / "probe", kv_memory_bytes=kv_bytes) as loaded:
+        engine, wanted = loaded.engine, []
+        for _ in range(2):
+            (alone,) = generate_each(engine, [(PROMPT, asking(0.5))])
+            wanted.append(alone.ids)
+        for number in (1, 2):
+            engine.add(Running(number, PROMPT, asking(0.5)))
+        engine.step()
+        assert (len(engine.scheduler.running), len(engine.scheduler.waiting)) == (1, 1)
+        while not engine.idle:
+            engine.step()
+            engine.check()
+        assert loaded.stats().requests_finished["length"] == 4 and wanted[0] == wanted[1]
+        with pytest.raises(PromptTooLong, match="copies of neurons"):
+            engine.validate(PROMPT, asking(DENSITY))
+        engine.validate(PROMPT, asking(None))

@@ -329,7 +329,7 @@ class FakeWorker:
         self.submitted.append(Submitted(tuple(prompt_ids), params, stream))
         return stream
 
-    def most_new_tokens(self, prompt_tokens: int, n: int = 1) -> int:
+    def most_new_tokens(self, prompt_tokens: int, n: int = 1, density: float | None = None) -> int:
         return max(0, self.info.max_model_len_tokens - prompt_tokens)
 
     @property
