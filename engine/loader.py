@@ -278,6 +278,7 @@ def _assemble(
         expert_format=config.format_name,
         lane=blueprint.topology.lane.lane.value,
         created_s=int(time.time()),
+        neuron_layers=0 if selection is None else selection.neuron_layers,
     )
     return Loaded(engine, cache, tokenizer, info, plan, load_s, prefetch)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moestro.cache import human_bytes
 from moestro.engine.facts import NO_SEQUENCE_EXPERTS, EngineConfig, StartError
 from moestro.engine.kernels import Router, route
 from moestro.engine.lanes import LanePart, PackedLane, PassLane, last_rows
@@ -18,6 +19,7 @@ from moestro.engine.selection import Ranking, SequenceExperts, ranking_of
 log = logging.getLogger("moestro.engine")
 
 
+USUAL_DENSITY = 0.5  # that the log reckons with where none is given
 PROBE = ((0, 0), (0, 0, 0))  # two sequences, so that rows of one of them are seen as such
 
 
@@ -57,16 +59,17 @@ def sequence_experts(
         install(model, mlps.items(), step)
     log.info("experts of a sequence (mode sequence): %s", how)
     least, place = config.sequence_least_tokens, blueprint.device.place
-    return SequenceExperts(counts, weight, least, place, rankings, list(mlps.values()))
+    found = SequenceExperts(counts, weight, least, place, rankings, list(mlps.values()))
+    _log_neurons(config, found)
+    return found
 
 
 def _choosable(blueprint: Blueprint, lane: PassLane) -> dict[torch.nn.Module, Mlp]:
-    """MLPs that every pass runs once on all of its rows; the log says how many.
+    """MLPs that every pass runs once on all of its rows.
 
     None on a device with memory of its own: its KV is taken whole, there is no room in it.
     """
     if blueprint.device.room is not None:
-        log.info("neurons of a sequence (mode sequence): all serve, on a device none are chosen")
         return {}
     dtype, experts = blueprint.device.compute_dtype, set(blueprint.topology.experts_paths)
     with torch.inference_mode():
@@ -77,14 +80,7 @@ def _choosable(blueprint: Blueprint, lane: PassLane) -> dict[torch.nn.Module, Ml
         }
         rows = _rows_seen(lane, list(found)) if found else {}
     own = [sum(map(len, PROBE))] if lane.packs else [len(ids) for ids in PROBE]
-    kept = {module: mlp for module, mlp in found.items() if rows[module] == own}
-    log.info(
-        "neurons of a sequence (mode sequence): its prompt chooses those of %d shared experts and"
-        " MLPs without experts, in blocks of %d; what else all tokens run stays whole",
-        len(kept),
-        Mlp.block,
-    )
-    return kept
+    return {module: mlp for module, mlp in found.items() if rows[module] == own}
 
 
 def _rows_seen(lane: PassLane, modules: list[torch.nn.Module]) -> dict[torch.nn.Module, list[int]]:
@@ -108,6 +104,22 @@ def _rows_seen(lane: PassLane, modules: list[torch.nn.Module]) -> dict[torch.nn.
         for part in parts:
             own.forget(part.key)
     return seen
+
+
+def _log_neurons(config: EngineConfig, found: SequenceExperts) -> None:
+    if not found.neuron_layers:
+        log.info("neurons of a sequence (mode sequence): all of what all tokens run serve")
+        return
+    density = config.sequence_density or USUAL_DENSITY
+    size_bytes = found.copies_bytes(config.sequence_least_tokens, density)
+    log.info(
+        "neurons of a sequence (mode sequence): %d MLPs that all tokens run are chosen from in"
+        " blocks of %d, at density %g its copies take %s of the KV cache; all others stay whole",
+        found.neuron_layers,
+        Mlp.block,
+        density,
+        human_bytes(size_bytes),
+    )
 
 
 def _refuse_default(config: EngineConfig) -> None:

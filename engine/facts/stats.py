@@ -32,6 +32,7 @@ class ModelInfo:
     expert_format: str
     lane: str  # how the sequences of a step go through it
     created_s: int  # unix time of the load
+    neuron_layers: int = 0  # MLPs whose neurons a prompt chooses, where it chooses experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,8 +131,8 @@ ExpertsDensity = Annotated[
     Option(
         "--experts-density",
         metavar="D",
-        help="Share of each layer's experts that a prompt keeps in mode sequence, where its request"
-        " does not say. [default: 0.5]",
+        help="Share of each layer's experts, and of the neurons that all tokens run, that a prompt"
+        " keeps in mode sequence, where its request does not say. [default: 0.5]",
     ),
 ]
 NoPrefetch = Annotated[

@@ -107,7 +107,10 @@ STATS = EngineStats(
         ),
     ),
     selection=SelectionStats(
-        requests={"token": 5, "sequence": 2, "short_prompt": 1}, kept_experts=16, known_experts=32
+        requests={"token": 5, "sequence": 2, "short_prompt": 1},
+        kept_experts=16,
+        known_experts=32,
+        neuron_copies_bytes=4096,
     ),
 )
 

@@ -1,5 +1,6 @@
 """The field `experts`: who chooses the experts of an answer; against a fake and a real engine."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,31 @@ async def test_what_is_asked_for_reaches_the_engine_and_the_header(
     assert response.status_code == 200
     assert worker.submitted[0].params.expert_density == density
     assert response.headers[HEADER] == told
+
+
+@BOTH
+async def test_the_header_says_where_neurons_are_chosen_too(client, worker, path):
+    worker.info = replace(worker.info, neuron_layers=27)
+    for experts, told in (
+        ({"mode": "sequence", "density": 0.25}, "sequence; density=0.25; neuron-layers=27"),
+        ({"mode": "token"}, "token"),
+    ):
+        response = await client.post(path, json={**BODIES[path], "experts": experts})
+        assert response.headers[HEADER] == told
+
+
+@BOTH
+async def test_a_density_whose_copies_leave_no_room_is_refused_by_name(client, worker, path):
+    def most(prompt_tokens: int, n: int = 1, density: float | None = None) -> int:
+        return 100 if density is None or density < 0.5 else 0
+
+    worker.most_new_tokens = most
+    wanted = [(None, 200), (0.25, 200), (0.5, 400)]
+    for density, status in wanted:
+        experts = None if density is None else {"mode": "sequence", "density": density}
+        response = await client.post(path, json={**BODIES[path], "experts": experts})
+        assert response.status_code == status
+    assert "density 0.5" in response.json()["error"]["message"]
 
 
 @BOTH
