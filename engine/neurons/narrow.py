@@ -18,12 +18,16 @@ Linear = torch.nn.Linear | TileLinear | CompactLinear
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    """Of a kind, and in a format, that can be copied in blocks."""
+    """Of a kind, and in a format, that can be copied in blocks; its weights are there.
+
+    Modules that a text pass never runs have none.
+    """
     if isinstance(module, TileLinear):
         return module.form.kind in CUT
     if isinstance(module, CompactLinear):
         return isinstance(module.weights, Int8Weights)
-    return type(module) is torch.nn.Linear
+    weight = module._parameters.get("weight")
+    return type(module) is torch.nn.Linear and weight is not None and not weight.is_meta
 
 
 def linear_at(module: torch.nn.Module, path: str) -> Linear:
