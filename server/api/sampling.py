@@ -25,13 +25,21 @@ class StreamOptions(BaseModel):
 
 
 class ExpertsFields(BaseModel):
-    """Who chooses the experts of the answer: each token, or the prompt for all of it."""
+    """Who chooses the experts of the answer: each token, or the prompt for all of it.
+
+    In mode sequence the prompt chooses neurons, too, where the model has shared experts or layers
+    without experts; not of factorized models, whose shared expert is needed always.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     mode: Literal["token", "sequence"]
     density: Number | None = Field(
-        None, gt=0, le=1, description="share of experts that the prompt keeps; of sequence alone"
+        None,
+        gt=0,
+        le=1,
+        description="share of experts, and of neurons that all tokens run, that the prompt keeps;"
+        " of sequence alone",
     )
 
     @model_validator(mode="after")
