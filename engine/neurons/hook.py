@@ -15,7 +15,10 @@ from .mlp import Mlp
 
 
 class NeuronMlp:
-    """A pass whose rows have nothing to do with neurons goes to what was there before."""
+    """A pass whose rows have nothing to do with neurons goes to what was there before.
+
+    So do prompts. Those that are to choose compute their activations once more to be looked at.
+    """
 
     def __init__(self, stock: Callable[..., Any], mlp: Mlp, layer: int, step: StepPhase) -> None:
         """`layer` of those whose neurons can be chosen."""
@@ -40,6 +43,8 @@ class NeuronMlp:
         copies = [] if rows is None else rows.copies(self._layer)
         if not copies:
             return None
+        if len(copies[0][0]) == len(flat):  # one sequence, or answers to one prompt, alone
+            return copies[0][1](flat)
         taken = {row for own, _ in copies for row in own}
         others = [row for row in range(len(flat)) if row not in taken]
         ways = [*copies, (others, self.stock)] if others else copies
