@@ -11,7 +11,7 @@ from moestro.engine.kernels import Router, route
 from moestro.engine.lanes import PassLane
 from moestro.engine.model import RouterPlace, StepPhase, ThinRouter
 from moestro.engine.neurons import Mlp, install
-from moestro.engine.planning import Blueprint
+from moestro.engine.planning import Blueprint, trim_heap
 from moestro.engine.selection import Ranking, SequenceExperts, ranking_of
 
 from .sequence_neurons import choosable_mlps, log_neurons
@@ -55,7 +55,8 @@ def sequence_experts(
         install(model, mlps.items(), step)
     log.info("experts of a sequence (mode sequence): %s", how)
     least, place = config.sequence_least_tokens, blueprint.device.place
-    found = SequenceExperts(counts, weight, least, place, rankings, list(mlps.values()))
+    neurons = list(mlps.values())
+    found = SequenceExperts(counts, weight, least, place, rankings, neurons, trim_heap)
     log_neurons(config, found)
     return found
 

@@ -1,6 +1,6 @@
 """Every running sequence that wants its own experts: from its prompt's shares to what it keeps."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -49,18 +49,20 @@ class SequenceExperts:
         device: torch.device,
         rankings: Sequence[Ranking | None],
         neurons: Sequence[NeuronLayer] = (),
+        after_copies: Callable[[], None] = lambda: None,
     ) -> None:
         """`num_experts` of each layer; `kept_weight` and `rankings` as in StepRows.
 
         Prompts shorter than `least_prompt_tokens` tell too little: their tokens choose. Of
-        `neurons` the same density of blocks is kept as of experts.
+        `neurons` the same density of blocks is kept as of experts. `after_copies` is called
+        whenever copies of them have been let go: others wait for their memory.
         """
         self._num_experts = tuple(num_experts)
         self._weight = kept_weight
         self._least_tokens = least_prompt_tokens
         self._device = device
         self._rankings = tuple(rankings)
-        self._neurons = tuple(neurons)
+        self._neurons, self._after_copies = tuple(neurons), after_copies
         self._shares: dict[Key, PromptShares] = {}  # of prompts that are being computed
         self._kept: dict[Key, Kept] = {}
         self._requests = dict.fromkeys(SEQUENCE_CHOICES, 0)
@@ -128,7 +130,10 @@ class SequenceExperts:
 
     def forget(self, key: Key) -> None:
         self._shares.pop(key, None)
-        self._kept.pop(key, None)
+        gone = self._kept.pop(key, None)
+        if gone is not None and gone.neurons.size_bytes and gone not in self._kept.values():
+            del gone
+            self._after_copies()
 
     def _looks_at(self, part: PartRows) -> bool:
         long_enough = part.prompt_tokens >= self._least_tokens
