@@ -29,6 +29,11 @@ def log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> N
             blueprint.manifest.source,
             blueprint.output_scale,
         )
+        if not blueprint.manifest.has_router:
+            log.info(
+                "no router: a prompt runs all experts, and chooses %.0f %% of them for its answer",
+                100 * (config.sequence_density or blueprint.manifest.sequence_density),
+            )
     if (routers := blueprint.checkpoint.routers) is not None:
         log.info("routers: from %s, %s", ROUTERS_NAME, routers.words)
     device = blueprint.device

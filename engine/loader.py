@@ -266,6 +266,7 @@ def _assemble(
         blueprint.vocab_size,
         lambda: _discard(config.pack_path),
     )
+    manifest = blueprint.manifest
     info = ModelInfo(
         family=blueprint.checkpoint.config.model_type,
         max_model_len_tokens=context,
@@ -279,6 +280,7 @@ def _assemble(
         lane=blueprint.topology.lane.lane.value,
         created_s=int(time.time()),
         neuron_layers=0 if selection is None else selection.neuron_layers,
+        sequence_density=0.0 if manifest is None else manifest.sequence_density,
     )
     return Loaded(engine, cache, tokenizer, info, plan, load_s, prefetch)
 

@@ -10,7 +10,7 @@ from moestro.factorize.facts import (
     SplitOptions,
 )
 from moestro.factorize.methods import make_plan
-from moestro.factorize.recovery import RecoverOptions, recovery_stages
+from moestro.factorize.recovery import RecoverOptions, recovery_modes, recovery_stages
 
 from .apply import apply_plan
 from .commands import Inputs, Outputs, run_dry, run_evaluate, run_factorize, show_plan
@@ -38,6 +38,7 @@ __all__ = [
     "perplexity",
     "prepare_demo",
     "prepare_dense",
+    "recovery_modes",
     "recovery_stages",
     "run_dry",
     "run_evaluate",

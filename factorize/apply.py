@@ -18,7 +18,16 @@ import torch
 from safetensors.torch import save_file
 
 from moestro.engine import Manifest, Progress, ProgressFn
-from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan, require_free, staged
+from moestro.factorize.facts import (
+    PARTS,
+    Deltas,
+    FactorizeError,
+    Plan,
+    expert_groups,
+    require_free,
+    staged,
+    with_none,
+)
 from moestro.factorize.families import SINK, layer_fields, sink_names, stored_name, twin_class
 from moestro.factorize.sources import INDEX_NAME, CarriedReader, DenseModel
 
@@ -94,7 +103,7 @@ def output_factors(plan: Plan) -> list[float]:
 
     The manifest names k alone: served with K experts and K / k, a layer's sum keeps its scale.
     """
-    factors = [plan.facts.options.top_k * scale for scale in plan.scales.tolist()]
+    factors = [plan.facts.options.experts_per_token * scale for scale in plan.scales.tolist()]
     # k times a rounded E / k is meant to be E
     return [float(round(f)) if math.isclose(f, round(f), rel_tol=1e-6) else f for f in factors]
 
@@ -128,15 +137,17 @@ def _odd_part(number: int) -> int:
 
 
 def manifest(plan: Plan, deltas: Deltas | None = None) -> Manifest:
-    options, facts = plan.facts.options, plan.facts
+    options, facts, neurons = plan.facts.options, plan.facts, plan.order.shape[1]
     return Manifest(
-        experts_per_token=options.top_k,
+        experts_per_token=options.experts_per_token,
         num_experts=options.experts,
-        output_factor=float(options.top_k),
+        output_factor=float(options.experts_per_token),
         source=facts.source,
         method=facts.method,
         plan_sha256=plan.sha256,
         deltas_sha256="" if deltas is None else deltas.sha256,
+        sequence_density=options.sequence_density,
+        neurons=neurons if options.has_empty_places(neurons) else 0,
     )
 
 
@@ -162,7 +173,7 @@ def twin_config(dense: DenseModel, plan: Plan) -> Any:
         intermediate_size=options.expert_neurons(dense.neurons),
         shared_intermediate_size=options.shared_neurons,
         num_local_experts=options.experts,
-        num_experts_per_tok=options.top_k,
+        num_experts_per_tok=options.experts_per_token,
     )
     # what is computed in; what is stored is smaller, and the router would vanish in float16
     config.dtype = torch.float32
@@ -222,10 +233,9 @@ def _expert_tensors(
     gate, up, down = ffn
     options = plan.facts.options
     order = plan.order[layer].long()
-    shared, routed = order[: options.shared_neurons], order[options.shared_neurons :]
-    groups = routed.view(options.experts, -1)  # [E, M]
-    experts_in = torch.cat([gate[groups], up[groups]], dim=1)  # [E, 2M, H]
-    experts_out = down[:, groups].transpose(0, 1)  # [E, H, M]
+    shared, groups = order[: options.shared_neurons], expert_groups(order, options)  # [E, M]
+    experts_in = torch.cat([with_none(gate)[groups], with_none(up)[groups]], dim=1)  # [E, 2M, H]
+    experts_out = with_none(down, dim=1)[:, groups].transpose(0, 1)  # [E, H, M]
     tensors = {
         "block_sparse_moe.input_linear": experts_in,
         "block_sparse_moe.output_linear": experts_out.float() * output_factors(plan)[layer],

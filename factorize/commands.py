@@ -37,7 +37,7 @@ class Inputs:
 
     calibration: tuple[Path, ...] = ()  # texts; without any, the model writes one
     plan: Path | None = None  # applied, or recovered, as it is
-    deltas: Path | None = None  # of a recovery, to be applied with `plan`
+    deltas: Path | None = None  # of a recovery, to be applied with `plan` or to go on from
     work: Path | None = None  # what the model did is kept here, and found again
     cache_dir: Path | None = None  # has the demo's dense model; None: where the result is written
 
@@ -80,7 +80,7 @@ def run_factorize(
     deltas = None if inputs.deltas is None else Deltas.read(inputs.deltas)
     if recovery is not None:
         plan, deltas = run_recovery(
-            folder, plan, inputs.calibration, recovery, progress, command, inputs.work
+            folder, plan, inputs.calibration, recovery, progress, command, inputs.work, deltas
         )
     made_s = time.monotonic() - started_s
     with disk_errors(out.parent):
@@ -96,13 +96,13 @@ def run_factorize(
 
 def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: SplitOptions) -> None:
     """Raises FactorizeError for what does not go together."""
-    if inputs.deltas is not None and (inputs.plan is None or recovery is not None):
-        raise FactorizeError(
-            "--deltas go with the --plan that the same recovery wrote, and are not recovered again"
-        )
+    if inputs.deltas is not None and inputs.plan is None:
+        raise FactorizeError("--deltas go with the --plan that the same recovery wrote; give both")
     if recovery is None:
         return
     recovery.check()
+    if inputs.plan is None and options.router == "none":
+        raise FactorizeError("recovery trains routers, and --router none has none; leave one out")
     if inputs.plan is None and router_lines(options):
         raise FactorizeError(
             "recovery trains linear routers alone; leave out --router-hidden, --router-bias and "
@@ -153,7 +153,7 @@ def run_dry(
         recipe = Plan.read(inputs.plan)
         stored = storage_dtype(dense.carried_dtype, output_factors(recipe)).itemsize
         if recovery is not None:
-            recipe.check_carried()
+            recipe.check_recoverable()
         stages = [*_recovery_stages(shape, options, recovery), apply_stage(shape, stored)]
         table = forecast_table(source, out, stages, None, None, recovery)
         return "\n".join([table, *router_lines(recipe.facts.options)])
@@ -200,6 +200,8 @@ def factorize_command(
         words += ["--calibration", str(text)]
     if inputs.plan is not None:
         words += ["--plan", str(inputs.plan)]
+    if inputs.deltas is not None:
+        words += ["--deltas", str(inputs.deltas)]
     words += ["--experts", str(options.experts), "--shared", str(options.shared_neurons)]
     words += ["--top-k", str(options.top_k), "--seed", str(options.seed)]
     words += ["--calibration-tokens", str(options.calibration_tokens)]
@@ -214,6 +216,8 @@ def factorize_command(
     if recovery is not None:
         words += ["--recover", ",".join(recovery.stages), "--recover-rank", str(recovery.rank)]
         words += ["--recover-tokens", str(recovery.tokens)]
+        if recovery.modes != ("token",):
+            words += ["--recover-mode", ",".join(recovery.modes)]
         if recovery.steps is not None:
             words += ["--recover-steps", str(recovery.steps)]
         else:

@@ -76,6 +76,8 @@ def _set_experts(model: Any, manifest: Manifest | None, experts: int, folder: Pa
             f"{folder} was not made by `moestro factorize`: its number of experts per token is "
             "part of the model"
         )
+    if not manifest.has_router:
+        raise FactorizeError(f"{folder} has no router: its tokens take all experts")
     if not 1 <= experts <= manifest.num_experts:
         raise FactorizeError(f"between 1 and {manifest.num_experts} experts, not {experts}")
     for layer in model.model.layers:

@@ -25,7 +25,16 @@ from .apply import CARRIED, COPIED, DENSE_CONFIG_NAME, DENSE_PARTS, Tensors, wri
 
 # what the manifest of an untouched split says; anything more is a change of the weights
 UNTOUCHED = frozenset(
-    ("experts_per_token", "num_experts", "output_factor", "source", "method", "plan_sha256")
+    (
+        "experts_per_token",
+        "num_experts",
+        "output_factor",
+        "source",
+        "method",
+        "plan_sha256",
+        "sequence_density",
+        "neurons",
+    )
 )
 SCALED = "; scale "  # how the manifest's method names a scale other than one
 UNREADABLE = (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError, StartError)
@@ -40,6 +49,7 @@ class _Twin:
     config: Any
     kinds: list[Any]
     factor: float
+    neurons: int  # of an FFN; what the experts have places for beyond them are zeros
     back: torch.Tensor | None  # [L, I] where each neuron of the dense model lies; None: as they lie
 
     def names(self) -> list[str]:
@@ -66,11 +76,17 @@ class _Twin:
         shared_neurons = int(self.config.shared_intermediate_size)
         shared = self._stored(layer, f"shared_mlp.{kind}") if shared_neurons else None
         if part == "down_proj":  # [E, H, M], [H, S]
-            rows = experts.transpose(1, 2).flatten(0, 1).float() / self.factor
+            rows = self._rows(experts.transpose(1, 2)).float() / self.factor
             return rows if shared is None else torch.cat([shared.T.float(), rows])
         half = 0 if part == "gate_proj" else 1
-        rows = experts.chunk(2, dim=1)[half].flatten(0, 1)  # [E, 2M, H], [2S, H]
+        rows = self._rows(experts.chunk(2, dim=1)[half])  # [E, 2M, H], [2S, H]
         return rows if shared is None else torch.cat([shared.chunk(2)[half], rows])
+
+    def _rows(self, experts: torch.Tensor) -> torch.Tensor:
+        """[E, M, H] -> [N, H], without what stands for no neuron."""
+        routed = self.neurons - int(self.config.shared_intermediate_size)
+        least, more = divmod(routed, len(experts))
+        return torch.cat([x[: least + (number < more)] for number, x in enumerate(experts)])
 
     def _stored(self, layer: int, part: str) -> torch.Tensor:
         return self.reader.get(stored_name(f"model.layers.{layer}.{part}.weight", self.kinds))
@@ -88,13 +104,14 @@ def run_export(folder: Path, out: Path, plan: Path | None, progress: ProgressFn)
     recipe = None if plan is None else Plan.read(plan)
     if recipe is not None:
         _check_plan(recipe, manifest, plan)
-    config = _dense_config(folder)
+    config = _dense_config(folder, manifest.neurons)
     family = FAMILIES[config.model_type]
     back = None if recipe is None else recipe.order.long().argsort(dim=1)
     files = tensor_files(folder)
     with TensorReader(files) as reader, disk_errors(out.parent):
         twin_config, kinds = read_config(folder), family.layers(config)
-        twin = _Twin(reader, twin_config, kinds, manifest.output_factor, back)
+        neurons = manifest.neurons or _places(twin_config)
+        twin = _Twin(reader, twin_config, kinds, manifest.output_factor, neurons, back)
         parts = family.dense_parts(twin.names(), config)
         dtype, weights = _smallest_type(twin, parts, progress)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +168,7 @@ def _check_plan(recipe: Plan, manifest: Manifest, path: Path | None) -> None:
         raise FactorizeError("the plan's scales are not one; there is no way back")
 
 
-def _dense_config(folder: Path) -> Any:
+def _dense_config(folder: Path, neurons: int) -> Any:
     """The source's own where the twin keeps it; else Llama's, by the twin's fields.
 
     Raises FactorizeError.
@@ -159,7 +176,7 @@ def _dense_config(folder: Path) -> Any:
     kept = folder / DENSE_CONFIG_NAME
     try:
         if not kept.is_file():
-            return _llama_config(read_config(folder))
+            return _llama_config(read_config(folder), neurons)
         said = json.loads(kept.read_text("utf-8"))
         said.pop("auto_map", None)
         config: Any = type(AutoConfig.for_model(said["model_type"])).from_dict(said)
@@ -170,15 +187,19 @@ def _dense_config(folder: Path) -> Any:
     return config
 
 
-def _llama_config(twin: PreTrainedConfig) -> LlamaConfig:
+def _llama_config(twin: PreTrainedConfig, neurons: int) -> LlamaConfig:
     said: dict[str, Any] = {name: getattr(twin, name) for name in CARRIED}
     said |= {"head_dim": twin.head_dim, "attention_bias": twin.attention_bias}
-    said["intermediate_size"] = (
-        twin.shared_intermediate_size + twin.num_local_experts * twin.intermediate_size
-    )
+    said["intermediate_size"] = neurons or _places(twin)
     config = LlamaConfig(**said)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["llama"]]
     return config
+
+
+def _places(twin: Any) -> int:
+    """For neurons, in the shared expert and in all routed ones."""
+    routed: int = twin.num_local_experts * twin.intermediate_size
+    return routed + int(twin.shared_intermediate_size)
 
 
 def _smallest_type(twin: _Twin, parts: Parts, progress: ProgressFn) -> tuple[torch.dtype, int]:

@@ -111,6 +111,8 @@ def _split(shape: DenseShape, options: SplitOptions, keeps_work: bool) -> Stage:
 def _route(shape: DenseShape, options: SplitOptions, keeps_work: bool) -> Stage:
     tokens, hidden, experts = options.calibration_tokens, shape.hidden, options.experts
     routed = shape.neurons - options.shared_neurons
+    if options.router == "none":
+        return Stage("route", 0, 0, 0.0, _sample_bytes(shape, options))
     flops = 4.0 * tokens * routed * hidden  # all outputs together and each expert's own
     if options.router == "ridge":
         flops += 2.0 * tokens * hidden * (hidden + experts) + 2 / 3 * hidden**3

@@ -18,19 +18,23 @@ def run_recovery(
     progress: ProgressFn,
     command: str = "",
     work: Path | None = None,
+    start: Deltas | None = None,
 ) -> tuple[Plan, Deltas]:
     """What `recover` gives, of the dense model in `folder`.
 
-    `work` keeps where the distillation stands. Raises SourceRefused for a model that `plan` was
-    not made for, FactorizeError for unfit options or texts that are too short.
+    `work` keeps where the distillation stands; `start` has the deltas of `plan` to go on from.
+    Raises SourceRefused for a model that `plan` was not made for and for deltas of another plan,
+    FactorizeError for unfit options or texts that are too short.
     """
     dense = DenseModel.open(folder)
-    plan.check_carried()
+    plan.check_recoverable()
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
     window = plan.facts.options.window_tokens
+    if start is not None:
+        start.check_fits(dense.layers, dense.neurons, dense.hidden, plan.sha256)
     windows = read_windows(load_tokenizer(folder), texts, options.tokens, window)
     state = None
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
         state = work / "distillation.safetensors"
-    return recover(load_dense(folder), plan, windows, options, progress, command, state)
+    return recover(load_dense(folder), plan, windows, options, progress, command, state, start)

@@ -13,17 +13,22 @@ from .forecast import Stage
 def summary(plan: Plan, dense: DenseModel, out: Path, deltas: Deltas | None = None) -> str:
     """Of a model that was just written to `out`."""
     options = plan.facts.options
-    width = options.expert_neurons(dense.neurons)
-    share = (options.shared_neurons + options.top_k * width) / dense.neurons
+    each = (dense.neurons - options.shared_neurons) / options.experts
+    share = (options.shared_neurons + options.top_k * each) / dense.neurons
     size_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    experts = f"{options.experts} experts of {_widths(options, dense.neurons)}"
     lines = [
         f"{out}: {dense.layers} layers, each {options.shared_neurons} neurons always on and "
-        f"{options.experts} experts of {width}, {options.top_k} per token "
+        f"{experts}, {options.top_k} {_chosen_for(options)} "
         f"({share:.1%} of the FFN), {size_bytes / 1e6:.0f} MB",
         f"plan {plan.sha256[:16]}: {plan.facts.method}",
     ]
     lines += router_lines(options)
-    if deltas is None:
+    if options.router == "none":
+        lines.append(
+            "no router: a prompt runs all experts, and its shares choose those of its answer"
+        )
+    elif deltas is None:
         lines.append(
             f"the routers find {plan.facts.router_hit:.1%} of the {options.top_k} experts that "
             "matter most to a calibration token"
@@ -49,13 +54,15 @@ def plan_screen(path: Path, plan: Plan) -> str:
     routers = plan.router_weights
     kind = "".join(f", {more}" for more in routers.beyond_stock()) or ", as stock checkpoints have"
     running = f", of which those run that {_threshold(options)}" if options.tau < 1 else ""
-    trained = "solved" if options.router == "ridge" else f"{options.router_steps} steps of Adam"
+    trained = {"ridge": "solved", "none": "the prompt chooses"}.get(
+        options.router, f"{options.router_steps} steps of Adam"
+    )
     rows = {
         "plan": f"{path}, format {plan.format}, sha256 {plan.sha256}",
         "source": f"{facts.source}, weights {facts.source_sha256[:16]}",
         "shape": f"{layers} layers, each {options.shared_neurons} of {neurons} neurons always on "
-        f"and {options.experts} experts of {options.expert_neurons(neurons)}; "
-        f"{options.top_k} experts a token{running}",
+        f"and {options.experts} experts of {_widths(options, neurons)}; "
+        f"{options.top_k} experts {_chosen_for(options)}{running}",
         "text": f"up to {options.calibration_tokens} tokens in windows of {options.window_tokens}, "
         f"ids {facts.texts_sha256[:16]}",
         "split": f"{options.split}, seed {options.seed}",
@@ -69,6 +76,16 @@ def plan_screen(path: Path, plan: Plan) -> str:
         "command": facts.command or "not noted",
     }
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+def _widths(options: SplitOptions, neurons: int) -> str:
+    sizes, places = options.expert_sizes(neurons), options.expert_neurons(neurons)
+    words = " or ".join(str(size) for size in sorted({*sizes}, reverse=True))
+    return words if {*sizes} == {places} else f"{words} (stored as {places})"
+
+
+def _chosen_for(options: SplitOptions) -> str:
+    return "per answer, chosen by its prompt" if options.router == "none" else "per token"
 
 
 def _threshold(options: SplitOptions) -> str:

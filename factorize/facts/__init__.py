@@ -3,6 +3,7 @@
 from .deltas import PARTS, DeltaFacts, Deltas, low_rank
 from .errors import DownloadCorrupt, FactorizeError, SourceRefused
 from .folder_note import damage, file_sha256, looks_whole, write_note
+from .groups import expert_groups, expert_members, with_none
 from .options import ROUTERS, SCALES, SPLITS, SplitOptions
 from .plan import PLAN_FORMAT, Plan, PlanFacts
 from .router_weights import ACTIVATIONS, RouterWeights
@@ -30,6 +31,8 @@ __all__ = [
     "damage",
     "disk_errors",
     "exclusive",
+    "expert_groups",
+    "expert_members",
     "file_sha256",
     "key_of",
     "looks_whole",
@@ -40,5 +43,6 @@ __all__ = [
     "staged",
     "sweep",
     "tensors_sha256",
+    "with_none",
     "write_note",
 ]

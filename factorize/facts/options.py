@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from .errors import FactorizeError
 
 SPLITS = ("coactivation", "kmeans", "importance", "contiguous", "random")
-ROUTERS = ("ridge", "prior", "norm", "moefication")
+ROUTERS = ("ridge", "prior", "norm", "moefication", "none")
 SCALES = ("one", "calibrated", "inverse-k")
+PLACES_STEP = 8
 COUNTS = ("experts", "top_k", "calibration_tokens", "window_tokens")
 FIRST_FORMAT = (  # what plans of format 1 say; the others had their defaults then
     "experts",
@@ -41,8 +42,22 @@ class SplitOptions:
     router_bias: int = 0  # 1: a trained router has a bias
     tau: float = 1.0  # experts run from (1 - tau) of the largest foretold norm on; 1: all top_k
 
+    @property
+    def experts_per_token(self) -> int:
+        """Where no router chooses, a token of a prompt takes all."""
+        return self.experts if self.router == "none" else self.top_k
+
+    @property
+    def sequence_density(self) -> float:
+        """The share of the experts that a prompt keeps where no router chooses; 0 elsewhere."""
+        return self.top_k / self.experts if self.router == "none" else 0.0
+
     def expert_neurons(self, neurons: int) -> int:
-        """Neurons of one routed expert out of an FFN's `neurons`. Raises FactorizeError."""
+        """Places for neurons in each routed expert of an FFN's `neurons`. Raises FactorizeError.
+
+        Where they are more than neurons, zeros fill them up: to the largest expert's size, and to
+        whole steps, since torch's grouped product wants rows of whole 16 bytes.
+        """
         for reason in self._unknown():
             raise FactorizeError(reason)
         routed = neurons - self.shared_neurons
@@ -51,12 +66,22 @@ class SplitOptions:
                 f"{self.top_k} of {self.experts} experts per token does not work: take at least "
                 "2 experts, and between 1 and all of them per token"
             )
-        if self.shared_neurons < 0 or routed <= 0 or routed % self.experts:
+        if self.shared_neurons < 0 or routed < self.experts:
             raise FactorizeError(
                 f"{neurons} neurons less {self.shared_neurons} shared ones leave {routed}, which "
-                f"is not a positive multiple of {self.experts} experts; change either number"
+                f"is not enough for {self.experts} experts; change either number"
             )
-        return routed // self.experts
+        largest = -(-routed // self.experts)
+        return -(-largest // PLACES_STEP) * PLACES_STEP
+
+    def expert_sizes(self, neurons: int) -> tuple[int, ...]:
+        """Neurons of each routed expert: as many in all, or one more in the first ones."""
+        least, more = divmod(neurons - self.shared_neurons, self.experts)
+        return (least + 1,) * more + (least,) * (self.experts - more)
+
+    def has_empty_places(self, neurons: int) -> bool:
+        """Raises FactorizeError."""
+        return self.shared_neurons + self.experts * self.expert_neurons(neurons) != neurons
 
     def _unknown(self) -> Iterator[str]:
         for word, names in (("split", SPLITS), ("router", ROUTERS), ("scale", SCALES)):
@@ -72,8 +97,13 @@ class SplitOptions:
                 "tau compares foretold norms, and experts that run weigh 1: it needs the router "
                 f"norm and the scale one, not {self.router} and {self.scale}"
             )
-        if self.router == "ridge" and (self.router_hidden or self.router_bias):
-            yield "a ridge router is linear without a bias; train another for hidden neurons"
+        if self.router == "none" and self.scale != "one":
+            yield (
+                "without a router all experts run in a prompt, whose sum is the dense model's with "
+                f"the scale one alone, not {self.scale}"
+            )
+        if self.router in ("ridge", "none") and (self.router_hidden or self.router_bias):
+            yield "only trained routers have hidden neurons or a bias, not ridge and none"
 
 
 def with_defaults(options: dict[str, object]) -> dict[str, object]:

@@ -68,6 +68,15 @@ class Plan:
         """Its routers are more than a stock checkpoint carries."""
         return self.facts.options.tau < 1 or any(self.router_weights.beyond_stock())
 
+    def check_recoverable(self) -> None:
+        """Raises FactorizeError where there are no linear routers of top_k experts to train."""
+        if self.facts.options.router == "none":
+            raise FactorizeError(
+                "the plan has no routers, which is what recovery trains; make one with --router "
+                "ridge, and recover it in --recover-mode sequence for choices by the prompt"
+            )
+        self.check_carried()
+
     def check_carried(self) -> None:
         """Raises FactorizeError where the routers are more than linear ones of top_k experts."""
         needed = [*self.router_weights.beyond_stock()]

@@ -12,7 +12,7 @@ SWAP_POINTS = 4096  # with more, a table of all pairs is too large, and a swap g
 
 
 def cluster(features: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
-    """[N] the cluster of each point of length 1 in `features` [N, P]; equal sizes (N / experts)."""
+    """[N] the cluster of each point of length 1 in `features` [N, P]; sizes equal, or one apart."""
     centres = features[_spread_seeds(features, experts, seed)]
     members = assign_equally(features @ centres.T)
     for _ in range(CLUSTER_ROUNDS):
@@ -51,16 +51,36 @@ def _spread_seeds(features: torch.Tensor, experts: int, seed: int) -> list[int]:
     return chosen
 
 
+class Room:
+    """Places in `clusters` for `points`: as many in each, or in some one more."""
+
+    def __init__(self, points: int, clusters: int) -> None:
+        least, self._more = divmod(points, clusters)
+        self._left = [least] * clusters
+
+    def take(self, cluster: int) -> bool:
+        """False where `cluster` is full."""
+        if self._left[cluster] > 0:
+            self._left[cluster] -= 1
+            return True
+        if self._left[cluster] == 0 and self._more:
+            self._left[cluster], self._more = -1, self._more - 1
+            return True
+        return False
+
+
 def assign_equally(likeness: torch.Tensor) -> torch.Tensor:
-    """[N] from `likeness` [N, E]: every cluster gets N / E points, the decided ones first."""
+    """[N] from `likeness` [N, E]: every cluster gets N / E points, the decided ones first.
+
+    Where N is no multiple of E, N mod E clusters get one more.
+    """
     points, experts = likeness.shape
-    room = [points // experts] * experts
+    room = Room(points, experts)
     wishes = likeness.argsort(dim=1, descending=True, stable=True).tolist()
     best = likeness.topk(2, dim=1).values
     members = [0] * points
     for point in (best[:, 0] - best[:, 1]).argsort(descending=True, stable=True).tolist():
-        members[point] = next(e for e in wishes[point] if room[e])
-        room[members[point]] -= 1
+        members[point] = next(e for e in wishes[point] if room.take(e))
     return _swap(likeness, torch.tensor(members))
 
 

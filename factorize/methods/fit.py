@@ -40,6 +40,7 @@ ROUTER_WORDS = {
     "prior": "router trained towards the experts nearest to the dense output",
     "norm": "router trained on each group's output norm",
     "moefication": "router trained on each group's share of the activation",
+    "none": "no router: a prompt's shares of the activation decide (GRIFFIN)",
 }
 
 

@@ -5,14 +5,14 @@ are a table of pure functions; ties go by index, so that equal inputs give equal
 Letters: T tokens, H hidden size, I neurons, N routed neurons, E experts, M neurons of one expert.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
 
 from .calibration import LayerSample
-from .clusters import cluster, cluster_freely
+from .clusters import Room, cluster, cluster_freely
 from .routing import ridge
 
 CLUSTER_TOKENS = 4096
@@ -20,25 +20,33 @@ RIDGE = 1e-2
 SEGMENTS_PER_EXPERT = 8
 
 
+Groups = Sequence[torch.Tensor]
+
+
 class Split(Protocol):
     def __call__(
         self, sample: LayerSample, routed: torch.Tensor, experts: int, seed: int
-    ) -> torch.Tensor:
-        """[E, M] the neurons `routed` [N], ascending, each named once; in any order."""
+    ) -> Groups:
+        """E groups of the neurons `routed` [N], ascending, each named once; in any order.
+
+        N mod E of the groups have one neuron more than the others.
+        """
 
 
 def split_neurons(
     split: str, sample: LayerSample, shared: int, experts: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(shared [S], groups [E, M]): ascending indices that name each of the I neurons once.
+) -> tuple[torch.Tensor, Groups]:
+    """(shared [S], E groups): ascending indices that name each of the I neurons once.
 
-    `split` is a name of SPLITTERS; shared are the hottest, by mean size of their output.
+    `split` is a name of SPLITTERS; shared are the hottest, by mean size of their output. Where the
+    groups' sizes differ, by one, the larger groups come first.
     """
     by_heat = heat(sample).argsort(descending=True, stable=True)
     routed = by_heat[shared:].sort().values
-    groups = SPLITTERS[split](sample, routed, experts, seed).sort(dim=1).values
-    first = groups[:, 0].argsort()  # a group's number means nothing: by its first neuron
-    return by_heat[:shared].sort().values, groups[first]
+    groups = [group.sort().values for group in SPLITTERS[split](sample, routed, experts, seed)]
+    # a group's number means nothing: by its first neuron
+    groups.sort(key=lambda group: (-len(group), int(group[0])))
+    return by_heat[:shared].sort().values, groups
 
 
 def heat(sample: LayerSample) -> torch.Tensor:
@@ -47,18 +55,18 @@ def heat(sample: LayerSample) -> torch.Tensor:
     return sample.neurons.abs().mean(dim=0) * lengths
 
 
-def contiguous(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+def contiguous(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> Groups:
     """Slices in the order of the checkpoint: FactorLLM (arXiv 2408.11855)."""
-    return routed.view(experts, -1)
+    return routed.tensor_split(experts)
 
 
-def at_random(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+def at_random(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> Groups:
     """A permutation, then slices: FactorLLM (arXiv 2408.11855), LLaMA-MoE (arXiv 2406.16554)."""
     generator = torch.Generator().manual_seed(seed)
-    return routed[torch.randperm(len(routed), generator=generator)].view(experts, -1)
+    return routed[torch.randperm(len(routed), generator=generator)].tensor_split(experts)
 
 
-def kmeans(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+def kmeans(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> Groups:
     """Balanced k-means on the rows of the first matrix, of length 1.
 
     MoEfication (arXiv 2110.01786); of the gate's rows where the FFN is gated: D2DMoE (arXiv
@@ -68,9 +76,7 @@ def kmeans(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -
     return _grouped(routed, cluster(rows, experts, seed), experts)
 
 
-def coactivation(
-    sample: LayerSample, routed: torch.Tensor, experts: int, seed: int
-) -> torch.Tensor:
+def coactivation(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> Groups:
     """Together what a linear router foresees together.
 
     Grouping by the foreseeable part keeps together what a router can switch together; it beats
@@ -79,7 +85,7 @@ def coactivation(
     return _grouped(routed, cluster(_foreseen(sample, routed), experts, seed), experts)
 
 
-def importance(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
+def importance(sample: LayerSample, routed: torch.Tensor, experts: int, seed: int) -> Groups:
     """Each expert takes the neurons that matter most to one kind of text.
 
     After LLaMA-MoE (arXiv 2406.16554): pieces of the calibration text are clustered by their mean
@@ -88,12 +94,11 @@ def importance(sample: LayerSample, routed: torch.Tensor, experts: int, seed: in
     """
     scores = _importance(sample, routed, experts, seed)  # [E, N]
     members = [-1] * len(routed)
-    room = [len(routed) // experts] * experts
+    room = Room(len(routed), experts)
     for place in scores.flatten().argsort(descending=True, stable=True).tolist():
         expert, neuron = divmod(place, len(routed))
-        if members[neuron] < 0 and room[expert]:
+        if members[neuron] < 0 and room.take(expert):
             members[neuron] = expert
-            room[expert] -= 1
     return _grouped(routed, torch.tensor(members), experts)
 
 
@@ -108,8 +113,8 @@ SPLITTERS: Mapping[str, Split] = MappingProxyType(
 )
 
 
-def _grouped(routed: torch.Tensor, members: torch.Tensor, experts: int) -> torch.Tensor:
-    return torch.stack([routed[members == e] for e in range(experts)])
+def _grouped(routed: torch.Tensor, members: torch.Tensor, experts: int) -> Groups:
+    return [routed[members == e] for e in range(experts)]
 
 
 def _foreseen(sample: LayerSample, routed: torch.Tensor) -> torch.Tensor:

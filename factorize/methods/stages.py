@@ -4,11 +4,18 @@ So a stopped run goes on at the layer where it stopped, and another router takes
 Letters: I neurons, E experts, M neurons of one, H hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from moestro.factorize.facts import RouterWeights, SplitOptions, WorkFolder, key_of
+from moestro.factorize.facts import (
+    RouterWeights,
+    SplitOptions,
+    WorkFolder,
+    expert_groups,
+    key_of,
+    with_none,
+)
 
 from .calibration import LayerSample
 from .routing import Activity, fit_ridge, hit_rate, observe
@@ -56,8 +63,9 @@ class Stages:
     def fit(self, layer: int, sample: LayerSample) -> LayerFit:
         """Raises FactorizeError when the work folder is damaged or full."""
         order = self._order(layer, sample)
-        groups = order[self._options.shared_neurons :].view(self._options.experts, -1)
-        fit = LayerFit(order, *route(sample, groups, self._options))
+        groups = expert_groups(order, self._options)
+        whole = _with_none(sample) if self._options.has_empty_places(len(order)) else sample
+        fit = LayerFit(order, *route(whole, groups, self._options))
         if self._routed is not None:
             numbers = {"scale": fit.scale, "hit": fit.hit}
             exact = {n: torch.tensor(value, dtype=torch.float64) for n, value in numbers.items()}
@@ -69,16 +77,28 @@ class Stages:
             return self._split.get(_name(layer))["order"]
         o = self._options
         shared, groups = split_neurons(o.split, sample, o.shared_neurons, o.experts, o.seed)
-        order = torch.cat([shared, groups.flatten()])
+        order = torch.cat([shared, *groups])
         if self._split is not None:
             self._split.put(_name(layer), {"order": order})
         return order
+
+
+def _with_none(sample: LayerSample) -> LayerSample:
+    """With a neuron behind that never does anything, for the empty places of experts."""
+    return replace(
+        sample,
+        neurons=with_none(sample.neurons, dim=1),
+        down=with_none(sample.down, dim=1),
+        gate=with_none(sample.gate),
+    )
 
 
 def route(
     sample: LayerSample, groups: torch.Tensor, options: SplitOptions
 ) -> tuple[RouterWeights, float, float]:
     """(router, scale, hit rate) of the experts `groups` [E, M]."""
+    if options.router == "none":
+        return RouterWeights(torch.zeros(len(groups), sample.inputs.shape[1]).half()), 1.0, 0.0
     activity = observe(sample, groups)
     scale = fixed_scale(options.scale, options.experts, options.top_k)
     router = _fit_router(sample, groups, activity, options, scale)

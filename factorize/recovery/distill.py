@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,6 +27,13 @@ CLIP_NORM = 1.0
 KEEP_STEPS = 20  # between two notes of where it stands
 
 
+class Lesson(NamedTuple):
+    """What one step practises: `top_k` experts, chosen by each token, or by the first half."""
+
+    top_k: int
+    by_prompt: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class DistillOptions:
     """All that the result depends on, beside the model, the plan, the texts and the threads."""
@@ -34,7 +41,7 @@ class DistillOptions:
     steps: int | None = None  # None: as many as fit into the minutes
     minutes: float = 60.0
     rank: int = 5
-    top_ks: tuple[int, ...] = (12, 12, 6)  # active experts, step by step in turns
+    lessons: tuple[Lesson, ...] = (Lesson(12), Lesson(12), Lesson(6))  # in turns
     scored_tokens: int = 128  # of each window, drawn anew for each step
     into_rate: float = 2e-3
     out_of_rate: float = 4e-4
@@ -108,9 +115,9 @@ def distill(
             step_s = (clock() - began_s) / TIMED_STEPS
             state.steps = max(TIMED_STEPS, int(60 * options.minutes / max(step_s, 1e-6)))
             continue
-        top_k = options.top_ks[state.done % len(options.top_ks)]
+        lesson = options.lessons[state.done % len(options.lessons)]
         window = windows[state.order[state.done % len(windows)]][None]
-        loss = _step(state, window, top_k, options.scored_tokens)
+        loss = _step(state, window, lesson, options.scored_tokens)
         if not math.isfinite(loss):
             raise FactorizeError(
                 f"recovery diverged at step {state.done}: the loss is {loss}; give other texts"
@@ -121,13 +128,16 @@ def distill(
     return state.done
 
 
-def _step(state: Distillation, window: torch.Tensor, top_k: int, scored_tokens: int) -> float:
-    """The loss at `scored_tokens` drawn places of one window [1, S]."""
-    student = state.student
-    places = torch.randperm(window.shape[1] - 1, generator=state.generator)[:scored_tokens]
+def _step(state: Distillation, window: torch.Tensor, lesson: Lesson, scored_tokens: int) -> float:
+    """The loss at `scored_tokens` drawn places of one window [1, S], behind a prompt that chose."""
+    student, tokens = state.student, window.shape[1]
+    prompt_tokens = tokens // 2 if lesson.by_prompt else None
+    first = prompt_tokens or 0
+    places = first + torch.randperm(tokens - 1 - first, generator=state.generator)[:scored_tokens]
     with torch.no_grad():
         wanted = student.log_probabilities(student.hidden(window, None)[:, places])
-    found = student.log_probabilities(student.hidden(window, top_k)[:, places])
+    found = student.hidden(window, lesson.top_k, prompt_tokens)
+    found = student.log_probabilities(found[:, places])
     loss = (wanted.exp() * (wanted - found)).sum(dim=-1).mean()
     state.scale_rates()
     state.optimizer.zero_grad()

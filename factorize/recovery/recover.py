@@ -20,12 +20,13 @@ from moestro.factorize.facts import (
     low_rank,
 )
 
-from .distill import DistillOptions, distill
+from .distill import DistillOptions, Lesson, distill
 from .kept import KeptFile
 from .repair import RepairOptions, repair
 from .student import Student
 
 STAGES = ("repair", "lora")
+MODES = ("token", "sequence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class RecoverOptions:
     tokens: int = 65_536  # of the texts; each is read at least once by the repair
     rank: int = 5  # of the low-rank deltas
     seed: int = 0
+    modes: tuple[str, ...] = ("token",)  # who chooses the experts where it is practised
 
     def check(self) -> None:
         """Raises FactorizeError."""
@@ -46,6 +48,12 @@ class RecoverOptions:
             raise FactorizeError(
                 f"recovery has the stages {' and '.join(STAGES)},"
                 f" not {', '.join(unknown) or 'none'}"
+            )
+        foreign = sorted(set(self.modes) - set(MODES))
+        if foreign or not self.modes:
+            raise FactorizeError(
+                f"recovery practises the modes {' and '.join(MODES)}, "
+                f"not {', '.join(foreign) or 'none'}"
             )
         if (
             min(self.rank, self.tokens) < 1
@@ -63,21 +71,23 @@ def recover(
     progress: ProgressFn,
     command: str = "",
     state: Path | None = None,
+    start: Deltas | None = None,
 ) -> tuple[Plan, Deltas]:
     """`model` is the dense model of `plan`, which this changes; `windows` [N, S] are token ids.
 
-    `state` is a file that keeps where the distillation stands, for a run that is stopped. Raises
-    FactorizeError.
+    `state` is a file that keeps where the distillation stands, for a run that is stopped. `start`
+    has the deltas of `plan` that this run goes on from. Raises FactorizeError.
     """
     options.check()
-    student = Student(model, plan, options.rank)
-    tensors: dict[str, torch.Tensor] = {}
+    student = Student(model, plan, options.rank, start)
+    tensors = {} if start is None else dict(start.tensors)
     steps = 0
     if "repair" in options.stages:
-        tensors["down.whole"] = _repaired(student, plan, windows, progress)
+        repair(student, windows, plan.facts.options.top_k, RepairOptions(), progress)
+        tensors["down.whole"] = _whole_parts(student)
     if "lora" in options.stages:
-        kept = None if state is None else KeptFile(state, _key(plan, windows, options))
-        steps = distill(student, windows, _lesson(plan, options), progress, kept=kept)
+        kept = None if state is None else KeptFile(state, _key(plan, windows, options, start))
+        steps = distill(student, windows, _lessons(plan, options), progress, kept=kept)
         tensors |= _low_rank_parts(student, options.rank)
     words = _words(options, steps)
     routers = torch.stack([ffn.router.detach() for ffn in student.ffns]).to(plan.routers.dtype)
@@ -90,29 +100,29 @@ def recover(
         texts_sha256=_sha256(windows),
         method=words,
         command=command,
-        steps=steps,
-        tokens=windows.numel(),
+        steps=steps + (0 if start is None else start.facts.steps),
+        tokens=windows.numel() + (0 if start is None else start.facts.tokens),
     )
     return recovered, Deltas(tensors, made)
 
 
-def _repaired(
-    student: Student, plan: Plan, windows: torch.Tensor, progress: ProgressFn
-) -> torch.Tensor:
-    """[L, H, I] what repair has added to the down projections."""
-    before = [ffn.down.linear.weight.detach().float().clone() for ffn in student.ffns]
-    repair(student, windows, plan.facts.options.top_k, RepairOptions(), progress)
-    after = [ffn.down.linear.weight.detach().float() for ffn in student.ffns]
-    return torch.stack([new - old for new, old in zip(after, before, strict=True)]).half()
+def _whole_parts(student: Student) -> torch.Tensor:
+    """[L, H, I] what repair has added to the down projections, in this run and before."""
+    parts = [ffn.down.whole for ffn in student.ffns]
+    return torch.stack([part for part in parts if part is not None]).half()
 
 
-def _lesson(plan: Plan, options: RecoverOptions) -> DistillOptions:
-    """Two steps at the plan's own number of experts for each at half of it."""
+def _lessons(plan: Plan, options: RecoverOptions) -> DistillOptions:
+    """Two steps at the plan's own number of experts for each at half of it, in each mode."""
     top_k = plan.facts.options.top_k
+    turns = {
+        "token": (Lesson(top_k), Lesson(top_k), Lesson(max(1, top_k // 2))),
+        "sequence": (Lesson(top_k, by_prompt=True),),
+    }
     return DistillOptions(
         steps=options.steps,
         minutes=options.minutes,
-        top_ks=(top_k, top_k, max(1, top_k // 2)),
+        lessons=tuple(lesson for mode in MODES if mode in options.modes for lesson in turns[mode]),
         seed=options.seed,
     )
 
@@ -128,16 +138,20 @@ def _low_rank_parts(student: Student, rank: int) -> dict[str, torch.Tensor]:
 
 
 def _words(options: RecoverOptions, steps: int) -> str:
+    modes = "" if options.modes == ("token",) else f" (modes {', '.join(options.modes)})"
     words = {
         "repair": "down projections repaired layer by layer",
-        "lora": f"{steps} steps of distillation into deltas of rank {options.rank} and the routers",
+        "lora": f"{steps} steps of distillation into deltas of rank {options.rank} and the "
+        f"routers{modes}",
     }
     return ", ".join(words[stage] for stage in STAGES if stage in options.stages)
 
 
-def _key(plan: Plan, windows: torch.Tensor, options: RecoverOptions) -> str:
+def _key(plan: Plan, windows: torch.Tensor, options: RecoverOptions, start: Deltas | None) -> str:
     """Of all that the distillation depends on."""
-    said = json.dumps([plan.sha256, _sha256(windows), asdict(options), torch.get_num_threads()])
+    begun = None if start is None else start.sha256
+    depends = [plan.sha256, _sha256(windows), asdict(options), torch.get_num_threads(), begun]
+    said = json.dumps(depends)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -145,7 +159,17 @@ def _sha256(windows: torch.Tensor) -> str:
     return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
+def recovery_modes(words: str) -> tuple[str, ...]:
+    """The modes that `token,sequence` names, in their order."""
+    return _in_order(words, MODES)
+
+
 def recovery_stages(words: str) -> tuple[str, ...]:
     """The stages that `repair,lora` names, in the order in which they run."""
+    return _in_order(words, STAGES)
+
+
+def _in_order(words: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The `known` ones first, then those that check() will refuse."""
     named = {word.strip() for word in words.split(",") if word.strip()}
-    return tuple(stage for stage in STAGES if stage in named) + tuple(sorted(named - set(STAGES)))
+    return tuple(name for name in known if name in named) + tuple(sorted(named - set(known)))

@@ -105,7 +105,7 @@ def _repair_layer(
         rows, missing = active[:, 1:].flatten(0, 1), (target - output)[:, 1:].flatten(0, 1)
         (judge if judging else fit).add(rows, missing)
     update, share = _best_update(fit, judge, options.ridges)
-    layer.mlp.down.linear.add(update)
+    layer.mlp.down.add(update)
     repaired = [output + active @ update.T for output, active in zip(outputs, neurons, strict=True)]
     return torch.cat(repaired), share
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from moestro.factorize.facts import Plan
+from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan, expert_members
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATE_WIDTH = 0.5  # of the logistic curve that stands in for the mask's derivative, in logits
@@ -31,17 +31,15 @@ class FrozenLinear(nn.Module):
         self.dtype = torch.bfloat16 if exact and _multiplies_bfloat16() else weight.dtype
         self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
 
-    def add(self, update: torch.Tensor) -> None:
-        """Adds `update` [outputs, inputs] to the weights, in their own precision or float32."""
-        self.dtype = torch.float32
-        self.weight.data = self.weight.data.float() + update
-
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return functional.linear(inputs.to(self.dtype), self.weight, self.bias).to(inputs.dtype)
 
 
 class LowRank(nn.Module):
-    """A linear layer of the teacher, and beside it what is added to it: `into` after `out_of`."""
+    """A linear layer of the teacher, and what the student adds to it: `into` after `out_of`, and
+
+    `whole` [outputs, inputs], which does not learn.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -50,55 +48,97 @@ class LowRank(nn.Module):
         first = torch.randn(rank, inputs, generator=generator) / inputs**0.5
         self.out_of = nn.Parameter(first)  # [r, inputs]
         self.into = nn.Parameter(torch.zeros(outputs, rank))  # [outputs, r]
+        self.whole: torch.Tensor | None = None
+
+    def add(self, update: torch.Tensor) -> None:
+        """Adds `update` [outputs, inputs] to `whole`."""
+        self.whole = update if self.whole is None else self.whole + update
+
+    @torch.no_grad()
+    def begin_at(self, deltas: Deltas, part: str, layer: int) -> None:
+        """Sets what is added to what `deltas` say. Raises FactorizeError for a larger rank."""
+        if (whole := deltas.tensors.get(f"{part}.whole")) is not None:
+            self.whole = whole[layer].float()
+        if (scales := deltas.tensors.get(f"{part}.scale")) is None:
+            return
+        rank = scales.shape[-1]
+        if rank > len(self.out_of):
+            raise FactorizeError(
+                f"deltas of rank {rank} do not go on as rank {len(self.out_of)}; "
+                f"give --recover-rank {rank} or more"
+            )
+        rows = deltas.tensors[f"{part}.out_of"][layer].float()
+        lengths = rows.norm(dim=1).clamp_min(1e-30)  # as long as those that a run begins with
+        self.out_of[:rank] = rows / lengths[:, None]
+        columns = deltas.tensors[f"{part}.into"][layer].float()
+        self.into[:, :rank] = columns * (scales[layer].float() * lengths)
 
     def forward(self, inputs: torch.Tensor, *, changed: bool) -> torch.Tensor:
         found: torch.Tensor = self.linear(inputs)
         if changed:
             found = found + (inputs @ self.out_of.T) @ self.into.T
+        if changed and self.whole is not None:
+            found = found + functional.linear(inputs, self.whole)
         return found
-
-    def delta(self) -> torch.Tensor:
-        return self.into.detach() @ self.out_of.detach()
 
 
 class StudentFFN(nn.Module):
-    """One FFN. `top_k` None is the teacher's: every neuron, the weights as they were."""
+    """One FFN. `top_k` None is the teacher's: every neuron, the weights as they were.
+
+    `prompt_tokens`: of each window; what they chose, all tokens behind them have (mode sequence).
+    """
 
     def __init__(
         self,
         mlp: nn.Module,
-        order: torch.Tensor,
+        members: torch.Tensor,
         router: torch.Tensor,
-        shared: int,
         rank: int,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        experts = len(router)
         self.act_fn: Any = mlp.act_fn
         self.gate = LowRank(_linear(mlp, "gate_proj"), rank, generator)
         self.up = LowRank(_linear(mlp, "up_proj"), rank, generator)
         self.down = LowRank(_linear(mlp, "down_proj"), rank, generator)
         self.router = nn.Parameter(router.float())  # [E, H]
         self.top_k: int | None = None
+        self.prompt_tokens: int | None = None
         self.scale = scale  # of the sum of the experts that are on
-        members = torch.empty(len(order), dtype=torch.long)
-        members[order[:shared]] = experts  # the column that is always on
-        members[order[shared:]] = torch.arange(experts).repeat_interleave(
-            (len(order) - shared) // experts
-        )
-        self.members = members  # of each neuron
+        self.members = members  # [I] the expert of each neuron; E: it is always on
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         changed = self.top_k is not None
         neurons = self.act_fn(self.gate(inputs, changed=changed)) * self.up(inputs, changed=changed)
         if self.top_k is not None:
-            mask = straight_through(inputs @ self.router.T, self.top_k) * self.scale
+            mask = straight_through(inputs @ self.router.T, self.top_k)
+            if self.prompt_tokens is not None:
+                mask = self._chosen_by_prompt(mask, neurons, self.top_k, self.prompt_tokens)
+            mask = mask * self.scale
             always = torch.ones_like(mask[..., :1])
             neurons = neurons * torch.cat([mask, always], dim=-1)[..., self.members]
         output: torch.Tensor = self.down(neurons, changed=changed)
         return output
+
+    def _chosen_by_prompt(
+        self, mask: torch.Tensor, neurons: torch.Tensor, top_k: int, tokens: int
+    ) -> torch.Tensor:
+        """`mask` [N, S, E], behind the first `tokens` the `top_k` experts of largest share there.
+
+        The share is the engine's: each routed expert's part of a token's squared activations.
+        """
+        with torch.no_grad():
+            experts = mask.shape[-1]
+            squares = neurons[:, :tokens].square()
+            energies = squares.new_zeros(*squares.shape[:2], experts + 1)
+            energies.index_add_(-1, self.members, squares)
+            energies = energies[..., :experts] * mask[:, :tokens].round()
+            shares = energies / energies.sum(-1, keepdim=True).clamp_min(1e-30)
+            kept = shares.sum(1).topk(top_k, dim=-1).indices  # [N, k]
+            chosen = torch.zeros_like(mask[:, 0]).scatter(-1, kept, 1.0)
+            behind = chosen[:, None].expand(-1, mask.shape[1] - tokens, -1)
+        return torch.cat([mask[:, :tokens], behind], dim=1)
 
 
 def _multiplies_bfloat16() -> bool:
@@ -121,18 +161,22 @@ def straight_through(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 class Student:
     """`model` with its FFNs replaced; `parameters` are what learns."""
 
-    def __init__(self, model: Any, plan: Plan, rank: int) -> None:
+    def __init__(self, model: Any, plan: Plan, rank: int, start: Deltas | None = None) -> None:
+        """`start`: deltas of `plan` to begin with. Raises FactorizeError for a larger rank."""
         self.model = model.requires_grad_(False)
         model.lm_head = FrozenLinear(model.lm_head)
-        shared = plan.facts.options.shared_neurons
         self.ffns: list[StudentFFN] = []
         for layer, order, router, scale in zip(
             model.model.layers, plan.order.long(), plan.routers, plan.scales.tolist(), strict=True
         ):
-            layer.mlp = StudentFFN(layer.mlp, order, router, shared, rank, scale)
+            members = expert_members(order, plan.facts.options)
+            layer.mlp = StudentFFN(layer.mlp, members, router, rank, scale)
             for name in ATTENTION_PARTS:
                 setattr(layer.self_attn, name, FrozenLinear(getattr(layer.self_attn, name)))
             self.ffns.append(layer.mlp)
+        for number, ffn in enumerate(self.ffns):
+            for part in PARTS if start is not None else ():
+                getattr(ffn, part).begin_at(start, part, number)
 
     def learning(self) -> dict[str, list[nn.Parameter]]:
         """The parameters by kind: `out_of` and `into` of the low-rank deltas, `routers`."""
@@ -144,19 +188,21 @@ class Student:
         }
 
     @contextmanager
-    def active(self, top_k: int | None) -> Iterator[None]:
+    def active(self, top_k: int | None, prompt_tokens: int | None = None) -> Iterator[None]:
         """Inside, `top_k` experts of each layer; None is the teacher."""
         for ffn in self.ffns:
-            ffn.top_k = top_k
+            ffn.top_k, ffn.prompt_tokens = top_k, prompt_tokens
         try:
             yield
         finally:
             for ffn in self.ffns:
-                ffn.top_k = None
+                ffn.top_k = ffn.prompt_tokens = None
 
-    def hidden(self, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    def hidden(
+        self, ids: torch.Tensor, top_k: int | None, prompt_tokens: int | None = None
+    ) -> torch.Tensor:
         """[N, S, H] after the last norm, of windows `ids` [N, S]."""
-        with self.active(top_k):
+        with self.active(top_k, prompt_tokens):
             found: torch.Tensor = self.model.model(ids, use_cache=False).last_hidden_state
         return found
 

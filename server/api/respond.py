@@ -70,7 +70,7 @@ async def respond(
     """
     request.state.accepted = True
     track.prompt_tokens = stream.prompt_tokens
-    density, neuron_layers = body.expert_density(parts.settings), parts.worker.model.neuron_layers
+    density, neuron_layers = body.expert_density(parts), parts.worker.model.neuron_layers
     headers = {EXPERTS_HEADER: experts_words(density, neuron_layers)}
     if body.stream:
         sse = Sse(reply, track, parts.worker, body.include_usage, body.usage_in_every_chunk)

@@ -8,8 +8,8 @@ from pydantic_core import PydanticCustomError
 
 from moestro.engine import GrammarRefused, PromptTooLong, SamplingParams
 from moestro.server.contract import Worker
-from moestro.server.facts import Settings
 
+from .deps import Parts
 from .structure import STRUCTURES, AnyJson, Structure, structure_of
 from .values import Biases, Number, Penalty, Seed, Share, StopIds, Stops, Temperature, Whole
 
@@ -116,13 +116,19 @@ class SamplingFields(BaseModel):
     def usage_in_every_chunk(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
-    def expert_density(self, settings: Settings) -> float | None:
-        """Share of the experts that the prompt keeps for the answer; None: tokens choose."""
-        mode = settings.experts_mode if self.experts is None else self.experts.mode
+    def expert_density(self, parts: Parts) -> float | None:
+        """Share of the experts that the prompt keeps for the answer; None: tokens choose.
+
+        A model without a router has experts chosen by the prompt unless somebody says otherwise.
+        """
+        settings, own = parts.settings, parts.worker.model.sequence_density
+        mode = settings.experts_mode or ("sequence" if own else "token")
+        if self.experts is not None:
+            mode = self.experts.mode
         if mode == "token":
             return None
         asked = None if self.experts is None else self.experts.density
-        return settings.experts_density if asked is None else asked
+        return settings.density_kept(own) if asked is None else asked
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:

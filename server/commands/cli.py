@@ -325,6 +325,7 @@ def factorize(
     recover_steps: making.RecoverSteps = None,
     recover_tokens: making.RecoverTokens = 65536,
     recover_rank: making.RecoverRank = 5,
+    recover_mode: making.RecoverMode = "token",
     deltas: making.DeltasFile = None,
     write_deltas: making.WriteDeltas = None,
     show_plan: making.ShowPlan = None,

@@ -102,12 +102,14 @@ Split = Annotated[
     ),
 ]
 Router = Annotated[
-    Literal["ridge", "prior", "norm", "moefication"],
+    Literal["ridge", "prior", "norm", "moefication", "none"],
     Option(
         "--router",
         help="What a token's experts are chosen by. ridge: foretells the size of each expert's"
         " output, solved at once; norm: the same by training; moefication: its share of the"
-        " activation; prior: the experts nearest to the dense output (FactorLLM).",
+        " activation; prior: the experts nearest to the dense output (FactorLLM); none: a prompt"
+        " runs all experts, and --top-k of them, by their share of the activation there, serve its"
+        " answer (GRIFFIN).",
     ),
 ]
 RouterSteps = Annotated[
@@ -116,7 +118,7 @@ RouterSteps = Annotated[
         "--router-steps",
         metavar="N",
         min=1,
-        help="Training steps of the routers prior, norm and moefication; ridge needs none.",
+        help="Training steps of the routers prior, norm and moefication.",
     ),
 ]
 RouterHidden = Annotated[
@@ -126,8 +128,8 @@ RouterHidden = Annotated[
         metavar="N",
         min=0,
         help="Neurons of a first layer in the routers (D2DMoE has 128), which finds more of the"
-        " experts that matter; not with ridge. Above 0 the result has a file of routers beside the"
-        " weights: moestro serves it, and transformers refuses it. 0: linear routers.",
+        " experts that matter; only for those three. Above 0 the result has a file of routers"
+        " beside the weights: moestro serves it, and transformers refuses it. 0: linear routers.",
     ),
 ]
 RouterBias = Annotated[
@@ -204,6 +206,16 @@ RecoverRank = Annotated[
         help="Of the deltas that lora keeps: their file grows with it.",
     ),
 ]
+RecoverMode = Annotated[
+    str,
+    Option(
+        "--recover-mode",
+        metavar="MODES",
+        help="What lora practises: token (each token's router chooses), sequence (the prompt"
+        " chooses for all that follows, as --experts-mode sequence serves), or both in turns:"
+        " token,sequence.",
+    ),
+]
 DeltasFile = Annotated[
     Path | None,
     Option(
@@ -211,7 +223,8 @@ DeltasFile = Annotated[
         parser=named_path,
         metavar="FILE",
         show_default=False,
-        help="Apply the deltas of a recovery, together with the --plan that it wrote.",
+        help="Apply the deltas of a recovery, together with the --plan that it wrote; with"
+        " --recover, go on from them.",
     ),
 ]
 WriteDeltas = Annotated[

@@ -123,7 +123,8 @@ ExpertsMode = Annotated[
         metavar="MODE",
         help="Who chooses the experts of an answer, where its request does not say: token (the"
         " model's router, token by token) or sequence (the prompt, once for all of it: other"
-        " answers, and no misses once they are here). [default: token]",
+        " answers, and no misses once they are here). [default: token; sequence for a model without"
+        " a router]",
     ),
 ]
 ExpertsDensity = Annotated[
@@ -132,7 +133,8 @@ ExpertsDensity = Annotated[
         "--experts-density",
         metavar="D",
         help="Share of each layer's experts, and of the neurons that all tokens run, that a prompt"
-        " keeps in mode sequence, where its request does not say. [default: 0.5]",
+        " keeps in mode sequence, where its request does not say. [default: 0.5; a model without"
+        " a router has its own]",
     ),
 ]
 NoPrefetch = Annotated[

@@ -40,6 +40,7 @@ _COUNT_FORM = "a whole number above 0"
 _MOST_BYTES = (1 << 63) - 1
 _SHOWN_CHARS = 100
 ExpertsMode = Literal["token", "sequence"]
+DENSITY = 0.5  # of the experts, that a prompt keeps in mode sequence
 LEAST_STEP_TOKENS = 16  # as many sequences run together, each decodes one token a step
 
 
@@ -165,9 +166,11 @@ class Settings(Places):
     )
     experts_per_token: Count | None = None
     experts_tau: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
-    experts_mode: ExpertsMode = Field("token", description="who chooses experts (token, sequence)")
-    experts_density: float = Field(
-        0.5, gt=0, le=1, description="a share of the experts, above 0 and at most 1"
+    experts_mode: ExpertsMode | None = Field(
+        None, description="who chooses experts (token, sequence)"
+    )
+    experts_density: float | None = Field(
+        None, gt=0, le=1, description="a share of the experts, above 0 and at most 1"
     )
     prefetch: bool = Field(True, description="true or false")
     host_compute: bool = Field(True, description="true or false")
@@ -271,6 +274,10 @@ class Settings(Places):
         """Each of which opens; empty where none is needed."""
         return frozenset(key.get_secret_value() for key in (*self.api_key, *self.api_key_file))
 
+    def density_kept(self, own: float) -> float:
+        """Of a prompt that chooses experts without a word on how many; `own`: the model's, or 0."""
+        return self.experts_density or own or DENSITY
+
     def to_engine_config(self) -> "EngineConfig":
         from moestro.engine import EngineConfig, LinkSpec  # bring torch: once it is decided
 
@@ -286,7 +293,7 @@ class Settings(Places):
             kv_memory_bytes=self.kv_memory,
             experts_per_token=self.experts_per_token,
             experts_tau=self.experts_tau,
-            sequence_density=self.experts_density if self.experts_mode == "sequence" else None,
+            sequence_density=self.density_kept(0.0) if self.experts_mode == "sequence" else None,
             prefetch=self.prefetch,
             host_compute=self.host_compute,
             prefetch_experts=self.prefetch_experts,

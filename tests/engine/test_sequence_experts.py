@@ -1,6 +1,7 @@
 """A prompt's statistics choose the experts of its answer: what is kept, and whom it touches."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,37 @@ def test_a_factorized_models_sequence_misses_nothing_once_its_experts_are_here(
         stats = loaded.cache.stats()
     assert stats.lookups - before.lookups == 20 * 3 * 4
     assert stats.misses == before.misses
+
+
+def test_without_a_router_the_prompt_is_dense_and_chooses(
+    twins: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its answer is the dense model's without the neurons that the prompt did not keep."""
+    dense, options = twins[0], replace(FACTORIZED, router="none")
+    plan = make_plan(dense, options, [write_text(tmp_path / "text")], ignore)
+    apply_plan(plan, dense, tmp_path / "twin", ignore)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    ids = torch.tensor([PROMPT + TOKENS])
+    with opened(tmp_path / "twin", tmp_path / "cache") as loaded:
+        assert loaded.info.sequence_density == 3 / 8 and loaded.info.experts_per_token == 8
+        steps = Steps(loaded)
+        whole = [steps.run([(1, PROMPT)])] + [steps.run([(1, [token])]) for token in TOKENS]
+        found = [steps.run([(2, PROMPT)], _2=3 / 8)] + [steps.run([(2, [t])]) for t in TOKENS]
+        kept = steps.kept(2)
+    assert [len(layer) for layer in kept] == [3, 3, 3]
+    with torch.inference_mode():
+        wanted = model(ids).logits[0, len(PROMPT) - 1 :]
+        past = model(torch.tensor([PROMPT]), use_cache=True).past_key_values
+        for layer, order, experts in zip(model.model.layers, plan.order, kept, strict=True):
+            gone = order[16:].view(8, -1)[[e for e in range(8) if e not in experts]].long()
+            layer.mlp.down_proj.weight[:, gone.flatten()] = 0
+        rest = model(torch.tensor([TOKENS]), past_key_values=past).logits[0]
+    assert (torch.cat(whole) - wanted).abs().max() < 1e-4
+    assert (torch.cat(found)[:1] - wanted[:1]).abs().max() < 1e-4
+    assert (torch.cat(found)[1:] - rest).abs().max() < 1e-4
+    assert (rest - wanted[1:]).abs().max() > 1e-2
+    with pytest.raises(StartError, match="no router that could choose fewer"):
+        opened(tmp_path / "twin", tmp_path / "cache", experts_per_token=3).__enter__()
 
 
 def test_answers_to_one_prompt_keep_the_same_experts(mixtral: Loaded) -> None:

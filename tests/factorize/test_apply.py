@@ -21,6 +21,7 @@ from moestro.factorize import (
 from moestro.factorize.apply import storage_dtype
 from moestro.factorize.evaluate import load_model
 from moestro.factorize.facts import ROUTERS, SPLITS
+from moestro.factorize.recovery.student import Student
 from tiny_llama import write_tiny_llama
 
 
@@ -161,10 +162,33 @@ def test_without_a_shared_expert(
     assert_twins(dense, tmp_path / "twin", experts=4)
 
 
-# each split and each router once; whichever router: with all experts it has nothing to choose
 @pytest.mark.parametrize(
-    ("split", "router"), [*zip(SPLITS, (*ROUTERS[1:], *ROUTERS[:2]), strict=True)]
+    ("shared", "experts", "split"), [(16, 5, "coactivation"), (0, 7, "random")]
 )
+def test_any_number_of_experts(
+    shared: int, experts: int, split: str, dense: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    """48 neurons: 32 in 5 experts of 7 or 6, 48 in 7 of 7 or 6, which have 8 places each."""
+    options = SplitOptions(
+        experts=experts,
+        shared_neurons=shared,
+        top_k=experts,
+        calibration_tokens=256,
+        window_tokens=64,
+        split=split,
+    )
+    plan = make_plan(dense, options, texts, quiet)
+    apply_plan(plan, dense, tmp_path / "twin", quiet)
+    assert_twins(dense, tmp_path / "twin", experts=experts)
+    student = Student(stock(dense, dtype=torch.float32), plan, rank=1)
+    few = load_model(tmp_path / "twin", experts_per_token=2)
+    with torch.inference_mode():
+        found = student.log_probabilities(student.hidden(prompt(), 2))
+        assert (found - few(prompt()).logits.log_softmax(-1)).abs().mean() < 0.05
+
+
+# each split and each router once; whichever router: with all experts it has nothing to choose
+@pytest.mark.parametrize(("split", "router"), [*zip(SPLITS, ROUTERS, strict=True)])
 def test_every_split_is_the_dense_model(
     split: str, router: str, dense: Path, texts: list[Path], tmp_path: Path
 ) -> None:
@@ -179,11 +203,13 @@ def test_every_split_is_the_dense_model(
         router_steps=20,
     )
     apply_plan(make_plan(dense, options, texts, quiet), dense, tmp_path / "twin", quiet)
-    whole, own = load_model(tmp_path / "twin", experts_per_token=6), stock(tmp_path / "twin")
+    own = stock(tmp_path / "twin")
+    whole = own if router == "none" else load_model(tmp_path / "twin", experts_per_token=6)
     with torch.inference_mode():
         expected = stock(dense, dtype=torch.float32)(prompt()).logits
         assert (expected - whole(prompt()).logits).abs().max() < 1e-4
-        assert (expected - own(prompt()).logits).abs().max() > 1e-2
+        chosen = (expected - own(prompt()).logits).abs().max() > 1e-2
+    assert bool(chosen) == (router != "none")
     assert type(own).__name__ == "GraniteMoeSharedForCausalLM"
 
 

@@ -85,8 +85,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
     assert tree(tmp_path) == before
     alone = run_dry(str(long_dense), out, SPLIT, Inputs(cache_dir=tmp_path / "cache"))
     assert "sample " in alone
-    with pytest.raises(FactorizeError, match="multiple of 5"):
-        run_dry(str(long_dense), out, replace(SPLIT, experts=5), given)
+    with pytest.raises(FactorizeError, match="not enough for 33 experts"):
+        run_dry(str(long_dense), out, replace(SPLIT, experts=33), given)
     with pytest.raises(FactorizeError, match="cannot read the text"):
         run_dry(str(long_dense), out, SPLIT, Inputs(calibration=(tmp_path / "none",)))
     with pytest.raises(FactorizeError, match="a dry run fetches nothing"):
@@ -143,7 +143,7 @@ def test_a_plan_on_one_screen(long_dense: Path, texts: list[Path], tmp_path: Pat
     assert len(screen.splitlines()) <= 24
     for words in (
         f"format 2, sha256 {Plan.read(path).sha256}",
-        "3 layers, each 16 of 48 neurons always on and 4 experts of 8; 3 experts a token",
+        "3 layers, each 16 of 48 neurons always on and 4 experts of 8; 3 experts per token",
         "kmeans, seed 0",
         "norm (5 steps of Adam); matrices (4, 32), as stock checkpoints have",
         "calibrated: the sum of a token's experts is multiplied with ",
@@ -174,7 +174,7 @@ def test_routers_with_more_are_told_of_everywhere(
     ):
         assert f"a first layer of 8 neurons, a bias, experts that {words}: with a file" in said
     screen = show_plan(path)
-    assert f"3 experts a token, of which those run that {words}" in screen
+    assert f"3 experts per token, of which those run that {words}" in screen
     assert "weights and a file of routers, for moestro alone" in screen
     assert "--router-steps 5 --router-hidden 8 --router-bias --tau 0.75" in screen
     text = write_text(tmp_path / "held-out.txt", seed=9)
@@ -260,13 +260,38 @@ def test_recovery_writes_a_plan_and_deltas_that_make_the_same_model(
         run_factorize(str(long_dense), tmp_path / "third", SPLIT, foreign, Outputs(), quiet)
 
 
+def test_a_plan_without_routers_is_told_of_and_not_recovered(
+    long_dense: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    options, kept = replace(SPLIT, router="none"), Outputs(plan=tmp_path / "plan")
+    given = Inputs(calibration=tuple(texts))
+    said = run_factorize(str(long_dense), tmp_path / "out", options, given, kept, quiet)
+    assert "per answer, chosen by its prompt" in said and "no router: a prompt runs all" in said
+    assert f"{options.top_k} experts per answer" in show_plan(tmp_path / "plan")
+    with pytest.raises(FactorizeError, match="no router: its tokens take all experts"):
+        run_evaluate(tmp_path / "out", list(texts), 64, 2, quiet)
+    again = replace(given, plan=tmp_path / "plan")
+    for inputs, words in ((again, "--recover-mode sequence"), (given, "leave one out")):
+        with pytest.raises(FactorizeError, match=words):
+            run_factorize(
+                str(long_dense),
+                tmp_path / "other",
+                options,
+                inputs,
+                Outputs(),
+                quiet,
+                recovery=RecoverOptions(tokens=1024),
+            )
+
+
 @pytest.mark.parametrize(
     ("given", "recovery", "words"),
     [
         (Inputs(), RecoverOptions(), "give --calibration"),
         (Inputs(deltas=Path("deltas")), None, "go with the --plan"),
-        (Inputs(plan=Path("plan"), deltas=Path("deltas")), RecoverOptions(), "recovered again"),
+        (Inputs((Path("text"),), deltas=Path("deltas")), RecoverOptions(), "go with the --plan"),
         (Inputs((Path("text"),)), RecoverOptions(("prune",)), "not prune"),
+        (Inputs((Path("text"),)), RecoverOptions(("lora",), modes=("layer",)), "not layer"),
     ],
 )
 def test_recoveries_that_cannot_be_are_refused_before_any_work(

@@ -121,6 +121,22 @@ def test_what_has_no_way_back(dense: Path, plan: Plan, twin: Path, tmp_path: Pat
     assert not out.exists()
 
 
+@pytest.mark.parametrize("router", ["ridge", "none"])
+def test_experts_of_unequal_widths_come_back(
+    router: str, dense: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    """With and without the plan, though the twin's experts have places for more neurons."""
+    options = replace(OPTIONS, experts=5, router=router)
+    plan = make_plan(dense, options, texts, quiet)
+    plan.write(tmp_path / "plan")
+    apply_plan(plan, dense, tmp_path / "twin", quiet)
+    assert Manifest.read(tmp_path / "twin").neurons == 48  # type: ignore[union-attr]
+    run_export(tmp_path / "twin", tmp_path / "grouped", None, quiet)
+    assert_same_model(dense, tmp_path / "grouped")
+    run_export(tmp_path / "twin", tmp_path / "back", tmp_path / "plan", quiet)
+    assert_same_weights(dense, tmp_path / "back")
+
+
 def test_recovered_weights_have_no_way_back(twin: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(twin)
     assert manifest is not None

@@ -38,7 +38,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, parts: Par
     structure = forced_calls(body) or body.structure
     grammar = await check_structure(structure, worker)
     conversation = await run_in_threadpool(converse, body, worker.tokenizer, most_tokens)
-    density = body.expert_density(parts.settings)
+    density = body.expert_density(parts)
     params = body.sampling(
         tokens_to_make(body.asked_tokens, len(conversation.ids), body.answers, density, worker),
         n=body.answers,

@@ -65,6 +65,7 @@ class Task:
     trace: Path | None = None  # of all that is asked of the cache, from its first event
     link_bytes_per_s: float | None = None  # an emulated link, and behind it …
     device_memory: int | None = None  # … a device with this many bytes of slots
+    expert_density: float | None = None  # of the experts that a prompt keeps; None: routers choose
     settings: dict[str, Any] = field(default_factory=dict)  # of EngineConfig, as they are
 
     def as_json(self) -> str:
@@ -163,7 +164,13 @@ def _prefill(loaded: Loaded, task: Task) -> dict[str, Any]:
 
 def _decode(loaded: Loaded, task: Task) -> dict[str, Any]:
     """Seconds of the steps after the first token, all sequences together."""
-    params = SamplingParams(task.decode + 1, temperature=task.temperature, seed=7, ignore_eos=True)
+    params = SamplingParams(
+        task.decode + 1,
+        temperature=task.temperature,
+        seed=7,
+        ignore_eos=True,
+        expert_density=task.expert_density,
+    )
     if task.warm:
         generate(loaded, [random_ids(loaded, task.depth, 1)], ONE)
     seconds, steps, cpu, totals = [], list[float](), [], dict.fromkeys(COUNTED, 0.0)

@@ -155,9 +155,9 @@ def test_a_plan_that_names_a_neuron_twice(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (SplitOptions(experts=5, shared_neurons=16, top_k=2), "multiple of 5 experts"),
+        (SplitOptions(experts=33, shared_neurons=16, top_k=2), "not enough for 33 experts"),
         (SplitOptions(experts=4, shared_neurons=48, top_k=2), "leave 0"),
-        (SplitOptions(experts=4, shared_neurons=-8, top_k=2), "positive multiple"),
+        (SplitOptions(experts=4, shared_neurons=-8, top_k=2), "leave 56"),
         (SplitOptions(experts=4, shared_neurons=16, top_k=5), "5 of 4 experts"),
         (SplitOptions(experts=4, shared_neurons=16, top_k=0), "0 of 4 experts"),
         (SplitOptions(experts=1, shared_neurons=16, top_k=1), "at least 2"),
@@ -165,7 +165,9 @@ def test_a_plan_that_names_a_neuron_twice(plan: Plan) -> None:
         (SplitOptions(router="best"), "no router 'best'"),
         (SplitOptions(scale="two"), "no scale 'two'; choose one of one, calibrated, inverse-k"),
         (SplitOptions(router="norm", router_steps=0), "at least one step"),
-        (SplitOptions(router_hidden=8), "a ridge router is linear"),
+        (SplitOptions(router_hidden=8), "only trained routers"),
+        (SplitOptions(router="none", router_bias=1), "only trained routers"),
+        (SplitOptions(router="none", scale="calibrated"), "scale one alone, not calibrated"),
     ],
 )
 def test_splits_that_do_not_work_out(options: SplitOptions, words: str) -> None:

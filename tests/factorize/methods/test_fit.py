@@ -37,8 +37,8 @@ def test_the_routers_beat_chance(plan: Plan) -> None:
 
 
 def test_unfit_options_are_refused_before_any_work(dense: Path, plan: Plan) -> None:
-    with pytest.raises(FactorizeError, match="multiple of 5"):
-        make_plan(dense, replace(plan.facts.options, experts=5), [], quiet)
+    with pytest.raises(FactorizeError, match="not enough for 33 experts"):
+        make_plan(dense, replace(plan.facts.options, experts=33), [], quiet)
 
 
 def test_samples_are_what_the_model_itself_computes(dense: Path) -> None:

@@ -51,8 +51,8 @@ def test_help_tells_the_true_defaults():
         ("--device", settings.device),
         ("--expert-format", settings.expert_format),
         ("--prefetch-experts", settings.prefetch_experts),
-        ("--experts-mode", settings.experts_mode),
-        ("--experts-density", settings.experts_density),
+        ("--experts-mode", "token; sequence for a model without a router"),
+        ("--experts-density", "0.5; a model without a router has its own"),
     ):
         block = re.search(rf"  {flag} .*?(?=\n  --|\Z)", text, re.DOTALL)
         assert block is not None

@@ -83,6 +83,23 @@ async def test_the_servers_own_mode_holds_where_a_request_does_not_say(client_fo
 
 
 @BOTH
+async def test_a_model_without_a_router_has_its_own_mode_and_density(client_for, worker, path):
+    worker.info = replace(worker.info, sequence_density=0.25)
+    for settings, told in (
+        ({}, 0.25),
+        ({"experts_density": 0.75}, 0.75),
+        ({"experts_mode": "token"}, None),
+        ({"experts_mode": "sequence"}, 0.25),
+    ):
+        await client_for(**settings).post(path, json=BODIES[path])
+        assert worker.submitted[-1].params.expert_density == told
+    asked = {"mode": "sequence"}, {"mode": "token"}, {"mode": "sequence", "density": 0.5}
+    for experts, told in zip(asked, (0.25, None, 0.5), strict=True):
+        await client_for().post(path, json={**BODIES[path], "experts": experts})
+        assert worker.submitted[-1].params.expert_density == told
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("experts", "word"),
     [
