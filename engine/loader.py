@@ -55,7 +55,7 @@ from moestro.engine.planning import (
     plan_memory,
     release_freed_memory,
 )
-from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits
+from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits, no_copies
 from moestro.engine.text import Tokenizer
 
 from .choices import check_choices, check_device
@@ -159,7 +159,7 @@ def load(
         # rows of scores take two copies, where the plan has room for one of each sequence's logits
         head_rows = max(1, config.max_running // 2)
         torch_threads = TorchThreads(1 if tiled else threads.count, threads.count)
-        selection = sequence_experts(config, blueprint, model)
+        selection = sequence_experts(config, blueprint, lane, step)
         runner = Runner(lane, step, head_rows, torch_threads, selection)
         limits = replace(
             _limits(config, plan), shares_prompt=lane.packs, whole_prompts=whole_prompts
@@ -257,9 +257,10 @@ def _assemble(
             context,
             plan.demand.context_tokens,
         )
+    selection = runner.selection
     engine = Engine(
         runner,
-        Scheduler(limits),
+        Scheduler(limits, no_copies if selection is None else selection.copies_bytes),
         tokenizer,
         context,
         blueprint.vocab_size,
@@ -278,6 +279,7 @@ def _assemble(
         expert_format=config.format_name,
         lane=blueprint.topology.lane.lane.value,
         created_s=int(time.time()),
+        neuron_layers=0 if selection is None else selection.neuron_layers,
         sequence_density=0.0 if manifest is None else manifest.sequence_density,
     )
     return Loaded(engine, cache, tokenizer, info, plan, load_s, prefetch)

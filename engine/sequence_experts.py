@@ -8,28 +8,37 @@ from transformers import PreTrainedModel
 
 from moestro.engine.facts import NO_SEQUENCE_EXPERTS, EngineConfig, StartError
 from moestro.engine.kernels import Router, route
-from moestro.engine.model import RouterPlace, ThinRouter
-from moestro.engine.planning import Blueprint
+from moestro.engine.lanes import PassLane
+from moestro.engine.model import RouterPlace, StepPhase, ThinRouter
+from moestro.engine.neurons import Mlp, install
+from moestro.engine.planning import Blueprint, trim_heap
 from moestro.engine.selection import Ranking, SequenceExperts, ranking_of
+
+from .sequence_neurons import choosable_mlps, log_neurons
 
 log = logging.getLogger("moestro.engine")
 
 
 def sequence_experts(
-    config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel
+    config: EngineConfig, blueprint: Blueprint, lane: PassLane, step: StepPhase
 ) -> SequenceExperts | None:
     """None where the model cannot: a row of what its experts read is no token, or the one expert of
 
-    a token is all that is known of the choice. `model` has its weights and lane.
+    a token is all that is known of the choice. The model of `lane` has its weights.
 
     In a factorized model all kept experts run, each with the weight that one of its chosen ones
-    has; elsewhere its router chooses. Raises StartError where that is asked of all requests.
+    has; its shared expert, which was chosen to be needed always, stays whole. Elsewhere its router
+    chooses, and the same density is kept of the neurons of shared experts and layers without
+    experts: one number says how much of the FFN an answer is computed with. Raises StartError where
+    that is asked of all requests.
     """
+    model = lane.model
     if not blueprint.topology.rows_are_tokens:
         _refuse_default(config)
         return None
     counts = [entry.num_experts for entry in blueprint.experts]
     weight, rankings = None, list[Ranking | None]([None] * len(counts))
+    mlps = dict[torch.nn.Module, Mlp]()
     if blueprint.manifest is not None:
         weight, how = 1 / blueprint.experts_per_token, "all that it keeps run"
     else:
@@ -42,9 +51,14 @@ def sequence_experts(
         known = sum(each is not None for each in rankings)
         how = f"the routers of {known} of {len(counts)} layers choose among those that it keeps"
         how += "" if known == len(counts) else ", the others' choices are cut down to them"
+        mlps = choosable_mlps(blueprint, lane)
+        install(model, mlps.items(), step)
     log.info("experts of a sequence (mode sequence): %s", how)
     least, place = config.sequence_least_tokens, blueprint.device.place
-    return SequenceExperts(counts, weight, least, place, rankings)
+    neurons = list(mlps.values())
+    found = SequenceExperts(counts, weight, least, place, rankings, neurons, trim_heap)
+    log_neurons(config, found)
+    return found
 
 
 def _refuse_default(config: EngineConfig) -> None:

@@ -168,9 +168,9 @@ class EngineWorker:
         self._inbox.put(lambda: self._take(sequence))
         return stream
 
-    def most_new_tokens(self, prompt_tokens: int, n: int = 1) -> int:
+    def most_new_tokens(self, prompt_tokens: int, n: int = 1, density: float | None = None) -> int:
         """The largest max_tokens with which such a request is accepted."""
-        return self._ready().engine.most_new_tokens(prompt_tokens, n)
+        return self._ready().engine.most_new_tokens(prompt_tokens, n, density)
 
     def ask_stats(self) -> "Future[EngineStats]":
         """A snapshot after the step in progress: the same one for all who ask meanwhile."""

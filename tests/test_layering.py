@@ -78,13 +78,14 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "selection": {"facts"},
         "routers": {"facts", "kernels", "formats", "weights"},
         "model": {"facts", "kernels", "formats", "weights", "selection", "routers"},
+        "neurons": {"facts", "kernels", "weights", "selection", "model"},
         "lanes": {"facts", "formats", "model"},
         "planning": {"facts", "kernels", "formats", "weights", "model", "lanes"},
         "text": {"facts", "weights"},
         "step": {"facts", "selection", "model", "lanes", "text"},
         "": {
             *("facts", "kernels", "formats", "weights", "selection", "model", "lanes"),
-            *("routers", "planning", "text", "step"),
+            *("routers", "neurons", "planning", "text", "step"),
         },
     },
     "factorize": {

@@ -32,6 +32,7 @@ class ModelInfo:
     expert_format: str
     lane: str  # how the sequences of a step go through it
     created_s: int  # unix time of the load
+    neuron_layers: int = 0  # MLPs whose neurons a prompt chooses, where it chooses experts
     sequence_density: float = 0.0  # what a prompt keeps where no router chooses; else 0
 
 
@@ -70,6 +71,7 @@ class SelectionStats:
     requests: dict[str, int]  # by SEQUENCE_CHOICES
     kept_experts: int  # of all layers of the sequences whose prompt chose
     known_experts: int  # that they chose from
+    neuron_copies_bytes: int = 0  # of running ones: what they keep of neurons that all tokens run
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Products with matrices in tiles of 16 rows, by a C library. Knows pointers, no model."""
 
+from .blocks import BLOCK, CUT, keep_inputs, keep_outputs
 from .layer import LayerParts, LayerStep, StepRoom
 from .layout import ROWS, TILE16, TileFormat
 from .library import MISSING, chosen, instruction_sets, library, set_pool_threads
@@ -34,6 +35,8 @@ from .step import (
 __all__ = [
     "Activation",
     "AttentionWeights",
+    "BLOCK",
+    "CUT",
     "LANES",
     "LayerParts",
     "LayerStep",
@@ -57,6 +60,8 @@ __all__ = [
     "encode",
     "energies_of",
     "instruction_sets",
+    "keep_inputs",
+    "keep_outputs",
     "known_activation",
     "library",
     "linear",

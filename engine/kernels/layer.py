@@ -79,7 +79,6 @@ class LayerStep:
             self._shared = expert_call(
                 self._pointers, room.routed, room.normed, room.shared, self._scratch, activation
             )
-            self._tail.shared = ctypes.addressof(self._shared)
         self._room = room
 
     def head(
@@ -111,10 +110,18 @@ class LayerStep:
             inner.scratch, inner.scratch_bytes = scratch.address, scratch.size_bytes
         return stream
 
-    def tail(self, stream: torch.Tensor, experts: torch.Tensor) -> None:
-        """Add what the experts gave, fp32 [T, H], and the shared one gives, to the stream."""
-        tail, scratch, shared = self._tail, self._scratch, self._shared
-        tail.experts, tail.stream = experts.data_ptr(), stream.data_ptr()
+    def tail(
+        self, stream: torch.Tensor, experts: torch.Tensor, given: torch.Tensor | None = None
+    ) -> None:
+        """Add what the experts gave, fp32 [T, H], and the shared one gives, to the stream.
+
+        `given` [T, H] instead of the shared one's: the sum is the same to the bit.
+        """
+        tail, scratch = self._tail, self._scratch
+        shared = self._shared if given is None else None
+        summed = experts if given is None else experts + given
+        tail.shared = None if shared is None else ctypes.addressof(shared)
+        tail.experts, tail.stream = summed.data_ptr(), stream.data_ptr()
         if shared is not None:
             shared.scratch, shared.scratch_bytes = scratch.address, scratch.size_bytes
         while needed := self._library.moestro_layer_tail(tail):

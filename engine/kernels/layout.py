@@ -74,6 +74,11 @@ class TileFormat:
         """Multiplied with as floats: the rows stay fp32."""
         return KINDS.index(self.kind) <= KINDS.index("fp8")
 
+    @property
+    def inputs_of_line(self) -> int:
+        """Inputs whose weights one line of LINE_BYTES holds."""
+        return _INPUTS_OF_LINE[self.kind]
+
     def padded(self, inputs: int) -> int:
         """Inputs of a tile."""
         unit = UNIT if self.kind in ("int8", "int4") else _INPUTS_OF_LINE[self.kind]

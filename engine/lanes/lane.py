@@ -40,3 +40,6 @@ class PassLane(Protocol):
         """Each of `twins`, on pages of its own, goes on from where `key` is."""
 
     def forget(self, key: Key) -> None: ...
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """The memory of pages of the KV that were taken to stay empty."""

@@ -55,6 +55,9 @@ class PackedLane:
     def forget(self, key: Key) -> None:
         self._kv.pop(key, None)
 
+    def give_back(self, pages: Sequence[int]) -> None:
+        self._store.give_back(pages)
+
     def _kv_of(self, part: LanePart) -> SequenceKV:
         if part.key not in self._kv:
             self._kv[part.key] = SequenceKV(self._store, part.pages)

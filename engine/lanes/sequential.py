@@ -43,6 +43,9 @@ class SequentialLane:
     def forget(self, key: Key) -> None:
         self._caches.pop(key, None)
 
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Pages are only counted here: what sequences that are gone have held is free."""
+
 
 def run_one(
     model: PreTrainedModel, cache: Any, ids: list[int], start: int, keep: Sequence[int]

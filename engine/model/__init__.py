@@ -8,7 +8,8 @@ from .kv import KVStore, PackedCache, SequenceKV, Span
 from .meta_model import build_meta_model
 from .prefetch import Prefetch, next_gates
 from .regret import Regret
-from .thin import ThinRouter
+from .thin import ThinMlp, ThinRouter, agrees
+from .thin_layer import ThinLayer
 from .thinner import Thinner
 from .topology import RouterPlace, Topology
 
@@ -24,10 +25,13 @@ __all__ = [
     "SequenceKV",
     "Span",
     "StepPhase",
+    "ThinLayer",
+    "ThinMlp",
     "ThinRouter",
     "Thinner",
     "Topology",
     "UnknownKeyword",
+    "agrees",
     "bind",
     "build_meta_model",
     "experts_aside",

@@ -5,6 +5,9 @@ Knows no scheduling: whose a page is, and how long, is decided elsewhere.
 """
 
 import copy
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +36,20 @@ class KVStore:
         if index not in self.layers:
             self.layers[index] = (self._buffer(keys), self._buffer(values))
         return self.layers[index]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """The memory of pages that nobody reads any more, until one is written again.
+
+        What was written once would be held for good. On Linux hosts alone: elsewhere it is.
+        """
+        for buffer in (each for pair in self.layers.values() for each in pair):
+            if buffer.device.type != "cpu":
+                continue
+            row_bytes = buffer.shape[2] * buffer.itemsize
+            for first, length in _runs_of(pages):
+                for head in range(buffer.shape[0]):
+                    row = head * buffer.shape[1] + first
+                    _give_back(buffer.data_ptr() + row * row_bytes, length * row_bytes)
 
     @property
     def numbers_per_token(self) -> int:
@@ -133,6 +150,17 @@ def _runs_of(pages: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((page * PAGE_TOKENS, PAGE_TOKENS))
     return runs
+
+
+def _give_back(address: int, size_bytes: int) -> None:
+    """Whole pages of the system inside, which read as zeros from then on."""
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = (address + size_bytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if whole > 0:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(whole), mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ class ThinMlp:
         activation: Activation,
         scratch: Scratch,
     ) -> None:
-        self._stock, self._scratch = stock, scratch
+        self._stock, self.scratch = stock, scratch
         self.expert, self.activation = expert, activation
 
     def __call__(self, hidden: torch.Tensor) -> Any:
@@ -171,7 +171,7 @@ class ThinMlp:
         else:
             routed = Routed((0, rows), range(rows), range(rows))
         out = torch.empty((rows, self.expert.down.outputs))
-        multiply_experts([self.expert], routed, flat, out, self.activation, self._scratch)
+        multiply_experts([self.expert], routed, flat, out, self.activation, self.scratch)
         return out.view(*hidden.shape[:-1], out.shape[1])
 
 

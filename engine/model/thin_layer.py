@@ -28,6 +28,9 @@ from .thin import (
     flat_turns,
 )
 
+RowsApart = Callable[[torch.Tensor], torch.Tensor | None]
+"""What a shared expert gives for rows [T, H]; None where none of them goes a way of its own."""
+
 
 class StepMemory:
     """What the layers of one model hand on during a step."""
@@ -75,14 +78,20 @@ class ThinLayer:
         cache: PackedCache,
         memory: StepMemory,
         scratch: Scratch,
+        shared: torch.nn.Module | None,
     ) -> None:
-        """`parts` tells them once it is known how many inputs of a head turn."""
+        """`parts` tells them once it is known how many inputs of a head turn.
+
+        `shared`: the expert that all tokens run, one of the parts.
+        """
         self._stock, self._made = stock, parts
         self._attention, self._experts, self._cache = attention, experts, cache
         self._memory, self._scratch = memory, scratch
         self._parts: LayerParts | None = None
         self._step: LayerStep | None = None
         self.comparing, self.trusted = False, False
+        self.shared = shared
+        self.shared_apart: RowsApart | None = None
 
     def __call__(self, hidden_states: torch.Tensor, *others: Any, **keywords: Any) -> Any:
         """[1, T, H] -> [1, T, H]"""
@@ -117,7 +126,8 @@ class ThinLayer:
         stream = self._step.head(flat, addresses, self._attention.buffers(), rows, room)
         experts = self._experts.__dict__["moestro_experts"]
         routed = experts(self._experts, room.normed, room.chosen, room.shares)
-        self._step.tail(stream, routed.contiguous())
+        given = None if self.shared_apart is None else self.shared_apart(room.normed)
+        self._step.tail(stream, routed.contiguous(), given)
         return stream.view(hidden.shape)
 
 
@@ -137,6 +147,8 @@ def layer_of(
     if [len(norms), len(attentions), len(routers), len(experts)] != [2, 1, 1, 1] or len(mlps) > 1:
         return None
     shared = (mlps[0].expert, mlps[0].activation) if mlps else None
+    shared_path = next((name for name, each in thin.items() if each in mlps), None)
+    shared_module = None if shared_path is None else layer.get_submodule(shared_path)
     residual = getattr(layer, "residual_multiplier", 1.0)
 
     def parts(rotary: int) -> LayerParts:
@@ -149,4 +161,5 @@ def layer_of(
             float(residual),
         )
 
-    return ThinLayer(layer.forward, parts, attentions[0], experts[0], cache, memory, scratch)
+    found = (attentions[0], experts[0], cache, memory, scratch, shared_module)
+    return ThinLayer(layer.forward, parts, *found)

@@ -1,4 +1,4 @@
-"""How many experts of a layer a density keeps, and which. No tensors."""
+"""How many experts (or blocks of neurons) of a layer a density keeps, and which. No tensors."""
 
 import math
 from collections.abc import Sequence

@@ -1,14 +1,16 @@
-"""What the rows of one pass have to do with their sequences' choice of experts.
+"""What the rows of one pass have to do with their sequences' choice of experts and neurons.
 
 Rows of a prompt that asks for it are looked at: each routed expert's share of the squared norms of
-the activations. Rows of a sequence whose prompt has chosen are routed again, among the experts that
-it keeps. Rows of all others are left alone, to the bit.
+the activations, and that of each block of neurons where all tokens run the same ones. Rows of a
+sequence whose prompt has chosen are routed again, among the experts that it keeps, and computed
+with the neurons that it keeps. Rows of all others are left alone, to the bit.
 
-Shape letters: T rows of a pass, n some of them, k experts per token, E experts, L layers.
+Shape letters: T rows of a pass, n some of them, k experts per token, E experts, L layers, H width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,12 +18,18 @@ from moestro.engine.facts import index_on
 
 from .ranking import Ranking
 
+LOOK_ROWS = 128
+"""Rows whose neurons are looked at together: their activations are in memory twice."""
+
+Copy = Callable[[torch.Tensor], torch.Tensor]
+"""Rows [n, H] -> [n, H]: what a layer gives with the kept neurons alone."""
+
 
 class PromptShares:
     """Sums over a prompt's tokens; they add up over its chunks."""
 
     def __init__(self, num_experts: Sequence[int], device: torch.device) -> None:
-        """`num_experts` of each layer."""
+        """`num_experts` (or blocks of neurons) of each layer."""
         self.tokens = 0
         self._sums = [
             torch.zeros(count + 1, dtype=torch.float64, device=device) for count in num_experts
@@ -36,22 +44,41 @@ class PromptShares:
         parts = exact / exact.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         sums.index_add_(0, ids.reshape(-1).clamp(max=len(sums) - 1), parts.reshape(-1))
 
+    def add_all(self, layer: int, energies: torch.Tensor) -> None:
+        """`energies` [n, E]: squared norms of each token's activations, by its blocks of neurons.
+
+        A token counts 1 in all, so these are GRIFFIN's sums (arXiv 2404.01365) of a block.
+        """
+        exact = energies.double()
+        tiniest = torch.finfo(torch.float64).tiny
+        self._sums[layer][:-1] += (exact / exact.sum(dim=1, keepdim=True).clamp_min(tiniest)).sum(0)
+
     def shares(self) -> list[list[float]]:
         """[L][E]: the mean over the prompt's tokens."""
         return [(sums[:-1] / max(1, self.tokens)).tolist() for sums in self._sums]
 
 
+class KeptNeurons(NamedTuple):
+    """Of each layer that has neurons to choose from."""
+
+    blocks: tuple[tuple[int, ...], ...] = ()  # in their own order
+    copies: tuple[Copy | None, ...] = ()  # None: all blocks are kept, and none is copied
+    size_bytes: int = 0  # of all copies
+
+
 class Kept:
-    """The experts that one sequence keeps."""
+    """The experts and neurons that one sequence keeps."""
 
     def __init__(
         self,
         layers: Sequence[tuple[int, ...]],
         num_experts: Sequence[int],
         device: torch.device,
+        neurons: KeptNeurons = KeptNeurons(),  # noqa: B008  # a value like any other
     ) -> None:
         """`layers`: experts of each, the most important first."""
         self.layers = tuple(layers)
+        self.neurons = neurons
         self.masks: list[torch.Tensor] = []  # bool [E + 1]; the last stands for ids of no expert
         for experts, count in zip(self.layers, num_experts, strict=True):
             mask = torch.zeros(count + 1, dtype=torch.bool, device=device)
@@ -100,6 +127,13 @@ class StepRows:
         self._tokens, self._prompts = tokens, prompts
         self._kept, self._weight = kept, kept_weight
         self._rankings = rankings
+        self._owners: list[tuple[list[int], Kept]] = []  # of copies, with their rows
+        if any(any(each.neurons.copies) for each in kept.values()):
+            owners = {id(each): each for each in kept.values()}
+            self._owners = [
+                ([row for row, each in kept.items() if each is owner], owner)
+                for owner in owners.values()
+            ]
 
     @property
     def looks(self) -> bool:
@@ -111,6 +145,27 @@ class StepRows:
         k = ids.shape[1]
         for start, end, shares in self._prompts:
             shares.add(layer, ids[start:end], energies[start * k : end * k].view(-1, k))
+
+    def look_at_neurons(
+        self, layer: int, width: int, activations: Callable[[slice], torch.Tensor]
+    ) -> None:
+        """`activations` of rows of the pass: [n, neurons], of blocks of `width`.
+
+        `layer` of those whose neurons can be chosen.
+        """
+        place = len(self._rankings) + layer  # behind the layers of experts
+        for start, end, shares in self._prompts:
+            for at in range(start, end, LOOK_ROWS):
+                inner = activations(slice(at, min(end, at + LOOK_ROWS)))
+                shares.add_all(place, inner.float().square().view(len(inner), -1, width).sum(2))
+
+    def copies(self, layer: int) -> list[tuple[list[int], Copy]]:
+        """Rows that are computed with a copy of some of the neurons; `layer` of those that have
+
+        such. Answers to one prompt share theirs.
+        """
+        found = ((rows, owner.neurons.copies[layer]) for rows, owner in self._owners)
+        return [(rows, copy) for rows, copy in found if copy is not None]
 
     def spread(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor

@@ -4,7 +4,7 @@ from .core import Emitted, Engine
 from .events import FinishReason, Timings, TokenEvent, TokenLogprob
 from .params import MOST_BIAS, MOST_LOGPROBS, SamplingParams
 from .runner import Runner
-from .scheduler import Scheduler, SchedulerLimits
+from .scheduler import Scheduler, SchedulerLimits, no_copies
 from .sequence import Sequence
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "Timings",
     "TokenEvent",
     "TokenLogprob",
+    "no_copies",
 ]

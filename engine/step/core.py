@@ -99,10 +99,13 @@ class Engine:
             )
         self.scheduler.refuse_what_never_fits(Sequence(0, prompt_ids, params))
 
-    def most_new_tokens(self, prompt_tokens: int, n: int) -> int:
-        """The largest max_tokens that `validate` accepts with such a prompt and `n` answers."""
+    def most_new_tokens(self, prompt_tokens: int, n: int, density: float | None = None) -> int:
+        """The largest max_tokens that `validate` accepts with such a prompt and `n` answers.
+
+        `density` of experts that their prompt chooses; None: tokens choose.
+        """
         left = self.max_model_len_tokens - prompt_tokens
-        return max(0, min(left, self.scheduler.most_new_tokens(prompt_tokens, n)))
+        return max(0, min(left, self.scheduler.most_new_tokens(prompt_tokens, n, density)))
 
     def add(self, sequence: Sequence) -> None:
         """Raises QueueFull or GrammarRefused, and then changes nothing.

@@ -40,7 +40,9 @@ class SamplingParams:
     logprobs: int | None = None  # of each generated token, with this many of the most likely
     prompt_logprobs: int | None = None  # the same of each prompt token but the first
     expert_density: float | None = None
-    """Share of each layer's experts that the prompt keeps for the answer; None: tokens choose."""
+    """Share of each layer's experts that the prompt keeps for the answer; None: tokens choose.
+
+    Where the model has neurons to choose from (`SelectionStats`), the same share of those."""
 
     def __post_init__(self) -> None:
         for name, holds, rule in (*self._counts(), *self._weights()):

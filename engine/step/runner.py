@@ -81,6 +81,8 @@ class Runner:
         for part in parts:
             sequence, first = part.sequence, part.sequence.computed_tokens
             ids = sequence.token_ids[first : first + part.tokens]
+            if first == 0 and sequence.pages_of_copies:
+                self.lane.give_back(sequence.pages_of_copies)
             given.append(LanePart(sequence.key, sequence.pages, ids, first))
             end += part.tokens
             if part.ends_pending:

@@ -1,11 +1,13 @@
 """Who runs in the next step. Plain Python over lengths and pages; no tensors, no threads.
 
 A request is admitted whole or not at all: the pages of its longest possible KV are taken first,
-those of all its answers, so that nothing that runs can ever run out of room. First come, first
+those of all its answers, so that nothing that runs can ever run out of room. Copies of neurons that
+its answers will share take room of the KV, too: whole pages that stay empty. First come, first
 served.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moestro.engine.facts import PAGE_TOKENS, PromptTooLong, QueueFull
@@ -33,11 +35,21 @@ class SchedulerLimits:
         return self.kv_capacity_bytes // self.page_bytes
 
 
+CopiesBytes = Callable[[int, float | None], int]
+"""Prompt tokens and density of a request -> what it will keep in copies of neurons."""
+
+
+def no_copies(prompt_tokens: int, density: float | None) -> int:
+    """Of a model where nothing is copied."""
+    return 0
+
+
 class Scheduler:
     """waiting -> running -> gone. `remove` works in either state."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, copies_bytes: CopiesBytes = no_copies) -> None:
         self.limits = limits
+        self._copies_bytes = copies_bytes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.pool = PagePool(limits.pages)
@@ -63,15 +75,19 @@ class Scheduler:
         need = self._need_pages(sequence)
         if need > self.pool.pages:
             answers = f" for {sequence.params.n} answers" if sequence.params.n > 1 else ""
+            page_bytes, copies = self.limits.page_bytes, self._copies_pages(sequence)
+            words = f", {copies * page_bytes} of them for copies of neurons (a smaller density of"
+            words += " experts takes less, mode token none)"
             raise PromptTooLong(
-                f"the request needs {need * self.limits.page_bytes} bytes of KV{answers}, there are"
-                f" {self.limits.kv_capacity_bytes}"
+                f"the request needs {need * page_bytes} bytes of KV{answers}, there are"
+                f" {self.limits.kv_capacity_bytes}{words if copies else ''}"
             )
 
-    def most_new_tokens(self, prompt_tokens: int, n: int) -> int:
+    def most_new_tokens(self, prompt_tokens: int, n: int, density: float | None = None) -> int:
         """The largest max_tokens with which `n` answers to such a prompt can be admitted."""
         shared = prompt_tokens // PAGE_TOKENS if self.limits.shares_prompt else 0
-        each = (self.pool.pages + (n - 1) * shared) // n
+        pages = self.pool.pages - self._pages_of_bytes(self._copies_bytes(prompt_tokens, density))
+        each = (pages + (n - 1) * shared) // n
         return max(0, each * PAGE_TOKENS - prompt_tokens + 1)
 
     def add(self, sequence: Sequence) -> None:
@@ -107,6 +123,7 @@ class Scheduler:
         for index, own in enumerate(sequence.pages_of_forks, 1):
             twin = sequence.fork(index)
             twin.pages = self.pool.share(shared) + own
+            twin.pages_of_copies = self.pool.share(sequence.pages_of_copies)
             twins.append(twin)
         sequence.pages_of_forks = []
         self.running += twins
@@ -116,16 +133,17 @@ class Scheduler:
         """Let `sequence` go and give its room back."""
         if sequence in self.running:
             self.running.remove(sequence)
-            for pages in (sequence.pages, *sequence.pages_of_forks):
+            for pages in _all_pages(sequence):
                 self.pool.release(pages)
-            sequence.pages, sequence.pages_of_forks = [], []
+            sequence.pages, sequence.pages_of_forks, sequence.pages_of_copies = [], [], []
         else:
             self.waiting.remove(sequence)
 
     def check(self) -> None:
         """The pages of those that run are the ones in use, and enough for them."""
-        self.pool.check([p for s in self.running for p in (s.pages, *s.pages_of_forks)])
+        self.pool.check([pages for s in self.running for pages in _all_pages(s)])
         assert all(len(s.pages) == pages_of(s.capacity_tokens) for s in self.running)
+        assert all(len(s.pages_of_copies) == self._copies_pages(s) for s in self.running)
         assert self._places_taken() <= self.limits.max_running
 
     def _admit(self) -> None:
@@ -139,6 +157,7 @@ class Scheduler:
             first.pages = self.pool.take(pages_of(first.capacity_tokens))
             own = len(first.pages) - self._shared_pages(first)
             first.pages_of_forks = [self.pool.take(own) for _ in range(first.params.n - 1)]
+            first.pages_of_copies = self.pool.take(self._copies_pages(first))
 
     def _places_taken(self) -> int:
         return sum(1 + len(sequence.pages_of_forks) for sequence in self.running)
@@ -149,4 +168,16 @@ class Scheduler:
 
     def _need_pages(self, sequence: Sequence) -> int:
         each = pages_of(sequence.capacity_tokens)
-        return each + (sequence.params.n - 1) * (each - self._shared_pages(sequence))
+        forks = (sequence.params.n - 1) * (each - self._shared_pages(sequence))
+        return each + forks + self._copies_pages(sequence)
+
+    def _copies_pages(self, sequence: Sequence) -> int:
+        density = sequence.params.expert_density
+        return self._pages_of_bytes(self._copies_bytes(sequence.prompt_tokens, density))
+
+    def _pages_of_bytes(self, size_bytes: int) -> int:
+        return -(-size_bytes // self.limits.page_bytes)
+
+
+def _all_pages(sequence: Sequence) -> tuple[list[int], ...]:
+    return sequence.pages, *sequence.pages_of_forks, sequence.pages_of_copies

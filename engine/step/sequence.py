@@ -28,6 +28,7 @@ class Sequence:
         self.times = Times()
         self.pages: list[int] = []  # of the KV, while it runs
         self.pages_of_forks: list[list[int]] = []  # taken for answers that are still to come
+        self.pages_of_copies: list[int] = []  # as many as copies of neurons take the room of
 
     @property
     def key(self) -> tuple[int, int]:

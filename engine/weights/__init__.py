@@ -5,7 +5,7 @@ from .config import read_config, read_quantization, refusing
 from .damage import is_there, json_object, refuse_stand_in
 from .dense import DENSE_FORMATS, Replacement, load_dense, replacements, saved_bytes
 from .dense_file import DenseFile
-from .linears import LastRows, Shared, TileLinear, beside
+from .linears import CompactLinear, Int8Weights, LastRows, Shared, Sides, TileLinear, beside
 from .manifest import MANIFEST_NAME, Manifest
 from .nested_config import warn_disagreement
 from .routers import ROUTERS_NAME, RouterFacts, name_routers
@@ -13,9 +13,11 @@ from .weight_files import INDEX_NAME, weight_files
 
 __all__ = [
     "Checkpoint",
+    "CompactLinear",
     "DENSE_FORMATS",
     "DenseFile",
     "INDEX_NAME",
+    "Int8Weights",
     "LastRows",
     "MANIFEST_NAME",
     "Manifest",
@@ -24,6 +26,7 @@ __all__ = [
     "Replacement",
     "RouterFacts",
     "Shared",
+    "Sides",
     "TileLinear",
     "beside",
     "is_there",

@@ -7,7 +7,7 @@ Shape letters: N outputs, K inputs, n rows.
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +93,20 @@ class LastRows:
         return self._blocks
 
 
+class Sides(NamedTuple):
+    """Of a linear layer: all of it but its weights."""
+
+    out_features: int
+    in_features: int
+    bias: torch.Tensor | None
+
+
 class CompactLinear(torch.nn.Module):
     """y = x W^T + b with W in fewer bytes."""
 
-    def __init__(self, linear: torch.nn.Linear, weights: Weights, last: LastRows | None) -> None:
+    def __init__(
+        self, linear: torch.nn.Linear | Sides, weights: Weights, last: LastRows | None
+    ) -> None:
         """Without `last`, every call prepares its rows itself."""
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
@@ -121,7 +131,11 @@ class TileLinear(torch.nn.Module):
     """The same with W in tiles, by the library's products."""
 
     def __init__(
-        self, like: torch.nn.Linear, tiles: torch.Tensor, form: TileFormat, scratch: Scratch
+        self,
+        like: torch.nn.Linear | Sides,
+        tiles: torch.Tensor,
+        form: TileFormat,
+        scratch: Scratch,
     ) -> None:
         """`tiles` uint8 [T, tile_bytes], as `form` says."""
         super().__init__()
@@ -129,7 +143,7 @@ class TileLinear(torch.nn.Module):
         self.form = form
         self.lie_in(tiles)
         self.bias_row = None if like.bias is None else like.bias.detach()
-        self._scratch = scratch
+        self.scratch = scratch
 
     def lie_in(self, tiles: torch.Tensor) -> None:
         """The same bytes in other memory."""
@@ -142,7 +156,7 @@ class TileLinear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         flat = rows.reshape(-1, self.in_features).float().contiguous()
-        out = linear(flat, self.matrix, self.bias_row, self._scratch)
+        out = linear(flat, self.matrix, self.bias_row, self.scratch)
         return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
 
 

@@ -70,7 +70,8 @@ async def respond(
     """
     request.state.accepted = True
     track.prompt_tokens = stream.prompt_tokens
-    headers = {EXPERTS_HEADER: experts_words(body.expert_density(parts))}
+    density, neuron_layers = body.expert_density(parts), parts.worker.model.neuron_layers
+    headers = {EXPERTS_HEADER: experts_words(density, neuron_layers)}
     if body.stream:
         sse = Sse(reply, track, parts.worker, body.include_usage, body.usage_in_every_chunk)
         return EventStream(sse, stream, parts.settings.keep_alive, headers)
@@ -81,6 +82,12 @@ async def respond(
     return Response(answer, media_type="application/json", headers=headers)
 
 
-def experts_words(density: float | None) -> str:
-    """Who was asked to choose the experts, known before the prompt is computed."""
-    return "token" if density is None else f"sequence; density={density:g}"
+def experts_words(density: float | None, neuron_layers: int) -> str:
+    """Who was asked to choose the experts, known before the prompt is computed.
+
+    In mode sequence also in how many MLPs of the model neurons are chosen with them.
+    """
+    if density is None:
+        return "token"
+    words = f"sequence; density={density:g}"
+    return f"{words}; neuron-layers={neuron_layers}" if neuron_layers else words

@@ -25,13 +25,21 @@ class StreamOptions(BaseModel):
 
 
 class ExpertsFields(BaseModel):
-    """Who chooses the experts of the answer: each token, or the prompt for all of it."""
+    """Who chooses the experts of the answer: each token, or the prompt for all of it.
+
+    In mode sequence the prompt chooses neurons, too, where the model has shared experts or layers
+    without experts; not of factorized models, whose shared expert is needed always.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     mode: Literal["token", "sequence"]
     density: Number | None = Field(
-        None, gt=0, le=1, description="share of experts that the prompt keeps; of sequence alone"
+        None,
+        gt=0,
+        le=1,
+        description="share of experts, and of neurons that all tokens run, that the prompt keeps;"
+        " of sequence alone",
     )
 
     @model_validator(mode="after")
@@ -157,13 +165,23 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def tokens_to_make(asked: int, prompt_tokens: int, answers: int, worker: Worker) -> int:
-    """`asked`, or what is left of the context where that is less. Raises PromptTooLong."""
+def tokens_to_make(
+    asked: int, prompt_tokens: int, answers: int, density: float | None, worker: Worker
+) -> int:
+    """`asked`, or what is left of the context where that is less. Raises PromptTooLong.
+
+    `density` of the experts that the prompt keeps; None: tokens choose.
+    """
     if asked == 0:
         return 0
-    left = worker.most_new_tokens(prompt_tokens, answers)
+    left = worker.most_new_tokens(prompt_tokens, answers, density)
     if left < 1:
         what = f"the prompt has {prompt_tokens} tokens"
         what += f" and {answers} answers were asked for" if answers > 1 else ""
+        if density is not None and worker.most_new_tokens(prompt_tokens, answers) > 0:
+            raise PromptTooLong(
+                f"{what}: copies of the neurons that it keeps at density {density:g} leave the KV"
+                " cache no room; ask for a smaller density of experts, or for mode token"
+            )
         raise PromptTooLong.for_context(worker.model.max_model_len_tokens, what)
     return left if asked == REST else min(asked, left)

@@ -132,8 +132,9 @@ ExpertsDensity = Annotated[
     Option(
         "--experts-density",
         metavar="D",
-        help="Share of each layer's experts that a prompt keeps in mode sequence, where its request"
-        " does not say. [default: 0.5; a model without a router has its own]",
+        help="Share of each layer's experts, and of the neurons that all tokens run, that a prompt"
+        " keeps in mode sequence, where its request does not say. [default: 0.5; a model without"
+        " a router has its own]",
     ),
 ]
 NoPrefetch = Annotated[

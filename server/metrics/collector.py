@@ -186,6 +186,8 @@ def _of_selection(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("sequence_experts_kept", words, found.kept_experts)
     words = "Experts, over all layers, that these prompts chose from"
     yield _counter("sequence_experts_offered", words, found.known_experts)
+    words = "Of the KV cache, what running answers hold in copies of the neurons that they keep"
+    yield _gauge("sequence_neuron_copies_bytes", words, found.neuron_copies_bytes)
 
 
 def _of_memory(stats: EngineStats) -> Iterator[Metric]:

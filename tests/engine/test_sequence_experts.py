@@ -278,7 +278,8 @@ def test_density_one_of_a_factorized_model_is_the_dense_one(
         found = [steps.run([(2, PROMPT)], _2=1.0)] + [steps.run([(2, [t])]) for t in TOKENS]
         assert (torch.cat(found) - dense).abs().max() < 1e-4
     with opened(twins[1], tmp_path / "cache") as loaded:  # the KV is that of three experts
-        steps = Steps(loaded)
+        steps, selection = Steps(loaded), loaded.engine.runner.selection
+        assert selection is not None and selection.neuron_layers == 0  # the shared one stays whole
         rows = [steps.run([(number, PROMPT)], _1=1.0, _2=0.5) for number in (1, 2, 3)]
         assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
         assert [len(layer) for layer in steps.kept(1)] == [8, 8, 8]

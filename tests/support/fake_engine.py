@@ -107,7 +107,10 @@ STATS = EngineStats(
         ),
     ),
     selection=SelectionStats(
-        requests={"token": 5, "sequence": 2, "short_prompt": 1}, kept_experts=16, known_experts=32
+        requests={"token": 5, "sequence": 2, "short_prompt": 1},
+        kept_experts=16,
+        known_experts=32,
+        neuron_copies_bytes=4096,
     ),
 )
 
@@ -329,7 +332,7 @@ class FakeWorker:
         self.submitted.append(Submitted(tuple(prompt_ids), params, stream))
         return stream
 
-    def most_new_tokens(self, prompt_tokens: int, n: int = 1) -> int:
+    def most_new_tokens(self, prompt_tokens: int, n: int = 1, density: float | None = None) -> int:
         return max(0, self.info.max_model_len_tokens - prompt_tokens)
 
     @property

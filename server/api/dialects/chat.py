@@ -38,10 +38,11 @@ async def create_chat_completion(body: ChatRequest, request: Request, parts: Par
     structure = forced_calls(body) or body.structure
     grammar = await check_structure(structure, worker)
     conversation = await run_in_threadpool(converse, body, worker.tokenizer, most_tokens)
+    density = body.expert_density(parts)
     params = body.sampling(
-        tokens_to_make(body.asked_tokens, len(conversation.ids), body.answers, worker),
+        tokens_to_make(body.asked_tokens, len(conversation.ids), body.answers, density, worker),
         n=body.answers,
-        expert_density=body.expert_density(parts),
+        expert_density=density,
         logprobs=body.scores,
         grammar=grammar,
         skip_special_tokens=not conversation.reads_markers

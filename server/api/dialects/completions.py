@@ -35,11 +35,12 @@ async def create_completion(body: CompletionRequest, request: Request, parts: Pa
     check_model(body.model, parts.settings)
     grammar = await check_structure(body.structure, parts.worker)
     prompts = [await _encode(prompt, body, parts) for prompt in body.prompt]
+    answers, density = body.candidates, body.expert_density(parts)
     params = [
         body.sampling(
-            tokens_to_make(body.asked_tokens, len(prompt.ids), body.candidates, parts.worker),
-            n=body.candidates,
-            expert_density=body.expert_density(parts),
+            tokens_to_make(body.asked_tokens, len(prompt.ids), answers, density, parts.worker),
+            n=answers,
+            expert_density=density,
             grammar=grammar,
             logprobs=body.answer_scores,
             prompt_logprobs=body.prompt_scores,

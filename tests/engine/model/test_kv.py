@@ -1,10 +1,14 @@
 """Rows come back as they were written, wherever their pages lie."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moestro.engine.facts import PAGE_TOKENS
 from moestro.engine.model import KVStore, SequenceKV
 
 
@@ -66,3 +70,18 @@ def test_more_rows_than_pages_is_a_fault() -> None:
     kv = SequenceKV.alone(16)
     with pytest.raises(AssertionError, match="promised room"):
         kv.write(0, rows(17, 1), rows(17, 1))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is given back on Linux")
+def test_pages_that_stay_empty_give_their_memory_back_and_no_others() -> None:
+    """Rows of 1 KiB: a page of the KV is several of the system's, wherever the buffer begins."""
+    store = KVStore(4)
+    ones = torch.ones(2, 4 * PAGE_TOKENS, 256)
+    for buffer in store.layer(0, ones, ones):
+        buffer.copy_(ones)
+    store.give_back([1, 3])
+    for buffer in store.layers[0]:
+        by_page = buffer.view(2, 4, PAGE_TOKENS, 256)
+        assert bool((by_page[:, [0, 2]] == 1).all())
+        gone = (by_page[:, [1, 3]] == 0).sum()
+        assert gone >= 4 * (PAGE_TOKENS * 256 - 2 * mmap.PAGESIZE // 4)

@@ -26,6 +26,7 @@ from moestro.engine.model.thin import (
     router_of,
 )
 from moestro.engine.model.thin_layer import StepMemory, ThinLayer
+from moestro.engine.neurons import NeuronMlp
 
 LAYERS = tiny.WIDTHS["num_hidden_layers"]
 KINDS = (ThinNorm, ThinRouter, ThinMlp, ThinAttention, ThinLayer)
@@ -44,7 +45,8 @@ def slow(*values: Any) -> Any:
 
 def small(loaded: Loaded) -> dict[type, list[Any]]:
     modules = loaded.engine.runner.lane.model.modules()
-    own = [module.__dict__.get("forward") for module in modules]
+    seen = [module.__dict__.get("forward") for module in modules]
+    own = [each.stock if isinstance(each, NeuronMlp) else each for each in seen]
     return {kind: [each for each in own if isinstance(each, kind)] for kind in KINDS}
 
 
@@ -67,7 +69,7 @@ def general(loaded: Loaded) -> Iterator[None]:
     modules = [
         (module, module.__dict__["forward"])
         for module in loaded.engine.runner.lane.model.modules()
-        if isinstance(module.__dict__.get("forward"), KINDS)
+        if isinstance(module.__dict__.get("forward"), (*KINDS, NeuronMlp))
     ]
     attended = packed_cache(loaded).attended_by_library
     layers = set(attended)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.engine import QueueFull, SamplingParams
+from moestro.engine import PromptTooLong, QueueFull, SamplingParams
 from moestro.engine.step.scheduler import Scheduler, SchedulerLimits
 from moestro.engine.step.sequence import Batch, Sequence
 
@@ -112,3 +112,49 @@ def test_everybody_is_served_and_nothing_is_overbooked(
             break
     assert len(served) == len(arrivals)
     assert scheduler.kv_reserved_bytes == 0
+
+
+def keeping(number: int, n: int = 1, density: float | None = 0.5) -> Sequence:
+    """40 tokens of prompt and 10 new ones: 4 pages of 16 bytes, of which 2 are shared."""
+    params = SamplingParams(max_tokens=10, n=n, expert_density=density)
+    return Sequence(number, [0] * 40, params)
+
+
+def copies_bytes(prompt_tokens: int, density: float | None) -> int:
+    return 0 if density is None else int(100 * density)
+
+
+def test_copies_of_neurons_take_room_that_answers_share_and_leave_it() -> None:
+    scheduler = Scheduler(limits(kv_capacity_bytes=16 * 16), copies_bytes)
+    scheduler.add(keeping(1, n=3))
+    scheduler.add(keeping(2))
+    scheduler.add(keeping(3, density=None))
+    advance(scheduler.next_batch())
+    (first,) = scheduler.running  # 4 + 2 + 2 pages, and 4 for 50 bytes of copies
+    assert scheduler.kv_reserved_bytes == 16 * 12 and len(first.pages_of_copies) == 4
+    for _ in range(2):
+        advance(scheduler.next_batch())
+    twins = scheduler.fork(first)
+    scheduler.check()
+    assert scheduler.kv_reserved_bytes == 16 * 12
+    assert all(twin.pages_of_copies == first.pages_of_copies for twin in twins)
+    scheduler.remove(first)
+    scheduler.remove(twins[0])
+    scheduler.check()
+    assert scheduler.kv_reserved_bytes == 16 * 8
+    scheduler.remove(twins[1])
+    assert scheduler.kv_reserved_bytes == 0
+    scheduler.next_batch()
+    assert [each.number for each in scheduler.running] == [2, 3]
+    assert scheduler.kv_reserved_bytes == 16 * 12
+    scheduler.check()
+
+
+def test_copies_that_never_fit_are_refused_in_words() -> None:
+    scheduler = Scheduler(limits(kv_capacity_bytes=16 * 6), copies_bytes)
+    scheduler.refuse_what_never_fits(keeping(1, density=None))
+    scheduler.refuse_what_never_fits(keeping(1, density=0.25))
+    with pytest.raises(PromptTooLong, match=r"128 bytes of KV, there are 96, 64 of them.*density"):
+        scheduler.refuse_what_never_fits(keeping(1))
+    assert scheduler.most_new_tokens(40, 1) == scheduler.most_new_tokens(40, 1, 0.25) + 32
+    assert scheduler.most_new_tokens(40, 1, 0.5) == 0

@@ -55,6 +55,7 @@ def test_values():
     assert samples["sequence_experts_requests_total", "short_prompt"] == 1
     assert samples[("sequence_experts_kept_total",)] == 16
     assert samples[("sequence_experts_offered_total",)] == 32
+    assert samples[("sequence_neuron_copies_bytes",)] == 4096
 
 
 def test_guesses_are_counted_by_layer():

@@ -53,6 +53,7 @@ FAMILIES = {
     "sequence_experts_requests": "counter",
     "sequence_experts_kept": "counter",
     "sequence_experts_offered": "counter",
+    "sequence_neuron_copies_bytes": "gauge",
     "expert_transfer_bytes": "counter",
     "expert_transfer_seconds": "counter",
     "expert_stall_seconds": "counter",

@@ -47,6 +47,31 @@ async def test_what_is_asked_for_reaches_the_engine_and_the_header(
 
 
 @BOTH
+async def test_the_header_says_where_neurons_are_chosen_too(client, worker, path):
+    worker.info = replace(worker.info, neuron_layers=27)
+    for experts, told in (
+        ({"mode": "sequence", "density": 0.25}, "sequence; density=0.25; neuron-layers=27"),
+        ({"mode": "token"}, "token"),
+    ):
+        response = await client.post(path, json={**BODIES[path], "experts": experts})
+        assert response.headers[HEADER] == told
+
+
+@BOTH
+async def test_a_density_whose_copies_leave_no_room_is_refused_by_name(client, worker, path):
+    def most(prompt_tokens: int, n: int = 1, density: float | None = None) -> int:
+        return 100 if density is None or density < 0.5 else 0
+
+    worker.most_new_tokens = most
+    wanted = [(None, 200), (0.25, 200), (0.5, 400)]
+    for density, status in wanted:
+        experts = None if density is None else {"mode": "sequence", "density": density}
+        response = await client.post(path, json={**BODIES[path], "experts": experts})
+        assert response.status_code == status
+    assert "density 0.5" in response.json()["error"]["message"]
+
+
+@BOTH
 async def test_the_servers_own_mode_holds_where_a_request_does_not_say(client_for, worker, path):
     client = client_for(experts_mode="sequence", experts_density=0.75)
     for experts in (None, {"mode": "sequence"}, {"mode": "sequence", "density": 0.5}):
