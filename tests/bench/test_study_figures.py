@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from study.cells import ACCURACY, QUALITY, SPEED, Cell, Record, Store
+from study.cells import ACCURACY, FORMAT, QUALITY, SPEED, Cell, Record, Store
 from study.figures import Answers, kept, perplexities, pooled_above_chance, ratio
 from study.quality import decode_events
 from study.questions import (
@@ -23,7 +23,7 @@ from study.questions import (
     read_questions,
 )
 from study.quick import DEMO, DENSE, ORACLE, RIDGE, broken_promises
-from study.rows import TASKS, quick_cells
+from study.rows import TASKS, experts_cell, quick_cells
 from study.table import write_study
 
 from moestro.cache import Phase
@@ -138,7 +138,7 @@ LOSSES = [[3.0, 3.2], [3.1, 3.3], [2.0, 2.2]]
 
 def record(cell: Cell, conditions: dict[str, Any], values: dict[str, Any]) -> Record:
     machine = {"cpu": "A CPU", "cores": 2, "threads": 1, "torch": "2", "transformers": "5"}
-    return Record(cell, conditions, machine | {"moestro": "0"}, 60.0, values)
+    return Record(cell, {"format": FORMAT} | conditions, machine | {"moestro": "0"}, 60.0, values)
 
 
 def quality(cell: Cell, more: float, texts: str = "ab", **values: Any) -> Record:
@@ -153,6 +153,9 @@ def fill(store: Store) -> None:
     store.put(quality(RIDGE, math.log(1.4), hit_rate=0.6251))
     store.put(quality(Cell(QUALITY, "griffin", active=0.75), math.log(1.1)))
     store.put(quality(ORACLE, 0.1, texts="other texts"))
+    random = experts_cell("random", "ridge", 0.75)
+    old = quality(random, 0.2)
+    store.put(Record(random, old.conditions | {"format": 0}, old.machine, 60.0, old.values))
     speed = Cell(SPEED, "experts", active=0.75)
     store.put(record(speed, {}, {"tokens_per_s": 31.26, "runs": 5}))
     for task in TASKS:
@@ -178,6 +181,8 @@ def test_the_page_says_what_records_say_and_what_is_not_run(tmp_path: Path) -> N
     assert "| 1.400 ± 0.000 | 0.336 | 230 | 0.625 | 31.3 |" in ridge
     assert "| 1.210 ± 0.000 |" in lines["| GRIFFIN"], "the second half, against dense on it"
     assert "| not run |" in lines["| per-neuron oracle"], "measured on other texts"
+    random = next(line for line in page.splitlines() if "| random |" in line)
+    assert "| not run |" in random, "measured by another format"
     # dense 3 of 4 at two choices: 0.25 above chance; the demo has none of it left
     accuracy = page.split("## Accuracy")[1]
     assert "| 0.750 (0.043) / 1.000 (0.000) |" in accuracy and "| 0.250 | 1.00 [" in accuracy

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .cells import ACCURACY, QUALITY, SPEED, Cell, Record, Store
+from .cells import ACCURACY, FORMAT, QUALITY, SPEED, Cell, Record, Store
 from .figures import Answers, Estimate, Kept, kept, perplexities, pooled_above_chance, ratio
 from .plots import Bar, Point, bars_svg, lines_svg
-from .rows import TASKS, WINDOW_TOKENS
+from .rows import GEOMETRIES, TASKS, WINDOW_TOKENS
 
 NOT_RUN = "not run"
 TITLES = {
@@ -31,10 +31,9 @@ decoding token by token with half of the experts in memory, the default policy, 
 text. *Tokens/s*: greedy decode on the engine by geometry, one thread, native weights, everything in
 memory; the dense model runs as all experts of the 75 % geometry. Seed {seed}; one run a cell.
 
-75 % and 62.5 %: 768 shared neurons and 12 or 6 of 24 experts of 32; 50 %: 384 shared neurons and 12
-of 36 experts of 32. Oracle and GRIFFIN choose single neurons. GRIFFIN runs the first half of a
-window whole, and its perplexity, ratio and KL are those of the second half, against dense on the
-same half.
+{geometries}. Oracle and GRIFFIN choose single
+neurons. GRIFFIN runs the first half of a window whole; its perplexity, ratio and KL are those of
+the second half, against dense on the same half. Plans are fitted on {calibration} tokens.
 """
 ACCURACY_READING = """Zero-shot, by log-likelihood: raw / per character, with standard errors in
 brackets. {counts}. *Above chance*: share of right answers less 1 / choices over all questions of
@@ -57,10 +56,13 @@ def write_study(store: Store, page: Path, planned: Iterable[Cell]) -> None:
 
 
 class Study:
-    """Records that go together: those on other texts than the dense model's are left out."""
+    """Records that go together: what was measured otherwise than the dense model, or on other
+
+    texts, is left out.
+    """
 
     def __init__(self, records: Sequence[Record], planned: Sequence[Cell]) -> None:
-        known = {record.cell: record for record in records}
+        known = {x.cell: x for x in records if x.conditions["format"] == FORMAT}
         self.dense = known.get(Cell(QUALITY, "dense"))
         wanted = None if self.dense is None else self.dense.conditions["held_out_sha256"]
         self.records = {
@@ -89,8 +91,20 @@ class Study:
     def _reading(self) -> str:
         if self.dense is None:
             return "The dense model is not measured yet: nothing can be compared.\n"
-        windows = self.dense.conditions["windows"]
-        return READING.format(windows=windows, tokens=WINDOW_TOKENS, seed=self.seed)
+        shapes = [
+            f"{100 * share:g} %: {shape.shared} shared neurons and {shape.active} of"
+            f" {shape.experts} experts of 32"
+            for share, shape in GEOMETRIES.items()
+        ]
+        conditions = [record.conditions for record in self.records.values()]
+        fitted = {x["calibration_tokens"] for x in conditions if "calibration_tokens" in x}
+        return READING.format(
+            windows=self.dense.conditions["windows"],
+            tokens=WINDOW_TOKENS,
+            seed=self.seed,
+            geometries=";\n".join(shapes),
+            calibration=" or ".join(f"{each:,}" for each in sorted(fitted)) or "no",
+        )
 
     def _machines(self) -> str:
         """Of all records; what they ran on is part of a speed."""
