@@ -156,6 +156,8 @@ def fill(store: Store) -> None:
     random = experts_cell("random", "ridge", 0.75)
     old = quality(random, 0.2)
     store.put(Record(random, old.conditions | {"format": 0}, old.machine, 60.0, old.values))
+    recovered = Cell(QUALITY, "recovered", "coactivation", "ridge", 0.75)
+    store.put(quality(recovered, math.log(1.3), hit_rate=0.63, recovery_steps=57))
     speed = Cell(SPEED, "experts", active=0.75)
     store.put(record(speed, {}, {"tokens_per_s": 31.26, "runs": 5}))
     for task in TASKS:
@@ -181,6 +183,7 @@ def test_the_page_says_what_records_say_and_what_is_not_run(tmp_path: Path) -> N
     assert "| 1.400 ± 0.000 | 0.336 | 230 | 0.625 | 31.3 |" in ridge
     assert "| 1.210 ± 0.000 |" in lines["| GRIFFIN"], "the second half, against dense on it"
     assert "| not run |" in lines["| per-neuron oracle"], "measured on other texts"
+    assert "recovered here, 57 steps | coactivation | ridge | 75 % |" in page
     random = next(line for line in page.splitlines() if "| random |" in line)
     assert "| not run |" in random, "measured by another format"
     # dense 3 of 4 at two choices: 0.25 above chance; the demo has none of it left

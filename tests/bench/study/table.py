@@ -131,6 +131,8 @@ class Study:
         if record is None or self.dense is None:
             return "| " + " | ".join([*words, NOT_RUN, *[""] * 7]) + " |"
         values = record.values
+        if cell.method == "recovered":
+            words[0] += f", {values['recovery_steps']} steps"
         texts = perplexities(values[_scored(cell)])
         words += [f"{value:.2f}" for value in texts]
         words += [_ratio_words(self.ratio(cell)), f"{values['kl']:.3f}"]
