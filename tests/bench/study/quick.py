@@ -44,12 +44,12 @@ def broken_promises(losses: Mapping[Cell, float]) -> Iterator[str]:
             )
 
 
-def same_as_served(sources: Sources, scratch: Path) -> Iterator[str]:
-    """Against the folder that is served, by stock transformers, on one window of the first text.
+def same_as_served(sources: Sources, scratch: Path, cell: Cell = RIDGE) -> Iterator[str]:
+    """The plan of `cell` against the folder that is served, by stock transformers, on one window.
 
     With all experts it is the dense model, with the plan's number what the simulation computes.
     """
-    plan = sources.plan(RIDGE.split, RIDGE.router, RIDGE.active)
+    plan = sources.plan(cell.split, cell.router, cell.active)
     model, options = scratch / "served", plan.facts.options
     apply_plan(plan, sources.dense, model, ignore)
     text, tokens = sources.texts / "heldout" / f"{HELD_OUT[0]}.txt", sources.scope.window_tokens
