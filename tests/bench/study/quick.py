@@ -16,7 +16,7 @@ from .sources import HELD_OUT, Scope, Sources, ignore
 
 QUICK = Scope(
     windows=1,
-    calibration_tokens=2048,
+    calibration_tokens=4096,
     router_steps=60,
     questions={"arc_easy": 20, "hellaswag": 20, "piqa": 20},
 )
