@@ -83,8 +83,8 @@ def measured(bench: Bench, folder: Path) -> dict[str, Any]:
     least_s = fixed_s + DENSITY * ffn_bytes / rate
     report.show(
         f"  whole {1000 * whole_s:.1f} ms, half {1000 * half_s:.1f} ms;"
-        f" FFN {ffn_bytes / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s; all but it {1000 * fixed_s:.1f} ms; ceiling"
-        f" {1000 * least_s:.1f} ms"
+        f" FFN {ffn_bytes / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s;"
+        f" all but it {1000 * fixed_s:.1f} ms; ceiling {1000 * least_s:.1f} ms"
     )
     bench.hold(ratio_bar("P13 half of the FFN against all of it", 1 / half_s, 1 / whole_s, FLOOR))
     share = 100 * least_s / half_s
