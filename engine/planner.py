@@ -52,10 +52,14 @@ TORCH = "torch"  # whose products serve where this build has none of its own
 
 
 def plan_model(
-    config: EngineConfig, disk_bytes_per_s: float | None = None, trace: Path | None = None
+    config: EngineConfig,
+    disk_bytes_per_s: float | None = None,
+    trace: Path | None = None,
+    weight_bytes: int | None = None,
 ) -> Forecast:
     """Takes about a second of measuring; `disk_bytes_per_s` spares the disk's part of it.
 
+    `weight_bytes`: of all weight files, where they are known and neither files nor index are here.
     With a recorded `trace` of the model, hit rates are those of its replay in the planned slots.
 
     Raises StartError as the start would; where budgets contradict, with the nearest plan that fits.
@@ -71,7 +75,8 @@ def plan_model(
     threads = set_threads(config.threads).count
     set_pool_threads(threads)
     here = weights_are_here(config.model_path)
-    checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
+    folder = config.model_path
+    checkpoint = Checkpoint(folder) if here else Sketch(folder, weight_bytes)
     try:
         blueprint = understand(config, checkpoint)
         plan = _plan(config, blueprint)

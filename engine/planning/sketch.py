@@ -57,11 +57,14 @@ def weights_are_here(folder: Path) -> bool:
 class Sketch(Checkpoint):
     """Answers about shapes and dtypes like a Checkpoint; has nothing to load.
 
+    `weight_bytes`: of all weight files together, for a folder without an index that says so.
+
     Raises ModelNotFound or ModelRefused as a Checkpoint does.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weight_bytes: int | None = None) -> None:
         self.folder = folder
+        self._weight_bytes = weight_bytes
         self.config = read_config(folder)
         self.routers = RouterFacts.of(folder)
         self._said_dtype = getattr(self.config, "dtype", None)  # building a model sets it
@@ -93,7 +96,7 @@ class Sketch(Checkpoint):
         """The config's dtype, unless the bytes in the index contradict; fp32 if nobody says."""
         said = self._said_dtype
         dtype = getattr(torch, said, None) if isinstance(said, str) else said
-        total_bytes = _total_bytes_in_index(self.folder)
+        total_bytes = _total_bytes_in_index(self.folder) or self._weight_bytes
         if total_bytes:
             itemsize = 4 if total_bytes / numbers > WIDE_BYTES else 2
             if dtype is None or dtype.itemsize != itemsize:

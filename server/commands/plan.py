@@ -34,6 +34,7 @@ from rich.console import Console
 from moestro.engine import (
     DEMO_PERPLEXITY,
     Bound,
+    EngineConfig,
     Forecast,
     Gains,
     Outlook,
@@ -41,9 +42,9 @@ from moestro.engine import (
     changes,
     plan_model,
 )
-from moestro.server.facts import Refused, Settings, parse_size
+from moestro.server.facts import HubName, Refused, Settings, parse_size
 
-from .console import set_up_logging
+from .console import progress_view, set_up_logging
 
 NOT_FETCHED = (
     "MODEL: the demo model is not in {cache_dir} yet; `moestro serve demo` fetches and splits it,"
@@ -60,16 +61,31 @@ def run_plan(settings: Settings, disk_speed: str | None, trace: Path | None, as_
     """Prints the plan on stdout. Raises Refused where serving would be refused."""
     set_up_logging(Console(stderr=True))
     config = settings.to_engine_config()
+    weight_bytes = None
     if settings.is_demo:
         config = replace(config, model_path=_demo(settings.cache_dir))
     try:
-        forecast = plan_model(config, _speed(disk_speed), trace)
+        if settings.hub_name is not None:
+            config, weight_bytes = _of_hub(config, settings.hub_name)
+        forecast = plan_model(config, _speed(disk_speed), trace, weight_bytes)
     except StartError as error:
         raise Refused(str(error)) from error
     if as_json:
         typer.echo(json.dumps(as_object(forecast), indent=2))
     else:
         typer.echo("\n".join(lines(forecast)))
+
+
+def _of_hub(config: EngineConfig, name: HubName) -> tuple[EngineConfig, int | None]:
+    """Raises StartError."""
+    from moestro.server.hub import fetch_for_plan
+
+    view = progress_view(Console(stderr=True))
+    try:
+        found = fetch_for_plan(name, view)
+    finally:
+        view.close()
+    return replace(config, model_path=found.folder), found.weight_bytes
 
 
 def _demo(cache_dir: Path) -> Path:

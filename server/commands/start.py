@@ -80,6 +80,11 @@ def leave_for_good(state: EngineState, code: int) -> None:
 
 def prepare_of(settings: Settings) -> Callable[[ProgressFn], Path] | None:
     """How the model's folder comes about, where it is not simply there."""
+    name = settings.hub_name
+    if name is not None:
+        from moestro.server.hub import fetch_model
+
+        return partial(fetch_model, name)
     if not settings.is_demo:
         return None
     from moestro.factorize import prepare_demo
