@@ -42,6 +42,7 @@ from moestro.engine.planning import (
     Gains,
     LinkSpeed,
     Outlook,
+    StoredWeights,
     changes,
 )
 from moestro.engine.routers import load_routers
@@ -129,6 +130,7 @@ __all__ = [
     "SamplingParams",
     "SelectionStats",
     "StartError",
+    "StoredWeights",
     "TemplateFacts",
     "TemplateRefused",
     "TierStats",

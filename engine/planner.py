@@ -33,6 +33,7 @@ from moestro.engine.planning import (
     MoeLayer,
     Rates,
     Sketch,
+    StoredWeights,
     Traced,
     Work,
     flags_of,
@@ -55,11 +56,11 @@ def plan_model(
     config: EngineConfig,
     disk_bytes_per_s: float | None = None,
     trace: Path | None = None,
-    weight_bytes: int | None = None,
+    stored: StoredWeights | None = None,
 ) -> Forecast:
     """Takes about a second of measuring; `disk_bytes_per_s` spares the disk's part of it.
 
-    `weight_bytes`: of all weight files, where they are known and neither files nor index are here.
+    `stored` is what is known of weights that are not here; where they are, it is not looked at.
     With a recorded `trace` of the model, hit rates are those of its replay in the planned slots.
 
     Raises StartError as the start would; where budgets contradict, with the nearest plan that fits.
@@ -76,7 +77,7 @@ def plan_model(
     set_pool_threads(threads)
     here = weights_are_here(config.model_path)
     folder = config.model_path
-    checkpoint = Checkpoint(folder) if here else Sketch(folder, weight_bytes)
+    checkpoint = Checkpoint(folder) if here else Sketch(folder, stored)
     try:
         blueprint = understand(config, checkpoint)
         plan = _plan(config, blueprint)

@@ -17,7 +17,7 @@ from .forecast import (
 )
 from .gains import DEMO_PERPLEXITY, Gains
 from .memory import MemoryPlan, release_freed_memory, trim_heap
-from .sketch import Sketch, weights_are_here
+from .sketch import Sketch, StoredWeights, weights_are_here
 from .token_reads import gains_of
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Outlook",
     "Rates",
     "Sketch",
+    "StoredWeights",
     "Traced",
     "Work",
     "changes",

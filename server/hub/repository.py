@@ -30,6 +30,7 @@ log = logging.getLogger("moestro.server")
 MOST_WAITS = 5
 MOST_WAIT_S = 600.0  # longer ones are refused with the number
 USUAL_WAIT_S = 10.0  # where a hub that is busy does not say
+_RESET = re.compile(r"\bt=(\d+)")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 TOO_MANY, UNAUTHORIZED, FORBIDDEN, SERVER_FAULTS = 429, 401, 403, 500
 
@@ -43,6 +44,10 @@ class HubRefused(StartError):
 
 class Unreachable(HubRefused):
     """Nobody answers there now: what is in the cache may serve."""
+
+
+class Throttled(Unreachable):
+    """It answers, and wants no more requests for longer than a start waits."""
 
 
 class Busy(Exception):
@@ -105,19 +110,19 @@ def list_repository(hub: Hub, name: HubName, pause: Pause) -> Listing:
 
 
 def patiently(ask: Callable[[], Answer], pause: Pause) -> Answer:
-    """Asks again after the wait that a busy hub names. Raises Unreachable after the last try."""
+    """Asks again after the wait that a busy hub names. Raises Throttled after the last try."""
     for _ in range(MOST_WAITS):
         try:
             return ask()
         except Busy as busy:
             if busy.wait_s > MOST_WAIT_S:
-                raise Unreachable(
+                raise Throttled(
                     f"the hub takes no more requests for {busy.wait_s:.0f} s (429); start again"
                     " then, or set HF_TOKEN: it lets an account ask more often"
                 ) from busy
             log.info("the hub takes no more requests now (429): waiting %.0f s", busy.wait_s)
             pause(busy.wait_s)
-    raise Unreachable(
+    raise Throttled(
         f"the hub took no request at {MOST_WAITS} tries (429); start again later, or set HF_TOKEN:"
         " it lets an account ask more often"
     )
@@ -134,7 +139,7 @@ def refusals(hub: Hub, name: HubName, what: str) -> Iterator[None]:
         raise Unreachable("HF_HUB_OFFLINE is set") from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise HubRefused(f"HF_ENDPOINT {hub.endpoint!r} is no address: {error}") from error
-    except (httpx2.TransportError, httpx2.TooManyRedirects) as error:
+    except httpx2.RequestError as error:
         raise Unreachable(
             f"no answer from {hub.endpoint} ({_words(error)}); check the connection, or HF_ENDPOINT"
         ) from error
@@ -172,16 +177,22 @@ def _refuse(hub: Hub, name: HubName, what: str, error: HfHubHTTPError) -> NoRetu
             f" ({status}); set HF_TOKEN to a valid one that may read {hub.endpoint}/{name.repo_id}"
         ) from error
     if status == TOO_MANY:
-        raise Busy(_wait_s(error.response.headers.get("Retry-After"))) from error
+        raise Busy(_wait_s(error.response.headers)) from error
     if status >= SERVER_FAULTS:
         raise Unreachable(f"{hub.endpoint} answers {status} for {what}; try again later") from error
     raise HubRefused(f"{hub.endpoint} answers {status} for {what} of {name}") from error
 
 
-def _wait_s(retry_after: str | None) -> float:
-    """Seconds; a date is not worth the clocks that it would be compared with."""
-    text = (retry_after or "").strip()
-    return float(text) if text.isdecimal() else USUAL_WAIT_S
+def _wait_s(headers: httpx2.Headers) -> float:
+    """In seconds of Retry-After, else of RateLimit (`"api";r=0;t=55`).
+
+    A date is not worth the clocks that it would be compared with.
+    """
+    text = headers.get("Retry-After", "").strip()
+    if text.isdecimal():
+        return float(text)
+    reset = _RESET.search(headers.get("RateLimit", ""))
+    return float(reset[1]) if reset else USUAL_WAIT_S
 
 
 def _checked(digest: str | None, hub: Hub, name: HubName) -> str:

@@ -20,7 +20,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
 from moestro.server.facts import HubName
 
 from .choice import RepoFile
-from .repository import Hub, HubRefused, Pause, Unreachable, patiently, refusals
+from .repository import Hub, HubRefused, Pause, Throttled, Unreachable, patiently, refusals
 
 log = logging.getLogger("moestro.server")
 
@@ -114,6 +114,8 @@ def _until_whole(
                     f"{hub.endpoint} ends {growing.wanted.name} after {growing.done_bytes} of"
                     f" {growing.wanted.size_bytes} bytes; start again to go on from there"
                 )
+        except Throttled:
+            raise
         except Unreachable:
             cuts = 0 if growing.done_bytes > before else cuts + 1
             if cuts >= CUTS_WITHOUT_GAIN:

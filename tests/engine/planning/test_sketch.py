@@ -11,7 +11,7 @@ import tiny
 from moestro.engine import EngineConfig, ModelRefused
 from moestro.engine.planning.blueprint import Blueprint, inspect, understand
 from moestro.engine.planning.budgets import plan_memory
-from moestro.engine.planning.sketch import Sketch, weights_are_here
+from moestro.engine.planning.sketch import Sketch, StoredWeights, weights_are_here
 
 
 def without_weights(folder: Path, to: Path, index: dict[str, object] | None = None) -> Path:
@@ -55,6 +55,29 @@ def test_the_index_wins_over_the_config(itemsize: int, stored: torch.dtype, tmp_
     assert not weights_are_here(bare)
     blueprint = understand(EngineConfig(bare, tmp_path), Sketch(bare))
     assert {dtype for dtype, _ in blueprint.experts[0].tensors.values()} == {stored}
+
+
+@pytest.mark.parametrize(
+    ("known", "experts", "routers"),
+    [
+        (None, torch.float16, torch.float16),  # the config's
+        (StoredWeights(total_bytes=10**7), torch.float32, torch.float32),
+        (StoredWeights(total_bytes=10**3), torch.float16, torch.float16),
+        (StoredWeights(dtype_name="BF16"), torch.bfloat16, torch.bfloat16),
+        (StoredWeights(dtype_name="BF16", wide=("gate.",)), torch.bfloat16, torch.float32),
+    ],
+)
+def test_without_an_index_what_else_is_known_decides(
+    known: StoredWeights | None, experts: torch.dtype, routers: torch.dtype, tmp_path: Path
+) -> None:
+    bare = without_weights(
+        tiny.build("olmoe", tmp_path / "whole", torch.float16), tmp_path / "bare"
+    )
+    sketch = Sketch(bare, known)
+    blueprint = understand(EngineConfig(bare, tmp_path), sketch)
+    assert {dtype for dtype, _ in blueprint.experts[0].tensors.values()} == {experts}
+    [router, *_] = [key for key in blueprint.dense_keys if "gate." in key]
+    assert sketch.dtype_of(router) == routers
 
 
 def test_a_broken_index_is_named(tmp_path: Path) -> None:

@@ -193,10 +193,11 @@ def test_a_damaged_rest_of_an_earlier_start_is_found(hub: Hub, source: Path) -> 
 
 def test_a_busy_hub_is_waited_for(server: FakeHub, hub: Hub) -> None:
     server.faults.append(Fault("/api/", 429, {"Retry-After": "7"}))
-    server.faults.append(Fault("/stored/", 429, {"Retry-After": "3"}))
+    server.faults.append(Fault("/stored/", 429, {"RateLimit": '"resolvers";r=0;t=3'}))
+    server.faults.append(Fault("/stored/", 429, {"Retry-After": "Mon, 01 Jan 2035 00:00:00 GMT"}))
     pauses = Pauses()
     fetched(hub, pauses=pauses)
-    assert pauses == [7.0, 3.0]
+    assert pauses == [7.0, 3.0, 10.0]
 
 
 def test_a_busy_hub_is_not_waited_for_without_end(server: FakeHub, hub: Hub) -> None:
@@ -204,6 +205,11 @@ def test_a_busy_hub_is_not_waited_for_without_end(server: FakeHub, hub: Hub) -> 
     assert "no more requests for 86400 s (429)" in refusal(hub)
     server.faults.append(Fault("/api/", 429, {"Retry-After": "1"}, times=99))
     assert "HF_TOKEN" in refusal(hub)
+    server.faults[-1].times = 0
+    server.faults.append(Fault("/stored/", 429, {"Retry-After": "86400"}, times=99))
+    server.asked.clear()
+    assert "no more requests for 86400 s (429)" in refusal(hub)
+    assert len([one for one in server.asked if "/stored/" in one.path]) == 1
 
 
 def test_a_renamed_repository_is_followed(server: FakeHub, hub: Hub) -> None:
