@@ -84,7 +84,7 @@ def prepare_of(settings: Settings) -> Callable[[ProgressFn], Path] | None:
     if name is not None:
         from moestro.server.hub import fetch_model
 
-        return partial(fetch_model, name)
+        return partial(fetch_model, name, pack_dir=settings.cache_dir)
     if not settings.is_demo:
         return None
     from moestro.factorize import prepare_demo

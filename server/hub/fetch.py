@@ -23,7 +23,7 @@ from .choice import (
     total_bytes,
 )
 from .repository import Hub, HubRefused, Listing, Pause, Unreachable, list_repository, sleeping
-from .store import Store, disk_errors, free_bytes
+from .store import Store, device_of, disk_errors, free_bytes
 from .transfer import fetch_file
 
 log = logging.getLogger("moestro.server")
@@ -111,6 +111,7 @@ def fetch_model(
     progress: ProgressFn,
     hub: Hub | None = None,
     *,
+    pack_dir: Path | None = None,
     pause: Pause | None = None,
     free: FreeBytes = free_bytes,
 ) -> Path:
@@ -118,7 +119,8 @@ def fetch_model(
 
     What is cached is not fetched again; without a connection a whole snapshot in the cache is
     served as it is. `progress` may raise to stop it; what has arrived stays, and the next start
-    goes on from there. Raises HubRefused before anything large, where it does not fit on the disk.
+    goes on from there. Raises HubRefused before anything large, where it does not fit on the disk;
+    warns where it may not fit into `pack_dir` once more, as a pack.
     """
     hub = hub or Hub.of_environment()
     store = Store(hub.cache_dir, name)
@@ -130,8 +132,11 @@ def fetch_model(
         listed = fetching.listing.files
         with _servable(name):
             files = [*for_shapes(listed), *for_text(listed)]
-            files += for_weights(listed, fetching.shards())
-        _require_room(fetching, files, free)
+            weights = for_weights(listed, fetching.shards())
+        files += weights
+        to_come_bytes = _require_room(fetching, files, free)
+        if pack_dir is not None and to_come_bytes:
+            _warn_of_pack(total_bytes(weights), to_come_bytes, (store.folder, pack_dir), free)
         fetching.bring(files)
         with suppress(PermissionError):  # a cache that is only read
             store.remember(fetching.listing.commit, first_only=False)
@@ -175,14 +180,14 @@ def _listed(
     return _Fetching(hub, name, store, list_repository(hub, name, patience), shown, patience)
 
 
-def _require_room(fetching: _Fetching, files: Sequence[RepoFile], free: FreeBytes) -> None:
-    """Says what will be downloaded; raises HubRefused where the disk has no room for it."""
+def _require_room(fetching: _Fetching, files: Sequence[RepoFile], free: FreeBytes) -> int:
+    """Bytes to download, which it says; raises HubRefused where the disk has no room for them."""
     store, commit = fetching.store, fetching.listing.commit
     missing = store.missing(files, commit)
     what = f"{fetching.name} ({commit[:12]}): {len(files)} files of {_size(total_bytes(files))}"
     if not missing:
         log.info("%s, all of them in %s", what, store.folder)
-        return
+        return 0
     begun_bytes = store.partial_bytes(missing)
     wanted_bytes = total_bytes(missing) - begun_bytes
     room_bytes = free(store.folder)
@@ -196,6 +201,23 @@ def _require_room(fetching: _Fetching, files: Sequence[RepoFile], free: FreeByte
             f"{fetching.name} needs {_size(wanted_bytes)} more for its download and"
             f" {store.folder} has {_size(room_bytes)} free; make room, or set HF_HOME to a folder"
             " on a larger disk"
+        )
+    return wanted_bytes
+
+
+def _warn_of_pack(
+    weight_bytes: int, to_come_bytes: int, folders: tuple[Path, Path], free: FreeBytes
+) -> None:
+    """No pack is larger than all weights; how much smaller it is, the start will know."""
+    downloads, packs = folders
+    shared = device_of(downloads) == device_of(packs)
+    left_bytes = free(packs) - (to_come_bytes if shared else 0)
+    if weight_bytes > left_bytes:
+        log.warning(
+            "after the download %s are free in %s, and the pack of its experts takes up to %s;"
+            " `moestro plan` says what a smaller --expert-format takes, --cache-dir is where"
+            " packs go",
+            *(_size(left_bytes), packs, _size(weight_bytes)),
         )
 
 

@@ -115,8 +115,16 @@ def _locked(descriptor: int) -> bool:
 
 def free_bytes(folder: Path) -> int:
     """Where `folder` is, or will be made."""
-    place = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def device_of(folder: Path) -> int:
+    """The same number for folders of one file system."""
+    return _nearest(folder).stat().st_dev
+
+
+def _nearest(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Written here, because huggingface_hub throws away what it has of a file when a p
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,8 @@ def fetch_file(
             if growing.done_bytes > file.size_bytes:
                 growing.start_again()
             _until_whole(hub, name, commit, growing, grown, pause)
+            part.flush()
+            os.fsync(part.fileno())  # a whole file's name is the proof of its bytes
         if growing.digest.hexdigest() == file.blob:
             partial.replace(target)
             return

@@ -4,14 +4,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 import tiny
-from fake_hub import COMMIT, FakeHub, Fault, fake_hub
+from fake_hub import COMMIT, FakeHub, Fault, blob_of, fake_hub
 from server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -108,3 +109,33 @@ def test_what_it_refuses_is_one_line(hub: FakeHub, environment: Environment) -> 
     offline = planned(environment | {"HF_HUB_OFFLINE": "1"}, "org/other")
     assert offline.returncode == 2
     assert "org/other is not in" in offline.stderr and "HF_HUB_OFFLINE is set" in offline.stderr
+
+
+def test_an_interrupted_download_goes_on_at_the_next_start(
+    hub: FakeHub, source: Path, environment: Environment
+) -> None:
+    hub.faults.append(Fault("/stored/", cut_after_bytes=700_000, stalls=True))
+    server = served(environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}, "org/tiny")
+    blobs = Path(environment["HF_HOME"]) / "hub" / "models--org--tiny" / "blobs"
+    partial = blobs / f"{blob_of(source / 'model.safetensors')}.moestro-partial"
+    wait_for(lambda: partial.is_file() and partial.stat().st_size > 0)
+    ready = httpx.get(f"{server.url}/ready", timeout=30)
+    assert ready.status_code == 503
+    server.signal(signal.SIGINT)
+    assert server.wait_exit(60) == 130
+    kept_bytes = partial.stat().st_size
+    hub.asked.clear()
+    server = served(environment, "org/tiny")
+    try:
+        server.wait_ready()
+    finally:
+        server.process.kill()
+        server.wait_exit()
+    assert [one.range for one in hub.asked if "/stored/" in one.path] == [f"bytes={kept_bytes}-"]
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)

@@ -30,6 +30,7 @@ class Fault:
     status: int = 0  # 0: the answer is the right one, but see below
     headers: dict[str, str] = field(default_factory=dict)
     cut_after_bytes: int | None = None  # then the connection is closed
+    stalls: bool = False  # before that, until the hub stops
     flips_a_bit: bool = False
     ignores_range: bool = False
     times: int = 1
@@ -51,6 +52,7 @@ class FakeHub:
         self.faults: list[Fault] = []
         self.asked: list[Asked] = []
         self.gate: str | None = None  # the token without which files are refused
+        self.stopping = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -61,6 +63,7 @@ class FakeHub:
 
     def stop(self) -> None:
         """Idempotent; afterwards nobody answers at the endpoint."""
+        self.stopping.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -112,6 +115,14 @@ def _sibling(name: str, path: Path) -> dict[str, object]:
     return {"rfilename": name, "size": size_bytes, "blobId": "f" * 40, "lfs": stored}
 
 
+def _in_tree(name: str, path: Path) -> dict[str, object]:
+    size_bytes, blob = path.stat().st_size, blob_of(path)
+    found = {"type": "file", "path": name, "size": size_bytes}
+    if not path.name.endswith(LARGE):
+        return found | {"oid": blob}
+    return found | {"oid": "f" * 40, "lfs": {"oid": blob, "size": size_bytes, "pointerSize": 130}}
+
+
 class _Server(ThreadingHTTPServer):
     hub: FakeHub
 
@@ -158,7 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             siblings = [_sibling(*entry) for entry in _entries(folder)]
             found = {"id": "/".join(words[:2]), "sha": COMMIT, "siblings": siblings}
-            whole: object = siblings if words[2:3] == ["tree"] else found
+            tree = [_in_tree(*entry) for entry in _entries(folder)]
+            whole: object = tree if words[2:3] == ["tree"] else found
             self._send(200, json.dumps(whole).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, path: str, fault: Fault | None) -> None:
@@ -199,6 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
         cut = None if fault is None else fault.cut_after_bytes
         self._send(status, data, headers, cut)
+        if fault is not None and fault.stalls:
+            self._hub.stopping.wait()
 
     def _send(
         self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from fake_hub import COMMIT, FakeHub, Fault, blob_of, fake_hub
 from moestro.engine import LoadCancelled, Progress
@@ -277,6 +278,15 @@ def test_a_full_disk_is_told_before_the_weights(server: FakeHub, hub: Hub) -> No
     assert not set(server.fetched()) & set(SHARDS)
 
 
+@pytest.mark.parametrize(("free_bytes", "warns"), [(10**9, False), (500_000, True)])
+def test_a_pack_that_may_not_fit_is_warned_of(
+    free_bytes: int, warns: bool, hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "moestro"):
+        fetch_model(NAME, silent, hub, pack_dir=tmp_path / "packs", free=lambda _: free_bytes)
+    assert ("the pack of its experts takes up to 0.4 MiB" in caplog.text) is warns
+
+
 def test_what_has_arrived_needs_no_room_again(hub: Hub, source: Path) -> None:
     fetched(hub)
     assert fetch_model(NAME, silent, hub, free=lambda _: 0).is_dir()
@@ -320,3 +330,26 @@ def test_an_address_that_is_none(tmp_path: Path) -> None:
 def test_a_cache_that_is_a_file(server: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "hub").write_text("", "utf-8")
     assert "HF_HOME" in refusal(Hub(server.endpoint, tmp_path / "hub"))
+
+
+def test_the_hubs_own_library_finds_what_was_fetched(server: FakeHub, hub: Hub) -> None:
+    folder = fetched(hub)
+    for revision in (None, COMMIT):
+        found = hf_hub_download(
+            "org/tiny",
+            SHARDS[0],
+            revision=revision,
+            cache_dir=hub.cache_dir,
+            endpoint=hub.endpoint,
+            local_files_only=True,
+        )
+        assert Path(found) == folder / SHARDS[0]
+
+
+def test_what_the_hubs_own_library_fetched_is_not_fetched_again(server: FakeHub, hub: Hub) -> None:
+    found = snapshot_download(
+        "org/tiny", cache_dir=hub.cache_dir, endpoint=hub.endpoint, token=False
+    )
+    server.asked.clear()
+    assert fetched(hub) == Path(found)
+    assert server.fetched() == []
