@@ -65,7 +65,7 @@ from moestro.engine.weights import (
     read_config,
 )
 
-from .planner import plan_model
+from .planner import plan_model, refuse_by_config
 from .tracing import (
     CEILING,
     CURVE_SHARES,
@@ -147,6 +147,7 @@ __all__ = [
     "name_routers",
     "plan_model",
     "read_config",
+    "refuse_by_config",
     "record_trace",
     "replay_trace",
 ]

@@ -36,6 +36,7 @@ from moestro.engine.planning import (
     StoredWeights,
     Traced,
     Work,
+    check_config,
     flags_of,
     gains_of,
     measure_link,
@@ -106,6 +107,19 @@ def plan_model(
         lane=blueprint.topology.lane,
         traced=traced,
     )
+
+
+def refuse_by_config(config: EngineConfig) -> None:
+    """Raises StartError as a start would, where the folder's config says already that it will.
+
+    For models of which no weights are here yet: before they are fetched.
+    """
+    check_choices(config)
+    sketch = Sketch(config.model_path)
+    try:
+        check_config(config, sketch)
+    finally:
+        sketch.close()
 
 
 def _plan(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:

@@ -1,7 +1,7 @@
 """The memory plan and what to expect of it, before anything is loaded."""
 
 from .advice import Change, changes, flags_of, nearest_plan
-from .blueprint import Blueprint, compact_modules, inspect, kept_dense, understand
+from .blueprint import Blueprint, check_config, compact_modules, inspect, kept_dense, understand
 from .budgets import plan_memory
 from .calibrate import Matrices, measure_link, measure_multiply
 from .forecast import (
@@ -39,6 +39,7 @@ __all__ = [
     "Traced",
     "Work",
     "changes",
+    "check_config",
     "compact_modules",
     "flags_of",
     "gains_of",

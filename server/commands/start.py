@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from moestro.engine import EngineState, EngineWorker, ProgressFn
+from moestro.engine import EngineState, EngineWorker, ProgressFn, refuse_by_config
 from moestro.server.facts import Settings, refusal_line
 from moestro.server.serving import Lifecycle
 
@@ -84,7 +85,10 @@ def prepare_of(settings: Settings) -> Callable[[ProgressFn], Path] | None:
     if name is not None:
         from moestro.server.hub import fetch_model
 
-        return partial(fetch_model, name, pack_dir=settings.cache_dir)
+        def check(folder: Path) -> None:
+            refuse_by_config(replace(settings.to_engine_config(), model_path=folder))
+
+        return partial(fetch_model, name, check=check, pack_dir=settings.cache_dir)
     if not settings.is_demo:
         return None
     from moestro.factorize import prepare_demo

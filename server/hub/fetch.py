@@ -32,6 +32,7 @@ MIB, GIB = 1 << 20, 1 << 30
 DOWNLOAD = "download"
 
 FreeBytes = Callable[[Path], int]
+Check = Callable[[Path], None]  # of a folder with config, index and no weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,10 @@ class _Fetching:
                 self._download(missing)
         self.store.link(files, commit)
 
+    def bring_few(self, files: Sequence[RepoFile]) -> None:
+        """The same without a bar: one for a few small files would be the last that a log shows."""
+        replace(self, progress=_Shown(lambda _: self.progress.again())).bring(files)
+
     def _download(self, missing: Sequence[RepoFile]) -> None:
         total, before = total_bytes(missing), 0
         for file in missing:
@@ -101,8 +106,7 @@ class _Fetching:
         index = [file for file in self.listing.files if file.name == INDEX_NAME]
         if not index:
             return None
-        # a bar of its own for one small file would be the last that a log shows
-        replace(self, progress=_Shown(lambda _: self.progress.again())).bring(index)
+        self.bring_few(index)
         return _shards_of(self.folder)
 
 
@@ -111,6 +115,7 @@ def fetch_model(
     progress: ProgressFn,
     hub: Hub | None = None,
     *,
+    check: Check | None = None,
     pack_dir: Path | None = None,
     pause: Pause | None = None,
     free: FreeBytes = free_bytes,
@@ -120,6 +125,7 @@ def fetch_model(
     What is cached is not fetched again; without a connection a whole snapshot in the cache is
     served as it is. `progress` may raise to stop it; what has arrived stays, and the next start
     goes on from there. Raises HubRefused before anything large, where it does not fit on the disk;
+    what `check` raises over the config ends it there, too;
     warns where it may not fit into `pack_dir` once more, as a pack.
     """
     hub = hub or Hub.of_environment()
@@ -131,9 +137,11 @@ def fetch_model(
             return _cached(name, store, error, for_plan=False).folder
         listed = fetching.listing.files
         with _servable(name):
-            files = [*for_shapes(listed), *for_text(listed)]
-            weights = for_weights(listed, fetching.shards())
-        files += weights
+            shapes, weights = for_shapes(listed), for_weights(listed, fetching.shards())
+        files = [*shapes, *for_text(listed), *weights]
+        if check is not None and store.missing(weights, fetching.listing.commit):
+            fetching.bring_few(shapes)
+            check(fetching.folder)
         to_come_bytes = _require_room(fetching, files, free)
         if pack_dir is not None and to_come_bytes:
             _warn_of_pack(total_bytes(weights), to_come_bytes, (store.folder, pack_dir), free)

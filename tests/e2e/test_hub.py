@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from transformers import LlamaConfig
 
 import tiny
 from fake_hub import COMMIT, FakeHub, Fault, blob_of, fake_hub
@@ -109,6 +110,20 @@ def test_what_it_refuses_is_one_line(hub: FakeHub, environment: Environment) -> 
     offline = planned(environment | {"HF_HUB_OFFLINE": "1"}, "org/other")
     assert offline.returncode == 2
     assert "org/other is not in" in offline.stderr and "HF_HUB_OFFLINE is set" in offline.stderr
+
+
+def test_a_dense_model_is_refused_before_its_weights_are_fetched(
+    hub: FakeHub, environment: Environment, tmp_path: Path
+) -> None:
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    LlamaConfig(**tiny.WIDTHS).save_pretrained(dense)
+    (dense / "model.safetensors").write_bytes(b"never read")
+    hub.repositories["org/dense"] = dense
+    server = served(environment, "org/dense")
+    assert server.wait_exit(120) == 2
+    assert "if it is dense, split it with `moestro factorize`" in server.log
+    assert hub.fetched() == ["config.json"]
 
 
 def test_an_interrupted_download_goes_on_at_the_next_start(

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from fake_hub import COMMIT, FakeHub, Fault, blob_of, fake_hub
-from moestro.engine import LoadCancelled, Progress
+from moestro.engine import LoadCancelled, ModelRefused, Progress
 from moestro.server.facts import HubName
 from moestro.server.hub import Hub, HubRefused, fetch_for_plan, fetch_model
 
@@ -276,6 +276,21 @@ def test_a_full_disk_is_told_before_the_weights(server: FakeHub, hub: Hub) -> No
     with pytest.raises(HubRefused, match="needs 0.4 MiB more .* 0.1 MiB free; make room"):
         fetch_model(NAME, silent, hub, free=lambda _: 100_000)
     assert not set(server.fetched()) & set(SHARDS)
+
+
+def test_what_the_config_says_is_asked_before_the_weights(server: FakeHub, hub: Hub) -> None:
+    seen: list[set[str]] = []
+
+    def refuse(folder: Path) -> None:
+        seen.append({path.name for path in folder.iterdir()})
+        raise ModelRefused("dense")
+
+    with pytest.raises(ModelRefused, match="dense"):
+        fetch_model(NAME, silent, hub, check=refuse)
+    assert seen == [{"config.json", "model.safetensors.index.json"}]
+    assert not set(server.fetched()) & set(SHARDS)
+    fetched(hub)
+    assert fetch_model(NAME, silent, hub, check=refuse).is_dir()  # the start itself will say it
 
 
 @pytest.mark.parametrize(("free_bytes", "warns"), [(10**9, False), (500_000, True)])
