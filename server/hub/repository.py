@@ -91,7 +91,7 @@ class Listing:
 def list_repository(hub: Hub, name: HubName, pause: Pause) -> Listing:
     """Commit and files of `name` now. Raises HubRefused, Unreachable."""
     if hub.offline:
-        raise Unreachable("HF_HUB_OFFLINE is set")
+        raise Unreachable("HF_HUB_OFFLINE is set; unset it to ask the hub")
     api = HfApi(endpoint=hub.endpoint, token=hub.token if hub.token is not None else False)
 
     def ask() -> Listing:
@@ -136,7 +136,7 @@ def refusals(hub: Hub, name: HubName, what: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         _refuse(hub, name, what, error)
     except OfflineModeIsEnabled:
-        raise Unreachable("HF_HUB_OFFLINE is set") from None
+        raise Unreachable("HF_HUB_OFFLINE is set; unset it to ask the hub") from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise HubRefused(f"HF_ENDPOINT {hub.endpoint!r} is no address: {error}") from error
     except httpx2.RequestError as error:

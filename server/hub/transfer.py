@@ -51,11 +51,12 @@ class _Growing:
     def __post_init__(self) -> None:
         self.digest = _digest_of(self.wanted)
 
-    def take_what_is_here(self) -> None:
+    def take_what_is_here(self, grown: Grown) -> None:
         self.part.seek(0)
         while chunk := self.part.read(CHUNK_BYTES):
             self.digest.update(chunk)
             self.done_bytes += len(chunk)
+            grown(min(self.done_bytes, self.wanted.size_bytes))
 
     def add(self, chunk: bytes) -> None:
         self.part.write(chunk)
@@ -85,7 +86,7 @@ def fetch_file(
     for attempt in range(1, ATTEMPTS + 1):
         with partial.open("a+b") as part:
             growing = _Growing(part, file)
-            growing.take_what_is_here()
+            growing.take_what_is_here(grown)
             if growing.done_bytes > file.size_bytes:
                 growing.start_again()
             _until_whole(hub, name, commit, growing, grown, pause)
