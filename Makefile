@@ -14,12 +14,13 @@ DEMO_FLAGS := --expert-format int8 --dense-format int8 --host-memory 20MiB
 export MOESTRO_TORCH
 export PYTHON
 
-.PHONY: help run setup dev test check test-fast test-slow families clients gpu-check bench bench-full clean
+.PHONY: help run setup dev test check test-fast test-slow families clients gpu-check bench bench-full study \
+	study-quick clean
 
 help: ## this text
 	@echo "moestro: a server for Mixture-of-Experts models larger than the memory they run in."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Variables: PORT=$(PORT)  HOST=$(HOST)  ARGS=\"--host-memory 10MiB\"  (make run)"
 	@echo "           PYTEST_ARGS=\"-k name\"  (make test…)    PYTHON=  MOESTRO_TORCH=  (make setup)"
@@ -58,6 +59,12 @@ bench: dev ## the benchmarks (ARGS="bench_engine" for one)
 
 bench-full: dev ## a 7 B model against its peers: hours, 67 GB of disk (ARGS="p1 p3" for some)
 	@scripts/bench_full.sh $(ARGS)
+
+study: dev ## splits, routers, recovery in one table: two core-hours (ARGS="--list", ARGS="--only NAME")
+	@scripts/study.sh $(ARGS)
+
+study-quick: dev ## a sample of the study in 8 minutes, which fails if it is odd
+	@scripts/study.sh --quick
 
 clean: ## remove .venv and everything built or cached in this folder (not the model cache)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

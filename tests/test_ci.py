@@ -10,6 +10,7 @@ import pytest
 FAMILIES = "made families PYTEST_ARGS=--session-timeout=900"
 SLOW = "made test-slow PYTEST_ARGS=--session-timeout=1500"
 CLIENTS = "made clients PYTEST_ARGS=--session-timeout=720"
+STUDY = "made study-quick PYTEST_ARGS=--session-timeout=1200"
 REPO = Path(__file__).parents[1]
 FAKE_MAKE = """#!/usr/bin/env bash
 echo "made $*"
@@ -43,14 +44,15 @@ def test_all_targets_run_and_pytests_summary_is_last(tmp_path: Path) -> None:
     status, lines = run_ci(tmp_path)
     assert status == 0
     assert lines[0] == "made test"
-    assert [line for line in lines if line in (FAMILIES, SLOW, CLIENTS)] == [
+    assert [line for line in lines if line in (FAMILIES, SLOW, CLIENTS, STUDY)] == [
         FAMILIES,
         SLOW,
         CLIENTS,
+        STUDY,
     ]
-    for target in ("families", "test-slow", "clients"):
+    for target in ("families", "test-slow", "clients", "study-quick"):
         assert any(line.startswith(f"ci: {target}: passed in ") for line in lines)
-    assert lines[-1] == "==== 3 passed, 1 skipped in 0.07s ====", "the last target's"
+    assert lines[-1] == "==== 3 passed, 1 skipped in 0.011s ====", "the last target's"
 
 
 def test_what_the_time_does_not_reach_is_named_and_fails_nothing(tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_what_the_time_does_not_reach_is_named_and_fails_nothing(tmp_path: Path)
     assert lines[-1] == "==== 3 passed, 1 skipped in 0.04s ===="
 
 
-@pytest.mark.parametrize("failing", ["test", "families", "test-slow", "clients"])
+@pytest.mark.parametrize("failing", ["test", "families", "test-slow", "clients", "study-quick"])
 def test_what_fails_fails_by_name(failing: str, tmp_path: Path) -> None:
     status, lines = run_ci(tmp_path, failing=failing)
     assert status == 1
