@@ -42,6 +42,7 @@ from moestro.engine.planning import (
     Gains,
     LinkSpeed,
     Outlook,
+    StoredWeights,
     changes,
 )
 from moestro.engine.routers import load_routers
@@ -73,7 +74,7 @@ from .kept_folders import (
     remove,
     remove_fetched,
 )
-from .planner import plan_model, verdict
+from .planner import plan_model, refuse_by_config, verdict
 from .tracing import (
     CEILING,
     CURVE_SHARES,
@@ -141,6 +142,7 @@ __all__ = [
     "SamplingParams",
     "SelectionStats",
     "StartError",
+    "StoredWeights",
     "TemplateFacts",
     "TemplateRefused",
     "TierStats",
@@ -162,6 +164,7 @@ __all__ = [
     "remove_fetched",
     "verdict",
     "read_config",
+    "refuse_by_config",
     "record_trace",
     "replay_trace",
 ]

@@ -33,8 +33,10 @@ from moestro.engine.planning import (
     MoeLayer,
     Rates,
     Sketch,
+    StoredWeights,
     Traced,
     Work,
+    check_config,
     flags_of,
     gains_of,
     measure_link,
@@ -52,10 +54,14 @@ TORCH = "torch"  # whose products serve where this build has none of its own
 
 
 def plan_model(
-    config: EngineConfig, disk_bytes_per_s: float | None = None, trace: Path | None = None
+    config: EngineConfig,
+    disk_bytes_per_s: float | None = None,
+    trace: Path | None = None,
+    stored: StoredWeights | None = None,
 ) -> Forecast:
     """Takes about a second of measuring; `disk_bytes_per_s` spares the disk's part of it.
 
+    `stored` is what is known of weights that are not here; where they are, it is not looked at.
     With a recorded `trace` of the model, hit rates are those of its replay in the planned slots.
 
     Raises StartError as the start would; where budgets contradict, with the nearest plan that fits.
@@ -71,7 +77,8 @@ def plan_model(
     threads = set_threads(config.threads).count
     set_pool_threads(threads)
     here = weights_are_here(config.model_path)
-    checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
+    folder = config.model_path
+    checkpoint = Checkpoint(folder) if here else Sketch(folder, stored)
     try:
         blueprint = understand(config, checkpoint)
         plan = _plan(config, blueprint)
@@ -119,6 +126,19 @@ def verdict(config: EngineConfig) -> str:
         return f"refused: {error}"
     total = blueprint.spec.num_experts
     return f"fits: {human_bytes(plan.total_bytes)}, {slots.slots} of {total} experts resident"
+
+
+def refuse_by_config(config: EngineConfig) -> None:
+    """Raises StartError as a start would, where the folder's config says already that it will.
+
+    For models of which no weights are here yet: before they are fetched.
+    """
+    check_choices(config)
+    sketch = Sketch(config.model_path)
+    try:
+        check_config(config, sketch)
+    finally:
+        sketch.close()
 
 
 def _plan(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:

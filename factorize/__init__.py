@@ -15,6 +15,7 @@ from moestro.factorize.recovery import RecoverOptions, recovery_modes, recovery_
 from .apply import apply_plan
 from .commands import Inputs, Outputs, run_dry, run_evaluate, run_factorize, show_plan
 from .demo import demo_deltas, demo_plan, find_demo, prepare_demo, prepare_dense
+from .demo_sketch import sketch_demo
 from .evaluate import Perplexity, perplexity
 from .export import run_export
 
@@ -45,4 +46,5 @@ __all__ = [
     "run_export",
     "run_factorize",
     "show_plan",
+    "sketch_demo",
 ]

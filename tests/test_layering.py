@@ -43,6 +43,8 @@ THIRD_PARTIES = {
     "server": {
         "fastapi",
         "h11",
+        "httpx2",  # the client of huggingface_hub, whose errors it lets through
+        "huggingface_hub",  # asks for and fetches models by their hub name: server/hub alone
         "starlette",
         "pydantic",
         "pydantic_core",
@@ -104,7 +106,8 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "api": {"facts", "contract", "metrics", "parsing"},
         "api.dialects": {"facts", "contract", "metrics", "parsing", "api"},
         "serving": {"facts", "contract", "metrics", "api", "api.dialects"},
-        "commands": {"facts", "serving"},
+        "hub": {"facts"},
+        "commands": {"facts", "serving", "hub"},
         "": {"commands"},
     },
 }

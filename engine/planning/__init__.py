@@ -1,7 +1,7 @@
 """The memory plan and what to expect of it, before anything is loaded."""
 
 from .advice import Change, changes, flags_of, nearest_plan
-from .blueprint import Blueprint, compact_modules, inspect, kept_dense, understand
+from .blueprint import Blueprint, check_config, compact_modules, inspect, kept_dense, understand
 from .budgets import plan_memory
 from .calibrate import Matrices, measure_link, measure_multiply
 from .forecast import (
@@ -17,7 +17,7 @@ from .forecast import (
 )
 from .gains import DEMO_PERPLEXITY, Gains
 from .memory import MemoryPlan, release_freed_memory, trim_heap
-from .sketch import Sketch, weights_are_here
+from .sketch import Sketch, StoredWeights, weights_are_here
 from .token_reads import gains_of
 
 __all__ = [
@@ -35,9 +35,11 @@ __all__ = [
     "Outlook",
     "Rates",
     "Sketch",
+    "StoredWeights",
     "Traced",
     "Work",
     "changes",
+    "check_config",
     "compact_modules",
     "flags_of",
     "gains_of",

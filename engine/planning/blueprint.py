@@ -90,15 +90,7 @@ def inspect(config: EngineConfig, device: Device = CPU) -> Blueprint:
 
 def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CPU) -> Blueprint:
     """The same from files that are already open, or from a sketch of them."""
-    manifest = Manifest.read(config.model_path)
-    experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
-    checkpoint.routers = _with_tau(checkpoint.routers, config)
-    packed = build_meta_model(checkpoint, device.compute_dtype)
-    _check_experts(checkpoint, packed, experts_per_token)
-    topology = choose_lane(
-        packed,
-        lambda: build_meta_model(checkpoint, device.compute_dtype, Lane.SEQUENTIAL),
-    )
+    manifest, experts_per_token, scale, topology = _by_config(config, checkpoint, device)
     model = _build(checkpoint, device, topology)
     modules, dense_keys = checkpoint.split_keys(model)
     by_path = {entry.path: entry for entry in modules}
@@ -111,6 +103,30 @@ def understand(config: EngineConfig, checkpoint: Checkpoint, device: Device = CP
     return Blueprint(
         checkpoint, topology, experts, dense_keys, manifest, experts_per_token, scale, codec, device
     )
+
+
+def check_config(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """Raises StartError where the config and the flags alone say that a start will be refused.
+
+    Among these: dense models, types and quantizations that are not carried. Looks at no weights.
+    """
+    _by_config(config, checkpoint, CPU)
+
+
+def _by_config(
+    config: EngineConfig, checkpoint: Checkpoint, device: Device
+) -> tuple[Manifest | None, int, float, Topology]:
+    """Manifest, experts per token, what their sum is multiplied with, and how a step runs."""
+    manifest = Manifest.read(config.model_path)
+    experts_per_token, scale = _experts_per_token(checkpoint, manifest, config.experts_per_token)
+    checkpoint.routers = _with_tau(checkpoint.routers, config)
+    packed = build_meta_model(checkpoint, device.compute_dtype)
+    _check_experts(checkpoint, packed, experts_per_token)
+    topology = choose_lane(
+        packed,
+        lambda: build_meta_model(checkpoint, device.compute_dtype, Lane.SEQUENTIAL),
+    )
+    return manifest, experts_per_token, scale, topology
 
 
 def _with_tau(routers: RouterFacts | None, config: EngineConfig) -> RouterFacts | None:

@@ -23,7 +23,20 @@ from moestro.engine.weights import (
     weight_files,
 )
 
+PLAIN_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
 WIDE_BYTES = 3  # per number and more on average: the index speaks of fp32
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """What somebody knows of weight files that are not here, beside the config and the index.
+
+    `dtype_name` is safetensors' word (F16). Tensors with one of `wide` in their names are F32.
+    """
+
+    total_bytes: int | None = None
+    dtype_name: str | None = None
+    wide: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +73,9 @@ class Sketch(Checkpoint):
     Raises ModelNotFound or ModelRefused as a Checkpoint does.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stored: StoredWeights | None = None) -> None:
         self.folder = folder
+        self._stored = stored or StoredWeights()
         self.config = read_config(folder)
         self.routers = RouterFacts.of(folder)
         self._said_dtype = getattr(self.config, "dtype", None)  # building a model sets it
@@ -76,9 +90,15 @@ class Sketch(Checkpoint):
         tensors |= dict(model.named_parameters())  # tied ones once, as the files have them
         kept = model.state_dict()
         tensors |= {name: found for name, found in model.named_buffers() if name in kept}
-        dtype_name = self._stored_dtype(sum(tensor.numel() for tensor in tensors.values()))
+        numbers = sum(tensor.numel() for tensor in tensors.values())
+        dtype_name = self._stored.dtype_name or self._stored_dtype(numbers)
+        wide = PLAIN_NAMES[torch.float32]
         self._slices = {
-            name: _Shape(dtype_name, tuple(tensor.shape)) for name, tensor in tensors.items()
+            name: _Shape(
+                wide if any(part in name for part in self._stored.wide) else dtype_name,
+                tuple(tensor.shape),
+            )
+            for name, tensor in tensors.items()
         }
         modules = [
             self._experts_module(
@@ -93,15 +113,14 @@ class Sketch(Checkpoint):
         """The config's dtype, unless the bytes in the index contradict; fp32 if nobody says."""
         said = self._said_dtype
         dtype = getattr(torch, said, None) if isinstance(said, str) else said
-        total_bytes = _total_bytes_in_index(self.folder)
+        total_bytes = _total_bytes_in_index(self.folder) or self._stored.total_bytes
         if total_bytes:
             itemsize = 4 if total_bytes / numbers > WIDE_BYTES else 2
             if dtype is None or dtype.itemsize != itemsize:
                 dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-        names = {plain: name for name, plain in PLAIN_DTYPES.items()}
-        if dtype is not None and dtype not in names:
+        if dtype is not None and dtype not in PLAIN_NAMES:
             raise ModelRefused(f"{self.folder}: weights in {dtype} are not carried")
-        return names[dtype or torch.float32]
+        return PLAIN_NAMES[dtype or torch.float32]
 
 
 def _experts_names(model: PreTrainedModel) -> list[tuple[str, list[str]]]:

@@ -155,6 +155,7 @@ def serve(
       moestro serve demo
       moestro serve demo --host-memory 16MiB --experts-per-token 6
       moestro serve ./my-moe --host 0.0.0.0 --api-key "$KEY"
+      moestro serve org/name@v1.0       (from a hub: HF_TOKEN, HF_HOME and HF_ENDPOINT are its own)
     \b
     Sizes are like 16MiB, 2GiB, 500MB or plain bytes. Each flag is also a variable:
     MOESTRO_HOST_MEMORY=2GiB is --host-memory 2GiB, MOESTRO_PREFETCH=false is --no-prefetch;
@@ -215,6 +216,7 @@ def plan(
     Examples:
       moestro plan ./my-moe --host-memory 8GiB
       moestro plan ./only-config-json --json --disk-speed 3GB
+      moestro plan org/name             (fetches config and index, no weights)
     \b
     A folder with config.json is enough; the weight index and the headers of weight files are used
     where they are. Memory is what `moestro serve` prints with the same flags. Speeds are bounds

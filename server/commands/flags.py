@@ -25,7 +25,8 @@ Model = Annotated[
     Argument(
         metavar="MODEL",
         show_default=False,
-        help="`demo` (a small real model, fetched at the first start) or a checkpoint's folder.",
+        help="`demo` (a small real model, fetched at the first start), a checkpoint's folder, or"
+        " org/name[@revision] on a hub.",
     ),
 ]
 Host = Annotated[
@@ -190,7 +191,7 @@ ServedModelName = Annotated[
     Option(
         "--served-model-name",
         metavar="NAME",
-        help="What clients call the model. [default: demo, or the folder's name]",
+        help="What clients call the model. [default: demo, org/name, or the folder's name]",
     ),
 ]
 CacheDir = Annotated[

@@ -24,8 +24,11 @@ The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import typer
@@ -38,18 +41,14 @@ from moestro.engine import (
     Gains,
     Outlook,
     StartError,
+    StoredWeights,
     changes,
     plan_model,
 )
 from moestro.server.facts import Refused, Settings, parse_size
 
-from .console import set_up_logging
+from .console import progress_view, set_up_logging
 from .output import size_words
-
-NOT_FETCHED = (
-    "MODEL: the demo model is not in {cache_dir} yet; `moestro serve demo` fetches and splits it,"
-    " then it can be planned"
-)
 
 ROUTING = {
     "uniform": "if every expert is equally likely (skewed routing finds more)",
@@ -60,11 +59,11 @@ ROUTING = {
 def run_plan(settings: Settings, disk_speed: str | None, trace: Path | None, as_json: bool) -> None:
     """Prints the plan on stdout. Raises Refused where serving would be refused."""
     set_up_logging(Console(stderr=True))
-    config = settings.to_engine_config()
-    if settings.is_demo:
-        config = replace(config, model_path=_demo(settings.cache_dir))
+    speed = _speed(disk_speed)
     try:
-        forecast = plan_model(config, _speed(disk_speed), trace)
+        with _model(settings) as (folder, stored):
+            config = replace(settings.to_engine_config(), model_path=folder)
+            forecast = plan_model(config, speed, trace, stored)
     except StartError as error:
         raise Refused(str(error)) from error
     if as_json:
@@ -73,13 +72,40 @@ def run_plan(settings: Settings, disk_speed: str | None, trace: Path | None, as_
         typer.echo("\n".join(lines(forecast)))
 
 
-def _demo(cache_dir: Path) -> Path:
-    from moestro.factorize import find_demo
+@contextmanager
+def _model(settings: Settings) -> Iterator[tuple[Path, StoredWeights | None]]:
+    """Where the model's config is for as long as the block runs, and what else is known of it.
+
+    Raises StartError.
+    """
+    name = settings.hub_name
+    if name is not None:
+        from moestro.server.hub import fetch_for_plan
+
+        view = progress_view(Console(stderr=True))
+        try:
+            found = fetch_for_plan(name, view)
+        finally:
+            view.close()
+        yield found.folder, StoredWeights(total_bytes=found.weight_bytes)
+    elif settings.is_demo:
+        with _demo(settings.cache_dir) as known:
+            yield known
+    else:
+        yield settings.model_path, None
+
+
+@contextmanager
+def _demo(cache_dir: Path) -> Iterator[tuple[Path, StoredWeights | None]]:
+    """Where it was fetched, else as it will be."""
+    from moestro.factorize import find_demo, sketch_demo
 
     folder = find_demo(cache_dir)
-    if folder is None:
-        raise Refused(NOT_FETCHED.format(cache_dir=cache_dir))
-    return folder
+    if folder is not None:
+        yield folder, None
+        return
+    with TemporaryDirectory(prefix="moestro-demo-") as made:
+        yield Path(made), sketch_demo(Path(made))
 
 
 def _speed(text: str | None) -> float | None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from moestro.engine import EngineState, EngineWorker, ProgressFn
+from moestro.engine import EngineState, EngineWorker, ProgressFn, refuse_by_config
 from moestro.server.facts import Settings, refusal_line
 from moestro.server.serving import Lifecycle
 
@@ -80,6 +81,14 @@ def leave_for_good(state: EngineState, code: int) -> None:
 
 def prepare_of(settings: Settings) -> Callable[[ProgressFn], Path] | None:
     """How the model's folder comes about, where it is not simply there."""
+    name = settings.hub_name
+    if name is not None:
+        from moestro.server.hub import fetch_model
+
+        def check(folder: Path) -> None:
+            refuse_by_config(replace(settings.to_engine_config(), model_path=folder))
+
+        return partial(fetch_model, name, check=check, pack_dir=settings.cache_dir)
     if not settings.is_demo:
         return None
     from moestro.factorize import prepare_demo

@@ -1,5 +1,6 @@
 """Settings and refusals. Lowest wing: no engine, so that a wrong flag is answered at once."""
 
+from .hub_name import HubName
 from .refusal import Refused, refusal_line
 from .settings import (
     EXPERT_FORMATS,
@@ -13,6 +14,7 @@ from .settings import (
 
 __all__ = [
     "EXPERT_FORMATS",
+    "HubName",
     "Places",
     "Refused",
     "Settings",

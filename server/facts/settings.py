@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +22,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from .hub_name import HUB_FORM, HubName, hub_name
 from .keys import parse_keys, read_keys
 from .model_name import model_name
 from .origins import parse_origins
@@ -209,9 +211,13 @@ class Settings(Places):
     def _model_exists(cls, value: str) -> str:
         if not value.strip():
             raise ValueError(f"{value!r} is neither '{DEMO}' nor a checkpoint's folder")
-        if value != DEMO and not _is_folder(_expanded(Path(value))):
+        place = _expanded(Path(value))
+        if value == DEMO or _is_folder(place):
+            return value
+        if place.exists() or hub_name(value) is None:
             raise ValueError(
-                f"there is no folder {_shown(value)} ('{DEMO}' or a checkpoint's folder)"
+                f"there is no folder {_shown(value)} ('{DEMO}', a checkpoint's folder, or a hub's"
+                f" name as {HUB_FORM})"
             )
         return value
 
@@ -261,13 +267,21 @@ class Settings(Places):
         return self.model == DEMO
 
     @property
+    def hub_name(self) -> HubName | None:
+        """None for the demo and for a folder, which wins over a hub's model of the same name."""
+        return None if self.is_demo or _is_folder(self.model_path) else hub_name(self.model)
+
+    @property
     def model_path(self) -> Path:
         return _expanded(Path(self.model))
 
-    @property
+    @cached_property  # asked for with each request
     def served_name(self) -> str:
-        """What clients call the model; never a path of this machine."""
-        return self.served_model_name or (DEMO if self.is_demo else model_name(self.model_path))
+        """What clients call the model; never a path of this machine, nor a commit."""
+        if self.served_model_name or self.is_demo:
+            return self.served_model_name or DEMO
+        named = self.hub_name
+        return model_name(self.model_path) if named is None else named.repo_id
 
     @property
     def keys(self) -> frozenset[str]:

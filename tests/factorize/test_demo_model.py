@@ -11,8 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moestro.engine import Progress
-from moestro.factorize import apply_plan, demo_deltas, demo_plan, prepare_demo, prepare_dense
+from moestro.engine import EngineConfig, Progress, plan_model
+from moestro.factorize import (
+    apply_plan,
+    demo_deltas,
+    demo_plan,
+    prepare_demo,
+    prepare_dense,
+    sketch_demo,
+)
 from moestro.factorize.evaluate import load_model
 from moestro.factorize.facts.folder_note import NOTE_NAME
 
@@ -80,3 +87,24 @@ def test_plan_and_deltas_give_the_same_bytes_again(
         if path.name == NOTE_NAME:  # of the folder, with its times
             continue
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_demo_is_foretold_as_it_comes(demo: Path, tmp_path: Path) -> None:
+    """The plan of what is not fetched yet is that of what was fetched."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    stored = sketch_demo(bare)
+    for name in ("config.json", "moestro.json"):
+        assert (bare / name).read_text("utf-8") == (demo / name).read_text("utf-8")
+    budgets: Any = {"host_memory_bytes": 40 << 20, "kv_memory_bytes": 64 << 20, "threads": 1}
+    before, after = (
+        plan_model(EngineConfig(folder, tmp_path / "cache", **budgets), 1e9, None, stored)
+        for folder in (bare, demo)
+    )
+    assert (before.has_weights, after.has_weights) == (False, True)
+    assert before.stored_dtype == after.stored_dtype
+    assert (before.slots, before.slot_bytes) == (after.slots, after.slot_bytes)
+    assert (before.work, before.lane) == (after.work, after.lane)
+    moving = ("interpreter", "packing")  # what this process has taken so far
+    for name, count_bytes in before.plan.parts().items():
+        assert name in moving or count_bytes == after.plan.parts()[name], name

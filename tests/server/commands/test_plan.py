@@ -180,7 +180,12 @@ def test_refusals_are_one_line(
     assert words in err
 
 
-def test_the_demo_is_planned_only_when_it_was_fetched(plan: Command) -> None:
-    code, out, err = plan("demo")
-    assert (code, out) == (2, "")
-    assert "`moestro serve demo` fetches" in err
+def test_the_demo_is_planned_before_it_is_fetched(plan: Command, tmp_path: Path) -> None:
+    budgets = ("--host-memory", "40MiB", "--kv-memory", "64MiB", "--disk-speed", "1GB")
+    code, out, err = plan("demo", *budgets, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    model = found["model"]
+    assert (model["layers"], model["experts_per_layer"], model["experts_per_token"]) == (30, 24, 12)
+    assert (model["stored_dtype"], model["weights"]) == ("float16", "absent")
+    assert not (tmp_path / "cache" / "models").exists()

@@ -40,5 +40,10 @@ def test_an_open_door_is_said(caplog, host, key, warns):
     assert ("without a key" in caplog.text) is warns
 
 
+def test_a_hub_name_is_fetched_and_the_demo_made():
+    for model in ("org/name@v1", "demo"):
+        assert prepare_of(Settings(model=model)) is not None
+
+
 def test_a_folder_needs_no_preparation(tmp_path):
     assert prepare_of(Settings(model=str(tmp_path))) is None

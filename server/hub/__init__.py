@@ -1,0 +1,6 @@
+"""Models by their hub name: what of a repository is needed, fetched into the hub's own cache."""
+
+from .fetch import PlanFolder, fetch_for_plan, fetch_model
+from .repository import Hub, HubRefused
+
+__all__ = ["Hub", "HubRefused", "PlanFolder", "fetch_for_plan", "fetch_model"]
