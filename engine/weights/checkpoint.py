@@ -29,16 +29,17 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moestro.cache import human_bytes
 from moestro.engine.facts import ModelRefused
 from moestro.engine.formats import ExpertsModule, is_experts_module
+from moestro.engine.gguf_files import GgufSource
 from moestro.engine.quantized import Quantization, plain_slices
 
 from .completeness import Renamed, refuse_missing
-from .config import read_config, read_quantization
+from .config import read_config, read_quantization, refusing
 from .damage import few, one_line, readable
 from .linears import CompactLinear, StoredEmbedding, TileLinear
 from .nested_config import warn_disagreements
 from .routers import RouterFacts
 from .tying import same_numbers, tied_twice, untie, warn_untied
-from .weight_files import open_weights, weight_files
+from .weight_files import gguf_source, open_weights, weight_files
 
 log = logging.getLogger("moestro.engine")
 
@@ -57,10 +58,18 @@ class Checkpoint:
     Raises ModelNotFound or ModelRefused with a line that names the file and the reason.
     """
 
+    gguf: GgufSource | None = None  # where the weights are in such files
+    quantization: Quantization | None = None
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._untied: set[str] = set()  # names that the config ties and the files do not
         self.config = read_config(folder)
         self.routers = RouterFacts.of(folder)
+        self.gguf = gguf_source(folder)
+        if self.gguf is not None:
+            self._open_gguf(self.gguf)
+            return
         beside = [] if self.routers is None else [self.routers.checked_file(folder)]
         found = open_weights([*weight_files(folder), *beside])
         self._file_of_key = {key: path for key, (path, _) in found.items()}
@@ -68,7 +77,13 @@ class Checkpoint:
         self.quantization = read_quantization(folder)
         if self.quantization is not None:
             self._decode(self.quantization)
-        self._untied: set[str] = set()  # names that the config ties and the files do not
+
+    def _open_gguf(self, source: GgufSource) -> None:
+        with refusing(str(source.paths[0])):
+            found = source.tensors(self.config)
+        self._file_of_key = {key: path for key, (path, _) in found.items()}
+        self._slices = {key: part for key, (_, part) in found.items()}
+        log.info("weights: GGUF (%s), decoded to float32 where they lie in blocks", source.kinds)
 
     def _decode(self, quantization: Quantization) -> None:
         """From here on the quantized tensors have the names, shapes and numbers of plain ones."""
@@ -87,8 +102,12 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Changes when the config or any weight file does (names, sizes, headers, times)."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted(set(self._file_of_key.values())):
+        paths = sorted(set(self._file_of_key.values()))
+        if self.gguf is not None:
+            digest, paths = hashlib.sha256(b"gguf"), self.gguf.paths
+        else:
+            digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in paths:
             stat = path.stat()
             digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
         return digest.hexdigest()
