@@ -27,6 +27,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
+from moestro.engine.facts import ModelRefused
 from moestro.engine.quantized import Decoded
 
 from .stored import Stored
@@ -41,9 +42,9 @@ def plain_tensors(
 ) -> tuple[Found, set[str]]:
     """For `model`, on meta; and the names of the file that it has no place for.
 
-    A tensor whose shapes do not fit is left as the file has it, for whoever compares them. Numbers
-    are float32 where they lie in blocks or are no matrix, else of their own type: what transformers
-    makes of them without a dtype, bit by bit.
+    Numbers are float32 where they lie in blocks or are no matrix, else of their own type: what
+    transformers makes of them without a dtype, bit by bit. Raises ModelRefused for shapes that are
+    not the model's.
     """
     newer = is_gguf_arch_supported(architecture)
     find = _by_conversions if newer else _by_processors
@@ -143,16 +144,19 @@ def _converted(
 def _decoded(
     group: Mapping[str, Stored], model: PreTrainedModel, target: str, decode: Any
 ) -> Decoded:
-    """Its shape is the model's where the numbers are as many, else the file's own."""
+    """With the model's shape. Raises ModelRefused where the file's does not come to it."""
     first = next(iter(group.values()))
     wanted = model.get_parameter_or_buffer(target).shape
     numbers = sum(torch.Size(tensor.shape).numel() for tensor in group.values())
-    fits = numbers == wanted.numel() and _same_sizes(first, wanted, len(group))
+    if numbers != wanted.numel() or not _same_sizes(first, wanted, len(group)):
+        raise ModelRefused(
+            f"{first.entry.path}: tensor {first.entry.name} is {first.shape}, and {target}"
+            f" {tuple(wanted)} by the file's own fields; the file is damaged, fetch it again"
+        )
     dtype = torch.float32
     if len(first.shape) > 1:
         dtype = reduce(torch.promote_types, [tensor.dtype for tensor in group.values()])
-    shape = tuple(wanted) if fits else first.shape
-    return Decoded(shape, dtype, group, decode, leading=len(first.shape) == STACKED)
+    return Decoded(tuple(wanted), dtype, group, decode, leading=len(first.shape) == STACKED)
 
 
 def _same_sizes(first: Stored, wanted: torch.Size, parts: int) -> bool:

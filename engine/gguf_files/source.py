@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
@@ -24,7 +24,7 @@ from moestro.engine.quantized import Decoded
 from .header import Header, read_header
 from .names import plain_tensors
 from .splits import gguf_paths
-from .stored import Stored, stored
+from .stored import Stored, check_entry, stored
 
 log = logging.getLogger("moestro.engine")
 
@@ -38,6 +38,8 @@ WIDTHS = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 OLDER_FIELDS: Any = GGUF_CONFIG_MAPPING  # by architecture: keys of the file, fields of the config
+NEEDED = ("context_length", "embedding_length", "block_count", "attention.head_count")
+NEEDED_OF_EXPERTS = ("expert_count", "expert_used_count", "attention.layer_norm_rms_epsilon")
 ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
@@ -49,12 +51,20 @@ class GgufSource:
 
     @classmethod
     def of(cls, path: Path) -> "GgufSource | None":
-        """None where `path` names no GGUF. Raises ModelRefused, ModelNotFound or OSError."""
+        """None where `path` names no GGUF. Raises ModelRefused, ModelNotFound or OSError.
+
+        Among the refused: an architecture that transformers does not read.
+        """
         paths = gguf_paths(path)
         if paths is None:
             return None
         found = cls(tuple(read_header(each) for each in paths))
+        for header in found.headers:
+            for entry in header.entries:
+                check_entry(entry, header.path.stat().st_size)
         found._check_parts()
+        found._refuse_unknown()
+        found._check_fields()
         return found
 
     @property
@@ -89,10 +99,7 @@ class GgufSource:
             yield Path(folder), first.name
 
     def config(self) -> PreTrainedConfig:
-        """Raises ModelRefused for an architecture that transformers does not read, and whatever
-        transformers raises over fields that are missing.
-        """
-        self._refuse_unknown()
+        """Raises whatever transformers raises over fields that are missing or wrong."""
         with self.alone() as (folder, name):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 folder, gguf_file=name, local_files_only=True, trust_remote_code=False
@@ -119,6 +126,7 @@ class GgufSource:
         model = _meta_model(config)
         plain, spare = plain_tensors(self.architecture, config, model, found)
         self._settle_spare(spare)
+        log.info("weights: GGUF (%s), decoded to float32 where they lie in blocks", self.kinds)
         return {target: (file_of[next(iter(part.parts))], part) for target, part in plain.items()}
 
     def _refuse_unknown(self) -> None:
@@ -131,6 +139,17 @@ class GgufSource:
             f" {version('transformers')} does not read out of a GGUF file; with experts it reads"
             f" {', '.join(known)}; use the model's own folder with .safetensors"
         )
+
+    def _check_fields(self) -> None:
+        """Raises ModelRefused where transformers would take its class' defaults without a word."""
+        first, name = self.headers[0], self.architecture
+        with_experts = any(EXPERTS in entry.name for each in self.headers for entry in each.entries)
+        for key in (*NEEDED, *(NEEDED_OF_EXPERTS if with_experts else ())):
+            if f"{name}.{key}" not in first.fields:
+                raise ModelRefused(
+                    f"{first.path}: the field {name}.{key} is missing; the file is damaged or of an"
+                    " old converter, make or fetch it again"
+                )
 
     def _settle_spare(self, spare: set[str]) -> None:
         """Raises ModelRefused for experts that transformers' class has no place for."""
@@ -186,7 +205,8 @@ def carried_architectures() -> list[str]:
     older = [
         name
         for name in TENSOR_PROCESSORS
-        if "expert_count" in OLDER_FIELDS.get(_config_name(name), ())
+        if name in MODEL_ARCH_NAMES.values()
+        and "expert_count" in OLDER_FIELDS.get(_config_name(name), ())
     ]
     return sorted({*newer, *older})
 

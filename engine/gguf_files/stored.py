@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -46,28 +47,15 @@ class Opened:
 class Stored:
     """A safetensors slice to look at: its dtype and shape cost nothing, indexing reads float32.
 
-    Raises ModelRefused for a type that is not decoded, and where the file ends before the tensor.
+    `entry` is one that `check_entry` let pass.
     """
 
     def __init__(self, entry: Entry, file: Opened) -> None:
-        self.name = entry.name
+        self.entry = entry
         self.shape = entry.shape
-        self.kind = _decodable(entry)
+        self.kind = GGMLQuantizationType(entry.kind)
         self._file = file
-        self._offset_bytes = entry.offset_bytes
-        block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
-        if entry.shape[-1] % block:
-            raise ModelRefused(
-                f"{entry.path}: tensor {entry.name} of shape {entry.shape} is no whole number of"
-                f" blocks of {block} ({self.kind.name}); fetch it again"
-            )
-        self._row_bytes = entry.shape[-1] // block * block_bytes
-        end = entry.offset_bytes + prod(entry.shape[:-1]) * self._row_bytes
-        if end > file.size_bytes:
-            raise ModelRefused(
-                f"{entry.path} is cut off: it has {file.size_bytes} bytes, and tensor {entry.name}"
-                f" ends at {end}; fetch it again"
-            )
+        self._row_bytes = _row_bytes(entry)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,30 +75,55 @@ class Stored:
         shape = (last - first, *self.shape[1:]) if len(self.shape) > 1 else (self.shape[0],)
         each = prod(self.shape[1:-1]) * self._row_bytes if len(self.shape) > 1 else 0
         length = prod(shape[:-1]) * self._row_bytes
-        data = self._file.read(self._offset_bytes + first * each, length)
+        data = self._file.read(self.entry.offset_bytes + first * each, length)
         values = gguf.dequantize(data.reshape(*shape[:-1], self._row_bytes), self.kind)
         whole = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(shape)
         return whole if len(self.shape) > 1 else whole[rows]
 
 
 def stored(entries: tuple[Entry, ...], path: Path) -> dict[str, Stored]:
-    """{name in the file: tensor} of one file. Raises ModelRefused, OSError."""
+    """{name in the file: tensor} of one file. Raises OSError."""
     file = Opened(path)
     return {entry.name: Stored(entry, file) for entry in entries}
 
 
-def _decodable(entry: Entry) -> GGMLQuantizationType:
-    try:
-        kind = GGMLQuantizationType(entry.kind)
-        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        try:
-            name = GGMLQuantizationType(entry.kind).name
-        except ValueError:
-            name = f"number {entry.kind}"
+def check_entry(entry: Entry, file_bytes: int) -> None:
+    """Raises ModelRefused for a type that is not decoded, and where the file ends too early."""
+    name = _undecoded(entry.kind)
+    if name is not None:
         raise ModelRefused(
             f"{entry.path}: tensor {entry.name} is of ggml's type {name}, which the gguf library"
             " does not decode; take a file of another quantization, such as Q4_K_M or Q8_0"
-        ) from error
-    return kind
+        )
+    block, _ = gguf.GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
+    if entry.shape[-1] % block:
+        raise ModelRefused(
+            f"{entry.path}: tensor {entry.name} of shape {entry.shape} is no whole number of"
+            f" blocks of {block}; fetch it again"
+        )
+    end = entry.offset_bytes + prod(entry.shape[:-1]) * _row_bytes(entry)
+    if end > file_bytes:
+        raise ModelRefused(
+            f"{entry.path} is cut off: it has {file_bytes} bytes, and tensor {entry.name} ends at"
+            f" {end}; fetch it again"
+        )
+
+
+def _row_bytes(entry: Entry) -> int:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
+    return entry.shape[-1] // block * block_bytes
+
+
+@cache
+def _undecoded(number: int) -> str | None:
+    """What a type is called that the library does not decode; None for one that it does."""
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        return f"number {number}"
+    try:
+        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
+    except (KeyError, NotImplementedError):
+        return kind.name
+    return None

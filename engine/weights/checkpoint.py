@@ -5,7 +5,6 @@ Files are read with `pread`, never mapped, so that a loaded page is counted once
 Knows no request, no budget and no pack.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -39,7 +38,7 @@ from .linears import CompactLinear, StoredEmbedding, TileLinear
 from .nested_config import warn_disagreements
 from .routers import RouterFacts
 from .tying import same_numbers, tied_twice, untie, warn_untied
-from .weight_files import gguf_source, open_weights, weight_files
+from .weight_files import fingerprint, gguf_source, open_weights, weight_files
 
 log = logging.getLogger("moestro.engine")
 
@@ -59,31 +58,25 @@ class Checkpoint:
     """
 
     gguf: GgufSource | None = None  # where the weights are in such files
-    quantization: Quantization | None = None
+    routers: RouterFacts | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._untied: set[str] = set()  # names that the config ties and the files do not
         self.config = read_config(folder)
-        self.routers = RouterFacts.of(folder)
         self.gguf = gguf_source(folder)
         if self.gguf is not None:
-            self._open_gguf(self.gguf)
-            return
-        beside = [] if self.routers is None else [self.routers.checked_file(folder)]
-        found = open_weights([*weight_files(folder), *beside])
+            with refusing(str(self.gguf.paths[0])):
+                found = self.gguf.tensors(self.config)
+        else:
+            self.routers = RouterFacts.of(folder)
+            beside = [] if self.routers is None else [self.routers.checked_file(folder)]
+            found = open_weights([*weight_files(folder), *beside])
         self._file_of_key = {key: path for key, (path, _) in found.items()}
         self._slices: dict[str, Any] = {key: part for key, (_, part) in found.items()}
         self.quantization = read_quantization(folder)
         if self.quantization is not None:
             self._decode(self.quantization)
-
-    def _open_gguf(self, source: GgufSource) -> None:
-        with refusing(str(source.paths[0])):
-            found = source.tensors(self.config)
-        self._file_of_key = {key: path for key, (path, _) in found.items()}
-        self._slices = {key: part for key, (_, part) in found.items()}
-        log.info("weights: GGUF (%s), decoded to float32 where they lie in blocks", source.kinds)
 
     def _decode(self, quantization: Quantization) -> None:
         """From here on the quantized tensors have the names, shapes and numbers of plain ones."""
@@ -102,15 +95,10 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Changes when the config or any weight file does (names, sizes, headers, times)."""
-        paths = sorted(set(self._file_of_key.values()))
         if self.gguf is not None:
-            digest, paths = hashlib.sha256(b"gguf"), self.gguf.paths
-        else:
-            digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in paths:
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-        return digest.hexdigest()
+            return fingerprint(b"GGUF", self.gguf.paths)
+        config = (self.folder / "config.json").read_bytes()
+        return fingerprint(config, set(self._file_of_key.values()))
 
     def dtype_of(self, key: str) -> torch.dtype:
         name = self._slices[key].get_dtype()

@@ -4,9 +4,11 @@ The choice is transformers' own, so that a stray file is never read: those of th
 model.safetensors, else the only one. Pickles are never opened.
 """
 
+import hashlib
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,15 @@ def weight_files(folder: Path) -> list[Path]:
             refuse_dangling(folder / name)
     _log_unread(folder, sorted(set(found) - set(chosen)))
     return [folder / name for name in chosen]
+
+
+def fingerprint(config: bytes, paths: Iterable[Path]) -> str:
+    """Changes when the config does, or the name, size or time of a file."""
+    digest = hashlib.sha256(config)
+    for path in sorted(paths):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def _refuse_lost_shards(folder: Path, chosen: list[str], found: list[str]) -> None:

@@ -130,7 +130,18 @@ def _qwen35moe(hidden: int, inner: int, layer: int) -> Shapes:
     }
 
 
+def _llama(hidden: int, inner: int, _layer: int) -> Shapes:
+    """As Mixtral's."""
+    return {
+        "attn_norm.weight": (hidden,),
+        "ffn_norm.weight": (hidden,),
+        **_attention(hidden, hidden // HEADS),
+        **_experts(hidden, inner),
+    }
+
+
 LAYER = {
+    "llama": _llama,
     "qwen2moe": _qwen2moe,
     "qwen3moe": _qwen3moe,
     "minimax-m2": _minimax,

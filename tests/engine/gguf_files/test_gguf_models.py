@@ -20,11 +20,11 @@ from moestro.engine.weights import Checkpoint
 PROMPT = list(range(20, 50))
 WIDE: dict[str, Any] = {"hidden": 256, "inner": 256}
 CASES = {
-    "qwen3moe F32": ("qwen3moe", Kind.F32, {}),
-    "qwen2moe Q8_0": ("qwen2moe", Kind.Q8_0, {}),
-    "minimax-m2 Q4_0": ("minimax-m2", Kind.Q4_0, {}),
-    "qwen35moe Q8_0": ("qwen35moe", Kind.Q8_0, {}),
     "qwen3moe Q4_K": ("qwen3moe", Kind.Q4_K, WIDE),
+    "qwen2moe Q8_0": ("qwen2moe", Kind.Q8_0, {}),
+    "qwen35moe Q8_0": ("qwen35moe", Kind.Q8_0, {}),
+    "qwen3moe F32": ("qwen3moe", Kind.F32, {}),
+    "minimax-m2 Q4_0": ("minimax-m2", Kind.Q4_0, {}),
     "qwen3moe F16": ("qwen3moe", Kind.F16, {}),
     "qwen3moe BF16": ("qwen3moe", Kind.BF16, {}),
     "qwen2moe Q6_K": ("qwen2moe", Kind.Q6_K, WIDE),
@@ -36,7 +36,7 @@ CASES = {
     "qwen35moe F16": ("qwen35moe", Kind.F16, {}),
     "qwen35moe Q4_0": ("qwen35moe", Kind.Q4_0, {}),
 }
-FAST = list(CASES)[:5]
+FAST = list(CASES)[:3]
 EACH = [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CASES]
 
 
@@ -120,12 +120,9 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
         assert split._slices.keys() == whole._slices.keys()
         for key in whole._slices:
             assert torch.equal(split._slices[key][...], whole._slices[key][...])
-    assert torch.equal(
-        logits(first, tmp_path / "cache"), logits(tmp_path / "tiny-model.gguf", tmp_path / "cache")
-    )
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_tied_embeddings(parts: int, tmp_path: Path) -> None:
     tied = Checkpoint(written("qwen3moe F32", tmp_path, parts=parts, tied=True))
     assert tied.config.tie_word_embeddings and "lm_head.weight" not in tied._slices
