@@ -3,8 +3,6 @@
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +10,26 @@ from typing import Any
 
 import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    convert_gguf_tokenizer,
+    get_gguf_tokenizer,
+)
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
 from moestro.engine.facts import ModelRefused
 from moestro.engine.quantized import Decoded
 
+from .fields_file import write_fields
 from .header import Header, read_header
 from .names import plain_tensors
 from .splits import gguf_paths
@@ -87,29 +96,29 @@ class GgufSource:
         fields = self.headers[0].fields
         return [fields[key] for key in ENDS if type(fields.get(key)) is int]
 
-    @contextmanager
-    def alone(self) -> Iterator[tuple[Path, str]]:
-        """(folder, name) of the first file where nothing lies beside it, as a link.
-
-        transformers takes a tokenizer or config that lies beside a file for the file's own.
-        """
-        with tempfile.TemporaryDirectory(prefix="moestro-gguf-") as folder:
-            first = self.paths[0].resolve()
-            (Path(folder) / first.name).symlink_to(first)
-            yield Path(folder), first.name
-
     def config(self) -> PreTrainedConfig:
         """Raises whatever transformers raises over fields that are missing or wrong."""
-        with self.alone() as (folder, name):
+        names = {entry.name for header in self.headers for entry in header.entries}
+        with tempfile.TemporaryDirectory(prefix="moestro-gguf-") as folder:
+            alone = Path(folder) / "model.gguf"
+            if is_gguf_arch_supported(self.architecture):
+                alone.symlink_to(self.paths[0].resolve())
+            else:
+                write_fields(self.headers[0], alone, [HEAD] if HEAD in names else ["none"])
             config: PreTrainedConfig = AutoConfig.from_pretrained(
-                folder, gguf_file=name, local_files_only=True, trust_remote_code=False
+                folder, gguf_file=alone.name, local_files_only=True, trust_remote_code=False
             )
-        if len(self.headers) > 1:  # transformers has looked at the first part alone
-            names = {entry.name for header in self.headers for entry in header.entries}
-            config.tie_word_embeddings = HEAD not in names
+        config.tie_word_embeddings = HEAD not in names  # they may be in another part
         self._add_widths(config)
         config.name_or_path = ""
         return config
+
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer, chat template included. Raises whatever it and tokenizers do."""
+        architecture, described, settings = get_gguf_tokenizer(str(self.paths[0]))
+        backend, others = convert_gguf_tokenizer(architecture, described)
+        made: Any = TokenizersBackend
+        return made(tokenizer_object=backend, **settings | others)
 
     def tensors(self, config: PreTrainedConfig) -> dict[str, tuple[Path, Decoded]]:
         """{name in the model: (file, tensor)}. Raises ModelRefused or OSError."""

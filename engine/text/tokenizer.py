@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from moestro.engine.facts import BadParameter, ModelRefused, PromptTooLong
 from moestro.engine.gguf_files import GgufSource
-from moestro.engine.weights import gguf_source, json_object, refusing, warn_disagreement
+from moestro.engine.weights import gguf_source, json_object, warn_disagreement
 
 from .chat_template import ChatTemplate, TemplateFacts
 from .grammar import Grammars
@@ -20,7 +20,7 @@ from .prompt_slices import doubled_tokens, token_slices
 from .reader import reader
 from .text_bound import most_chars_per_token
 from .text_stream import TextStream
-from .tokenizer_files import RefusingTokenizer, log_own_code, refuse_stand_ins
+from .tokenizer_files import RefusingGguf, RefusingTokenizer, log_own_code, refuse_stand_ins
 from .vocabulary import Vocabulary
 
 log = logging.getLogger("moestro.engine")
@@ -190,12 +190,8 @@ def _of_folder(folder: Path) -> Any:
 
 def _of_gguf(source: GgufSource) -> Any:
     """Out of the file, chat template included. Raises ModelRefused."""
-    with refusing(f"{source.paths[0]} has no tokenizer that can be read"), source.alone() as where:
-        folder, name = where
-        found: Any = AutoTokenizer.from_pretrained(
-            folder, gguf_file=name, local_files_only=True, trust_remote_code=False
-        )
-    return found
+    with RefusingGguf(source.paths[0]):
+        return source.tokenizer()
 
 
 def _refuse_above(most_tokens: int, tokens: int, in_words: str) -> None:

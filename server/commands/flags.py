@@ -25,7 +25,8 @@ Model = Annotated[
     Argument(
         metavar="MODEL",
         show_default=False,
-        help="`demo` (a small real model, fetched at the first start) or a checkpoint's folder.",
+        help="`demo` (a small real model, fetched at the first start), a checkpoint's folder or a"
+        " GGUF file.",
     ),
 ]
 Host = Annotated[

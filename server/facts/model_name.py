@@ -14,6 +14,10 @@ _HUB_PREFIX = "models--"
 _HUB_SNAPSHOTS = "snapshots"
 
 
+def is_gguf_name(name: str) -> bool:
+    return GGUF.search(name) is not None
+
+
 @cache  # asked for with each request, and links may change
 def model_name(folder: Path) -> str:
     """`folder` is absolute. One that is a link is called as the link is."""

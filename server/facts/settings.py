@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .keys import parse_keys, read_keys
-from .model_name import model_name
+from .model_name import is_gguf_name, model_name
 from .origins import parse_origins
 from .refusal import Refused
 
@@ -72,10 +72,10 @@ def _expanded(path: Path) -> Path:
         raise ValueError(f"{_shown(str(path))}: no user here has that home folder") from None
 
 
-def _is_folder(path: Path) -> bool:
-    """ValueError where the system does not even want to look."""
+def _is_model(path: Path) -> bool:
+    """A folder, or a GGUF file. ValueError where the system does not even want to look."""
     try:
-        return path.is_dir()
+        return path.is_dir() or (path.is_file() and is_gguf_name(path.name))
     except OSError as error:
         raise ValueError(f"cannot read {_shown(str(path))}: {error.strerror}") from None
 
@@ -209,9 +209,10 @@ class Settings(Places):
     def _model_exists(cls, value: str) -> str:
         if not value.strip():
             raise ValueError(f"{value!r} is neither '{DEMO}' nor a checkpoint's folder")
-        if value != DEMO and not _is_folder(_expanded(Path(value))):
+        if value != DEMO and not _is_model(_expanded(Path(value))):
             raise ValueError(
-                f"there is no folder {_shown(value)} ('{DEMO}' or a checkpoint's folder)"
+                f"there is no folder {_shown(value)} ('{DEMO}', a checkpoint's folder or a GGUF"
+                " file)"
             )
         return value
 

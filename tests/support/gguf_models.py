@@ -219,10 +219,12 @@ def write_gguf(
     parts: int = 1,
     others: Mapping[str, Any] | None = None,
     tied: bool = False,
+    begins: bool = False,
 ) -> Path:
     """The first file. `kind` is of every matrix; with `parts`, names end in their places.
 
-    `others` are fields, behind the architecture; None takes one away.
+    `others` are fields, behind the architecture; None takes one away. With `begins` each text
+    has a token before it.
     """
     largest: dict[str, Any] = {
         "split_max_tensors": -(-len(shapes(architecture, hidden, inner)) // parts)
@@ -231,7 +233,7 @@ def write_gguf(
     for key, value in (fields(architecture, hidden, inner) | dict(others or {})).items():
         if value is not None:
             _add_field(writer, f"{architecture}.{key}", value)
-    _add_tokenizer(writer)
+    _add_tokenizer(writer, begins)
     for name, shape in shapes(architecture, hidden, inner).items():
         if not (tied and name == "output.weight"):
             _add_tensor(writer, name, shape, kind)
@@ -253,7 +255,7 @@ def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, begins: bool) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(TOKENS)
@@ -261,7 +263,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(END)
     writer.add_pad_token_id(START)
-    writer.add_add_bos_token(False)
+    writer.add_bos_token_id(START)
+    writer.add_add_bos_token(begins)
     writer.add_chat_template(TEMPLATE)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engine_kit import opened
-from gguf_models import END, TEMPLATE, write_gguf
+from gguf_models import END, TEMPLATE, TOKENS, write_gguf
 from moestro.engine import SamplingParams
 from moestro.engine.step.sequence import Batch, Part
 from moestro.engine.step.sequence import Sequence as Running
@@ -92,14 +92,17 @@ def test_tensors_and_logits_are_transformers(case: str, stock: Any, tmp_path: Pa
     assert (found - answer).abs().max() < 1e-4
 
 
-def test_a_file_needs_none_of_our_words_where_widths_are_the_defaults(
-    stock: Any, tmp_path: Path
+@pytest.mark.parametrize("case", [*FAST, "minimax-m2 Q4_0"])
+def test_the_config_is_transformers_apart_from_widths_that_it_does_not_read(
+    case: str, tmp_path: Path
 ) -> None:
-    path = written("qwen3moe F32", tmp_path, inner=768)
-    wanted = stock(path)
-    ours, theirs = Checkpoint(path).config.to_dict(), wanted.config.to_dict()
+    path = written(case, tmp_path)
+    stock = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+    ours, theirs = Checkpoint(path).config.to_dict(), stock.to_dict()
     unlike = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
-    assert unlike <= {"dtype", "quantization_config", "_name_or_path", "architectures"}
+    unlike -= {"quantization_config", "_name_or_path", "_model_name_or_path"}
+    older = {"moe_intermediate_size", "shared_expert_intermediate_size"}
+    assert unlike <= (set() if case.startswith("qwen35") else older)
 
 
 def test_floats_keep_their_type_and_norms_are_float32(tmp_path: Path) -> None:
@@ -129,15 +132,18 @@ def test_tied_embeddings(parts: int, tmp_path: Path) -> None:
     assert logits(tied.folder, tmp_path / "cache").isfinite().all()
 
 
-def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
-    path = written("qwen3moe F32", tmp_path)
+@pytest.mark.parametrize("begins", [False, True])
+def test_the_tokenizer_is_in_the_file(begins: bool, tmp_path: Path) -> None:
+    path = written("qwen3moe F32", tmp_path, begins=begins)
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x", null]}}')
     ours = Tokenizer(path)
     (tmp_path / "tokenizer_config.json").unlink()
     wanted = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for text in ("hello wörld", "a  b\n\n12<|im_end|>", "日本"):
         assert ours.encode(text) == wanted(text)["input_ids"]
-        assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
+        own = ours.encode(text)[int(begins) :]
+        assert ours.decode(own, skip_special_tokens=False) == text
+    assert (ours.encode("hell") == [TOKENS.index("hell")]) is not begins
     assert ours.stop_ids == {END}
     assert ours.info.chat_template == TEMPLATE
     assert (

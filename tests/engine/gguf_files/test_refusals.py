@@ -9,8 +9,9 @@ import pytest
 
 from gguf_models import fields, write_gguf
 from moestro.engine import EngineConfig
-from moestro.engine.facts import StartError
+from moestro.engine.facts import ModelRefused, StartError
 from moestro.engine.planning import inspect
+from moestro.engine.text import Tokenizer
 from tiny_gguf import write_tiny_gguf
 
 Harm = Callable[[bytes], bytes]
@@ -69,18 +70,31 @@ def swap(old: bytes, new: bytes) -> Harm:
         (swap(b"ffn_down_exps", b"ffn_down_axps"), "tensors are missing in the files: .*down_proj"),
         (swap(b"1.attn_q.weight", b"1.attn_z.weight"), "missing in the files: .*1.self_attn.q_pr"),
         (swap(b"ffn_down_exps", b"ffn_diwn_exps"), "does not read the experts .blk.0.ffn_diwn_exp"),
-        (swap(b"tokenizer.ggml.model", b"tokenizer.ggml.mobel"), None),
     ],
 )
 def test_a_damaged_file_is_refused_in_a_line(
-    harm: Harm, words: str | None, whole: bytes, tmp_path: Path
+    harm: Harm, words: str, whole: bytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(harm(whole))
-    if words is None:  # a fact of the tokenizer, which inspecting does not need
-        inspect(EngineConfig(path, tmp_path / "cache"))
-        return
     assert re.search(words, refusal(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"tokenizer.ggml.model", b"tokenizer.ggml.mobel", "stating tokenizer None"),
+        (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz", "'tokens'"),
+        (b"he ll", b"he lz", "Error while initializing BPE.*out of vocabulary"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(
+    old: bytes, new: bytes, words: str, whole: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole.replace(old, new))
+    with pytest.raises(ModelRefused, match=f"has no tokenizer that can be read: .*{words}"):
+        Tokenizer(path)
 
 
 @pytest.mark.parametrize("key", ["expert_used_count", "block_count", "attention.head_count"])
