@@ -195,18 +195,24 @@ def values(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float
 
 
 def blocks(kind: Kind, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
-    """Drawn bytes of whole blocks, their halves of scales small."""
+    """Drawn bytes of whole blocks; scales for values of a size like the other types'."""
     size, length = gguf.GGML_QUANT_SIZES[kind]
     draw = np.random.default_rng(seed)
     rows = draw.integers(0, 256, (int(np.prod(shape)) // size, length), dtype=np.uint8)
-    for place in SCALES[kind]:
-        scales = draw.uniform(1e-4, 3e-4, len(rows)).astype(np.float16)
+    largest, *places = SCALES[kind]
+    for place in places:
+        scales = draw.uniform(largest / 3, largest, len(rows)).astype(np.float16)
         rows[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
     return rows.reshape(*shape[:-1], shape[-1] // size * length)
 
 
-# Where a block has scales in fp16 (ggml-common.h).
-SCALES = {Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,), Kind.IQ4_XS: (0,)}
+# How large the scales of a block are at most, and where it has them, in fp16 (ggml-common.h).
+SCALES: dict[Kind, tuple[float, *tuple[int, ...]]] = {
+    Kind.Q4_K: (3e-4, 0, 2),
+    Kind.Q5_K: (1.5e-4, 0, 2),
+    Kind.Q6_K: (6e-5, 208),
+    Kind.IQ4_XS: (6e-5, 0),
+}
 
 
 def write_gguf(

@@ -50,7 +50,7 @@ def stock() -> Any:
 
 def _stock(path: Path, **settings: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, **settings
+        path.parent, gguf_file=path.name, dtype=torch.float32, **settings
     )
     return model.eval()
 
