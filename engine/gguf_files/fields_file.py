@@ -37,7 +37,8 @@ def write_fields(header: Header, path: Path, tensors: Iterable[str]) -> None:
 def _add(writer: gguf.GGUFWriter, architecture: str, key: str, value: object) -> None:
     """Of the model; of the tokenizer its whole numbers: ids of tokens."""
     group = key.partition(".")[0]
-    if key == gguf.Keys.General.ARCHITECTURE or group not in (architecture, "general", "tokenizer"):
+    own = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.ALIGNMENT)  # the writer says them
+    if key in own or group not in (architecture, "general", "tokenizer"):
         return
     if isinstance(value, bool):
         writer.add_key_value(key, value, GGUFValueType.BOOL)

@@ -6,6 +6,7 @@ where the data begin, which `general.alignment` divides (ggml's docs/gguf.md).
 """
 
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -92,6 +93,9 @@ def read_header(path: Path) -> Header:
             found[key] = reading.value(key, reading.number("I", key))
         entries = [reading.entry() for _ in range(tensors)]
         position = file.tell()
+    twice = [name for name, count in Counter(name for name, *_ in entries).items() if count > 1]
+    if twice:
+        raise ModelRefused(f"{path} is damaged: it has two tensors {twice[0]}; fetch it again")
     step = Header(path, found, ()).whole(ALIGNMENT, DEFAULT_ALIGNMENT)
     if step < 1:
         raise ModelRefused(f"{path}: {ALIGNMENT} is {step}, and must be above 0")

@@ -240,6 +240,9 @@ def write_gguf(
         if value is not None:
             _add_field(writer, f"{architecture}.{key}", value)
     _add_tokenizer(writer, begins)
+    if parts == 1:  # the library says it in the first part alone
+        writer.add_custom_alignment(64)
+    writer.add_tags(["tiny", "random"])
     for name, shape in shapes(architecture, hidden, inner).items():
         if not (tied and name == "output.weight"):
             _add_tensor(writer, name, shape, kind)

@@ -65,6 +65,7 @@ def swap(old: bytes, new: bytes) -> Harm:
         (kind_of(b"blk.0.attn_q.weight", 99), "tensor blk.0.attn_q.weight is of .* number 99"),
         (kind_of(b"blk.0.attn_q.weight", 27), "tensor blk.0.attn_q.weight is of .* type I64"),
         (kind_of(b"blk.0.attn_q.weight", 14), "is no whole number of blocks of 256"),
+        (swap(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"), "two tensors blk.0.attn_k.weight"),
         (swap(b"qwen3moe", b"qwen9moe"), "is 'qwen9moe', which .* minimax-m2, qwen2moe, qwen35moe"),
         (swap(b"general.architecture", b"general.architectur_"), "general.architecture is missing"),
         (swap(b"ffn_down_exps", b"ffn_down_axps"), "tensors are missing in the files: .*down_proj"),
