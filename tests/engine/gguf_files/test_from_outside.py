@@ -18,6 +18,7 @@ LAYER_BYTES = EXPERTS * 3 * HIDDEN * INNER * 4  # float32: 48 MiB of 576
 BUDGET_BYTES = 48 * MIB
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_starts_own(tmp_path: Path) -> None:
     path = gguf_models.write_gguf(tmp_path / "m.gguf", kind=Kind.Q8_0, parts=2)
     settings: dict[str, Any] = {"kv_memory_bytes": 4 * MIB, "threads": 1}

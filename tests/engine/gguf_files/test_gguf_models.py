@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from engine_kit import opened
 from gguf_models import END, TEMPLATE, TOKENS, write_gguf
-from moestro.engine import SamplingParams
+from moestro.engine import EngineConfig, SamplingParams
+from moestro.engine.planning import inspect
 from moestro.engine.step.sequence import Batch, Part
 from moestro.engine.step.sequence import Sequence as Running
 from moestro.engine.text import Tokenizer
@@ -125,11 +126,11 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
             assert torch.equal(split._slices[key][...], whole._slices[key][...])
 
 
-@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("parts", [1, 3])
 def test_tied_embeddings(parts: int, tmp_path: Path) -> None:
     tied = Checkpoint(written("qwen3moe F32", tmp_path, parts=parts, tied=True))
     assert tied.config.tie_word_embeddings and "lm_head.weight" not in tied._slices
-    assert logits(tied.folder, tmp_path / "cache").isfinite().all()
+    inspect(EngineConfig(tied.folder, tmp_path / "cache"))  # nothing is missing
 
 
 @pytest.mark.parametrize("begins", [False, True])
