@@ -64,7 +64,16 @@ from moestro.engine.weights import (
     read_config,
 )
 
-from .planner import plan_model
+from .kept_folders import (
+    FetchedModel,
+    InUse,
+    KeptModel,
+    fetched_models,
+    kept_models,
+    remove,
+    remove_fetched,
+)
+from .planner import plan_model, verdict
 from .tracing import (
     CEILING,
     CURVE_SHARES,
@@ -91,6 +100,7 @@ __all__ = [
     "CacheStats",
     "Change",
     "Draining",
+    "FetchedModel",
     "EngineConfig",
     "EngineError",
     "EngineFailed",
@@ -104,6 +114,8 @@ __all__ = [
     "GrammarKind",
     "GrammarRefused",
     "GrammarSpec",
+    "InUse",
+    "KeptModel",
     "LinkSpec",
     "LinkSpeed",
     "LivePoint",
@@ -143,7 +155,12 @@ __all__ = [
     "load_routers",
     "mix_by_trace",
     "name_routers",
+    "fetched_models",
+    "kept_models",
     "plan_model",
+    "remove",
+    "remove_fetched",
+    "verdict",
     "read_config",
     "record_trace",
     "replay_trace",

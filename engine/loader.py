@@ -60,6 +60,7 @@ from moestro.engine.text import Tokenizer
 
 from .choices import check_choices, check_device
 from .found import log_found, log_plan, log_whole_prompts, warn_vocabulary
+from .kept_folders import FolderLock, use_folder
 from .phases import Phases
 from .placement import host_share
 from .selfcheck import Verdict, check_lane, compare_thin
@@ -86,6 +87,7 @@ class Loaded:
     plan: MemoryPlan
     load_s: dict[str, float]
     prefetch: Prefetch | None
+    folder: FolderLock | None = None  # of the packs: nobody removes them meanwhile
 
     def stats(self) -> EngineStats:
         counters, scheduler = self.engine.counters, self.engine.scheduler
@@ -110,6 +112,8 @@ class Loaded:
 
     def close(self) -> None:
         self.cache.close()
+        if self.folder is not None:
+            self.folder.close()
 
 
 def load(
@@ -136,14 +140,16 @@ def load(
     log_plan(config, blueprint, plan)
     tokenizer = Tokenizer(config.model_path)
     warn_vocabulary(tokenizer, blueprint.vocab_size)
-    try:
-        model, cache = load_weights(config, blueprint, plan, phases)
-    except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile
-        raise StartError(
-            f"--device {config.device}: less memory is free there than was planned with; lower"
-            f" --device-memory or --kv-memory ({str(error).splitlines()[0]})"
-        ) from error
     with ExitStack() as undo:
+        folder = use_folder(config, blueprint.family, blueprint.topology.lane.lane.value)
+        undo.callback(folder.close)
+        try:
+            model, cache = load_weights(config, blueprint, plan, phases)
+        except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile
+            raise StartError(
+                f"--device {config.device}: less memory is free there than was planned with; lower"
+                f" --device-memory or --kv-memory ({str(error).splitlines()[0]})"
+            ) from error
         undo.callback(cache.close)
         step = StepPhase()
         prefetch = _prefetch(config, blueprint, model, cache, step, threads.count)
@@ -167,6 +173,7 @@ def load(
         loaded = _assemble(
             config, blueprint, plan, limits, runner, cache, tokenizer, phases.seconds, prefetch
         )
+        loaded.folder = folder
         undo.pop_all()
     return loaded
 

@@ -110,6 +110,25 @@ def plan_model(
     )
 
 
+def verdict(config: EngineConfig) -> str:
+    """A line: whether a start would fit, with how many experts resident. Measures nothing."""
+    try:
+        check_choices(config)
+        here = weights_are_here(config.model_path)
+        checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
+        try:
+            blueprint = understand(config, checkpoint)
+            plan = _plan(config, blueprint)
+        finally:
+            checkpoint.close()
+        least = max(blueprint.topology.experts_per_token)
+        slots = plan_slots(plan.experts_bytes, blueprint.spec, least)
+    except StartError as error:
+        return f"refused: {error}"
+    total = blueprint.spec.num_experts
+    return f"fits: {human_bytes(plan.total_bytes)}, {slots.slots} of {total} experts resident"
+
+
 def _plan(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
     packing = not config.pack_path.exists()  # as the start asks
 

@@ -10,7 +10,7 @@ import pytest
 FAMILIES = "made families PYTEST_ARGS=--session-timeout=900"
 SLOW = "made test-slow PYTEST_ARGS=--session-timeout=1500"
 CLIENTS = "made clients PYTEST_ARGS=--session-timeout=720"
-STUDY = "made study-quick PYTEST_ARGS=--session-timeout=600"
+STUDY = "made study-quick PYTEST_ARGS=--session-timeout=1200"
 REPO = Path(__file__).parents[1]
 FAKE_MAKE = """#!/usr/bin/env bash
 echo "made $*"

@@ -10,9 +10,10 @@ from .matrices import Codec, Int8Codec, NativeCodec
 from .nf4 import Nf4Codec
 from .tiled import TileCodec
 
-FORMATS = ("native", "int8", "int4", "nf4")
-CPU_ONLY = {"int4"}  # torch's CUDA kernel wants another order of the packed bytes
-TILED = ("native", "int8", "int4")
+FORMATS = ("native", "int8", "int4", "mxfp4", "nf4")
+CPU_ONLY = {"int4", "mxfp4"}  # no kernel of a GPU takes the bytes in their order
+TILED = ("native", "int8", "int4", "mxfp4")
+TILES_ALONE = {"mxfp4"}  # torch has no product with it
 
 
 def codec_of(
@@ -30,6 +31,11 @@ def codec_of(
         )
     if name in TILED and not rows and in_tiles(compute_dtype, device):
         return TileCodec(name)
+    if name in TILES_ALONE:
+        raise StartError(
+            f"--expert-format {name}: only moestro's own library multiplies with it, and it is not "
+            "here: install a C compiler and moestro again, or take int4"
+        )
     match name:
         case "nf4":
             return Nf4Codec(compute_dtype)

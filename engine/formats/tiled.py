@@ -1,9 +1,10 @@
-"""`native`, `int8` and `int4` in tiles, multiplied by the library's products (engine/kernels).
+"""The formats in tiles, multiplied by the library's products (engine/kernels).
 
 `native` keeps the checkpoint's dtype, widened as it is read. `int8` has one scale per output row
 and takes activations as int8 by each row's own maximum; `int4` has a scale and a zero in groups of
 inputs, and activations by the same groups. Integer products are exact, so company in the batch
-cannot change a row by a bit.
+cannot change a row by a bit. `mxfp4` has four-bit floats and a power of two for 32 of them: weights
+that lie on such a grid, as a checkpoint in MXFP4 has them, are kept as they are.
 
 A matrix `x` of [N, K] is `x`, uint8 [T, tile_bytes], and beside it a tensor without bytes whose
 name says the format and whose shape says N and K.
@@ -30,6 +31,7 @@ from .matrices import Layout, Source, Span, biases, biases_layout, matrices_of, 
 
 MARK = "@"  # between the name of a matrix and its format
 GROUPS = (64, 32)  # of int4
+MXFP4_GROUP = 32
 PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -43,6 +45,8 @@ def tile_format(name: str, stored: torch.dtype, inputs: int) -> TileFormat:
     if name == "int4":
         group = next((group for group in GROUPS if inputs % group == 0), GROUPS[-1])
         return TileFormat("int4", group, "float16", "float")
+    if name == "mxfp4":
+        return TileFormat("mxfp4", MXFP4_GROUP)
     if stored not in PLAIN:
         raise ModelRefused(f"weights of {stored} cannot be multiplied with as they are; use int8")
     return TileFormat(PLAIN[stored])

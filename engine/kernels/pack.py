@@ -178,7 +178,7 @@ def _mxfp4(rows: torch.Tensor, form: TileFormat) -> torch.Tensor:
     exponents = (largest / MXFP4_VALUES[-1]).log2().ceil_()
     scaled = grouped / exponents.exp2()
     steps = torch.tensor(MXFP4_VALUES)
-    codes = torch.bucketize(scaled.abs(), (steps[1:] + steps[:-1]) / 2)
+    codes = torch.bucketize(scaled.abs().contiguous(), (steps[1:] + steps[:-1]) / 2)
     codes = codes.to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
     stored = (exponents[:, :, 0] + MXFP4_BIAS).to(torch.uint8)
     return pack_mxfp4(codes.view(len(rows), -1), stored, form)

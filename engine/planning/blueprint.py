@@ -54,6 +54,11 @@ class Blueprint:
     device: Device
 
     @property
+    def family(self) -> str:
+        """As transformers calls its type."""
+        return str(self.checkpoint.config.model_type)
+
+    @property
     def vocab_size(self) -> int:
         return int(self.checkpoint.config.get_text_config().vocab_size)
 

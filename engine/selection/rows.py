@@ -79,11 +79,32 @@ class Kept:
         """`layers`: experts of each, the most important first."""
         self.layers = tuple(layers)
         self.neurons = neurons
+        self._rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.masks: list[torch.Tensor] = []  # bool [E + 1]; the last stands for ids of no expert
         for experts, count in zip(self.layers, num_experts, strict=True):
             mask = torch.zeros(count + 1, dtype=torch.bool, device=device)
             mask[index_on(experts, device)] = True
             self.masks.append(mask)
+
+    def rows(
+        self, layer: int, ids: torch.Tensor, weights: torch.Tensor, weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every k of a layer's experts make a row of ids and one of weights, all `weight`.
+
+        k and dtypes are those of `ids` and `weights` [T, k], the same at every call for a layer.
+        The last row is filled up with the weight 0.
+        """
+        k = ids.shape[1]
+        if (layer, k) not in self._rows:
+            chosen = self.layers[layer]
+            places = -(-len(chosen) // k) * k
+            experts = [*chosen, *[0] * (places - len(chosen))]
+            shares = [weight] * len(chosen) + [0.0] * (places - len(chosen))
+            self._rows[layer, k] = (
+                torch.tensor(experts, dtype=ids.dtype, device=ids.device).view(-1, k),
+                torch.tensor(shares, dtype=weights.dtype, device=weights.device).view(-1, k),
+            )
+        return self._rows[layer, k]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,27 +224,18 @@ class StepRows:
         self, layer: int, ids: torch.Tensor, weights: torch.Tensor, weight: float
     ) -> Spread:
         """Every k of a row's kept experts make one row; the first stays in its place."""
-        k, again = ids.shape[1], list[int]()
-        experts: list[list[int]] = []
-        shares: list[list[float]] = []
-        first, behind = list[int](), list[int]()
-        for row, kept in self._kept.items():
-            chosen = kept.layers[layer]
-            for at in range(0, len(chosen), k):
-                some = list(chosen[at : at + k])
-                (behind if at else first).append(len(experts))
-                again += [row] if at else []
-                experts.append(some + [0] * (k - len(some)))
-                shares.append([weight] * len(some) + [0.0] * (k - len(some)))
-        own_ids = torch.tensor(experts, dtype=ids.dtype, device=ids.device)
-        own_shares = torch.tensor(shares, dtype=weights.dtype, device=weights.device)
-        rows, here, there = (index_on(x, ids.device) for x in (list(self._kept), first, behind))
-        ids = ids.index_copy(0, rows, own_ids.index_select(0, here))
-        weights = weights.index_copy(0, rows, own_shares.index_select(0, here))
-        if again:
-            ids = torch.cat([ids, own_ids.index_select(0, there)])
-            weights = torch.cat([weights, own_shares.index_select(0, there)])
-        return Spread(ids, weights, tuple(again))
+        found = [kept.rows(layer, ids, weights, weight) for kept in self._kept.values()]
+        again = tuple(row for row, (own, _) in zip(self._kept, found, strict=True) for _ in own[1:])
+        if self._tokens == 1:
+            return Spread(*found[0], again)
+        rows = index_on(list(self._kept), ids.device)
+        whole = []
+        for which, stock in enumerate((ids, weights)):
+            parts = [each[which] for each in found]
+            placed = stock.index_copy(0, rows, torch.cat([part[:1] for part in parts]))
+            behind = [part[1:] for part in parts] if again else []
+            whole.append(torch.cat([placed, *behind]))
+        return Spread(whole[0], whole[1], again)
 
 
 def only_kept(ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

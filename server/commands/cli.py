@@ -17,6 +17,7 @@ from moestro.server.facts import Refused, refusal_line
 
 from . import factorize_flags as making
 from . import flags
+from .models import models_app
 from .parameters import places_of, said, settings_of
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ def plan(
     run_plan(settings, disk_speed, trace, as_json)
 
 
+app.add_typer(models_app, name="models")
 trace_app = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="Record which experts a model asks for."
 )

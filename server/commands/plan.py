@@ -44,6 +44,7 @@ from moestro.engine import (
 from moestro.server.facts import Refused, Settings, parse_size
 
 from .console import set_up_logging
+from .output import size_words
 
 NOT_FETCHED = (
     "MODEL: the demo model is not in {cache_dir} yet; `moestro serve demo` fetches and splits it,"
@@ -194,7 +195,7 @@ def _model_lines(forecast: Forecast) -> list[str]:
     layer = work.layers[0]
     found = [
         f"{forecast.family}: {len(work.layers)} layers of {layer.num_experts} experts of"
-        f" {_size(forecast.slot_bytes)} ({forecast.expert_format}), {layer.experts_per_token}"
+        f" {size_words(forecast.slot_bytes)} ({forecast.expert_format}), {layer.experts_per_token}"
         " per token"
     ]
     if not forecast.has_weights:
@@ -234,7 +235,7 @@ def _outlook_lines(name: str, outlook: Outlook, routing: str) -> list[str]:
     speed = _between(f"{low.tokens_per_s:.3g}", f"{high.tokens_per_s:.3g}")
     limit = low.limit if low.limit == high.limit else f"{low.limit} or {high.limit}"
     rates = _between(f"{100 * low.hit_rate:.0f}", f"{100 * high.hit_rate:.0f}")
-    sizes = _between(_size(high.link_bytes), _size(low.link_bytes))
+    sizes = _between(size_words(high.link_bytes), size_words(low.link_bytes))
     times = _between(_time(high.link_s), _time(low.link_s))
     unit = "token" if low.tokens == 1 else f"{low.tokens} tokens"
     return [
@@ -263,10 +264,3 @@ def _time(seconds: float) -> str:
 
 def _rate(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e6:.0f} MB/s"
-
-
-def _size(count_bytes: float) -> str:
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if count_bytes >= unit:
-            return f"{count_bytes / unit:.4g} {name}"
-    return f"{count_bytes:.0f} B"

@@ -26,8 +26,9 @@ MODULES = {
     "p10": "p10_demo",
     "p11": "p11_sequences",
     "p12": "p12_factorized",
+    "p13": "p13_griffin",
 }
-SMALL = {"p5", "p7", "p9", "p10", "p11", "p12"}  # need no large model
+SMALL = {"p5", "p7", "p9", "p10", "p11", "p12", "p13"}  # need no large model
 DISK = {"p3", "p4", "p6"}  # need more of them than one
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moestro.engine.facts import StartError
 from moestro.engine.formats.matrices import (
     SCALE,
     Codec,
@@ -12,11 +13,11 @@ from moestro.engine.formats.matrices import (
     quantize_fine,
     quantize_rows,
 )
-from moestro.engine.formats.named import FORMATS, TILED, codec_of
+from moestro.engine.formats.named import FORMATS, TILED, TILES_ALONE, codec_of
 
 EXPERTS, OUT, IN = 3, 48, 32
 ROWS = " rows"  # for torch's products, as where there is no library
-CODECS = (*FORMATS, *(name + ROWS for name in TILED))
+CODECS = (*FORMATS, *(name + ROWS for name in TILED if name not in TILES_ALONE))
 
 
 def codec_named(name: str) -> Codec:
@@ -50,7 +51,7 @@ def test_encoded_tensors_are_what_the_layout_says(name: str, transposed: bool) -
     ("name", "error"),
     [
         *(("native", 1e-6), ("native rows", 1e-6), ("int8", 0.02), ("int8 rows", 0.02)),
-        *(("int4", 0.12), ("int4 rows", 0.12), ("nf4", 0.12)),
+        *(("int4", 0.12), ("int4 rows", 0.12), ("mxfp4", 0.15), ("nf4", 0.12)),
     ],
 )
 def test_products_are_near_those_of_the_source(name: str, error: float, transposed: bool) -> None:
@@ -150,3 +151,11 @@ def test_int8_takes_half_the_bytes_of_bf16() -> None:
         "up_proj": ("int8", (1024, 512)),
         f"up_proj.{SCALE}": ("float32", (1024,)),
     }
+
+
+def test_what_tiles_alone_can_is_refused_elsewhere() -> None:
+    for name in TILES_ALONE:
+        with pytest.raises(StartError, match="install a C compiler"):
+            codec_of(name, torch.float32, rows=True)
+        with pytest.raises(StartError, match="for the CPU's kernels alone"):
+            codec_of(name, torch.float16, "cuda")

@@ -14,12 +14,14 @@ import tiny
 from engine_kit import opened
 from moestro.engine import SamplingParams
 from moestro.engine.facts import ModelRefused
+from moestro.engine.kernels import TileFormat, encode
 from moestro.engine.quantized.arithmetic import block_scaled, fp4_blocks
 from moestro.engine.quantized.slices import Decoded
 from moestro.engine.step.sequence import Batch, Part
 from moestro.engine.step.sequence import Sequence as Running
 from moestro.engine.weights import Checkpoint
 from quantized_files import KINDS, edit_config, write_quantized
+from tile_reference import decode
 
 PROMPT = list(range(20, 50))
 SLOW = {"gptq v2, 8 bits", "packed int8", "nf4", "fp8 of one scale", "int8 rows", "packed int4"}
@@ -132,6 +134,21 @@ def test_mxfp4_is_transformers_and_served(tmp_path: Path) -> None:
     with torch.inference_mode():
         wanted = tiny.oracle(twin)(torch.tensor([[*PROMPT, 7, 8]])).logits[0, len(PROMPT) - 1 :]
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_mxfp4_is_taken_over_as_it_is(tmp_path: Path) -> None:
+    """The pack's tiles have the numbers of the files, each exactly."""
+    folder = tiny.build("gpt_oss", tmp_path / "model")
+    plain = mxfp4_files(folder)
+    form = TileFormat("mxfp4", 32)
+    for matrix in (plain[key] for key in plain if key.endswith(("gate_up_proj", "down_proj"))):
+        for expert in matrix:
+            stored = encode(expert.T.contiguous(), form)
+            assert torch.equal(decode(stored, form, *expert.T.shape), expert.T)
+    found, whole = (
+        logits(folder, tmp_path / "cache", expert_format=name) for name in ("mxfp4", "native")
+    )
+    assert 0 < (found - whole).abs().max() < 0.05 * whole.abs().max()
 
 
 def test_every_code_of_fp4() -> None:
