@@ -20,7 +20,15 @@ from moestro.cache import (
     plan_slots,
     replay,
 )
-from moestro.engine.facts import CPU, BudgetTooSmall, EngineConfig, StartError, choose, set_threads
+from moestro.engine.facts import (
+    CPU,
+    BudgetTooSmall,
+    EngineConfig,
+    ModelNotFound,
+    StartError,
+    choose,
+    set_threads,
+)
 from moestro.engine.formats import codec_of, in_tiles
 from moestro.engine.kernels import chosen, set_pool_threads
 from moestro.engine.planning import (
@@ -46,7 +54,7 @@ from moestro.engine.planning import (
     understand,
     weights_are_here,
 )
-from moestro.engine.weights import Checkpoint
+from moestro.engine.weights import Checkpoint, weight_files
 
 from .choices import check_choices
 
@@ -217,10 +225,18 @@ def _work(blueprint: Blueprint, model: PreTrainedModel, step_tokens: int) -> Wor
     )
 
 
+def _weights(folder: Path) -> list[Path]:
+    """None where only the config is there."""
+    try:
+        return weight_files(folder)
+    except ModelNotFound:
+        return []
+
+
 def _link(config: EngineConfig, blob_bytes: int, said_bytes_per_s: float | None) -> LinkSpeed:
     if said_bytes_per_s is not None:
         return LinkSpeed(said_bytes_per_s, said_bytes_per_s, "--disk-speed")
-    files = [config.pack_path, *sorted(config.model_path.glob("*.safetensors"))]
+    files = [config.pack_path, *_weights(config.model_path)]
     return measure_link(config.cache_dir, blob_bytes, files)
 
 

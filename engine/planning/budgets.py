@@ -87,8 +87,11 @@ def _files_bytes(config: EngineConfig, spec: PackSpec, *, packing: bool) -> int:
 
 
 def _held_bytes(folder: Path) -> int:
-    """What the files below `folder` take. Files that vanish meanwhile take nothing."""
-    total = 0
+    """What the files below `folder` take, or it itself where it is one.
+
+    Files that vanish meanwhile take nothing.
+    """
+    total = BLOCK_BYTES * os.lstat(folder).st_blocks if folder.is_file() else 0
     for base, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):

@@ -2,5 +2,6 @@
 
 from .checkpoint import METHODS, plain_slices, refuse_method
 from .config import Quantization, quantization_of
+from .slices import Decoded
 
-__all__ = ["METHODS", "Quantization", "plain_slices", "quantization_of", "refuse_method"]
+__all__ = ["Decoded", "METHODS", "Quantization", "plain_slices", "quantization_of", "refuse_method"]

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from moestro.engine.facts import BadParameter, ModelRefused, PromptTooLong
-from moestro.engine.weights import json_object, warn_disagreement
+from moestro.engine.gguf_files import GgufSource
+from moestro.engine.weights import gguf_source, json_object, warn_disagreement
 
 from .chat_template import ChatTemplate, TemplateFacts
 from .grammar import Grammars
@@ -19,7 +20,7 @@ from .prompt_slices import doubled_tokens, token_slices
 from .reader import reader
 from .text_bound import most_chars_per_token
 from .text_stream import TextStream
-from .tokenizer_files import RefusingTokenizer, log_own_code, refuse_stand_ins
+from .tokenizer_files import RefusingGguf, RefusingTokenizer, log_own_code, refuse_stand_ins
 from .vocabulary import Vocabulary
 
 log = logging.getLogger("moestro.engine")
@@ -43,13 +44,9 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        refuse_stand_ins(folder)
-        with RefusingTokenizer(folder):
-            slow = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-            self._fast: FastTokenizer = slow.backend_tokenizer
-        log_own_code(folder)
+        source = gguf_source(folder)
+        slow = _of_folder(folder) if source is None else _of_gguf(source)
+        self._fast: FastTokenizer = slow.backend_tokenizer
         # tokenizer.json may say how its maker cut and padded; a prompt is taken as it is
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -59,7 +56,8 @@ class Tokenizer:
             slow.bos_token, slow.eos_token, slow.pad_token, slow.chat_template
         )
         self.chat = ChatTemplate(slow)
-        self.stop_ids = frozenset(_stop_ids(folder, slow.eos_token_id))
+        own = slow.eos_token_id
+        self.stop_ids = frozenset(_stop_ids(folder, own) if source is None else source.stop_ids)
         if not self.stop_ids:
             log.warning("%s names no end-of-sequence token: only limits end an answer", folder)
         self.grammars = Grammars(self._fast, self._vocabulary, self.stop_ids)
@@ -176,6 +174,24 @@ class Tokenizer:
         if most_tokens is not None and self._chars_per_token is not None:
             least_tokens = -(-len(text) // self._chars_per_token)
             _refuse_above(most_tokens, least_tokens, f"at least {least_tokens}")
+
+
+def _of_folder(folder: Path) -> Any:
+    """transformers' tokenizer. Raises ModelRefused or ModelNotFound."""
+    refuse_stand_ins(folder)
+    with RefusingTokenizer(folder):
+        found: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        found.backend_tokenizer  # noqa: B018  # a class without one is refused here
+    log_own_code(folder)
+    return found
+
+
+def _of_gguf(source: GgufSource) -> Any:
+    """Out of the file, chat template included. Raises ModelRefused."""
+    with RefusingGguf(source.paths[0]):
+        return source.tokenizer()
 
 
 def _refuse_above(most_tokens: int, tokens: int, in_words: str) -> None:

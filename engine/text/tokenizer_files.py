@@ -57,6 +57,24 @@ class RefusingTokenizer:
             _refuse(self._folder, error)
 
 
+class RefusingGguf:
+    """The same around a tokenizer that is read out of a GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if kind is Exception or isinstance(error, READ_ERRORS):
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise ModelRefused(
+                f"{self._path} has no tokenizer that can be read: {words}; fetch the file again, or"
+                " one of another converter"
+            ) from error
+
+
 def _refuse(folder: Path, error: Exception) -> NoReturn:
     """Raises ModelRefused: which file is at fault, else in the words of `error`."""
     found = {name: json_object(folder / name, "a tokenizer's file") for name in JSON_NAMES}

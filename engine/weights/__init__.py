@@ -9,7 +9,7 @@ from .linears import CompactLinear, Int8Weights, LastRows, Shared, Sides, TileLi
 from .manifest import MANIFEST_NAME, Manifest
 from .nested_config import warn_disagreement
 from .routers import ROUTERS_NAME, RouterFacts, name_routers
-from .weight_files import INDEX_NAME, weight_files
+from .weight_files import INDEX_NAME, gguf_source, weight_files
 
 __all__ = [
     "Checkpoint",
@@ -29,6 +29,7 @@ __all__ = [
     "Sides",
     "TileLinear",
     "beside",
+    "gguf_source",
     "is_there",
     "json_object",
     "load_dense",

@@ -5,7 +5,6 @@ Files are read with `pread`, never mapped, so that a loaded page is counted once
 Knows no request, no budget and no pack.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -29,16 +28,17 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moestro.cache import human_bytes
 from moestro.engine.facts import ModelRefused
 from moestro.engine.formats import ExpertsModule, is_experts_module
+from moestro.engine.gguf_files import GgufSource
 from moestro.engine.quantized import Quantization, plain_slices
 
 from .completeness import Renamed, refuse_missing
-from .config import read_config, read_quantization
+from .config import read_config, read_quantization, refusing
 from .damage import few, one_line, readable
 from .linears import CompactLinear, StoredEmbedding, TileLinear
 from .nested_config import warn_disagreements
 from .routers import RouterFacts
 from .tying import same_numbers, tied_twice, untie, warn_untied
-from .weight_files import open_weights, weight_files
+from .weight_files import fingerprint, gguf_source, open_weights, weight_files
 
 log = logging.getLogger("moestro.engine")
 
@@ -57,18 +57,26 @@ class Checkpoint:
     Raises ModelNotFound or ModelRefused with a line that names the file and the reason.
     """
 
+    gguf: GgufSource | None = None  # where the weights are in such files
+    routers: RouterFacts | None = None
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._untied: set[str] = set()  # names that the config ties and the files do not
         self.config = read_config(folder)
-        self.routers = RouterFacts.of(folder)
-        beside = [] if self.routers is None else [self.routers.checked_file(folder)]
-        found = open_weights([*weight_files(folder), *beside])
+        self.gguf = gguf_source(folder)
+        if self.gguf is not None:
+            with refusing(str(self.gguf.paths[0])):
+                found = self.gguf.tensors(self.config)
+        else:
+            self.routers = RouterFacts.of(folder)
+            beside = [] if self.routers is None else [self.routers.checked_file(folder)]
+            found = open_weights([*weight_files(folder), *beside])
         self._file_of_key = {key: path for key, (path, _) in found.items()}
         self._slices: dict[str, Any] = {key: part for key, (_, part) in found.items()}
         self.quantization = read_quantization(folder)
         if self.quantization is not None:
             self._decode(self.quantization)
-        self._untied: set[str] = set()  # names that the config ties and the files do not
 
     def _decode(self, quantization: Quantization) -> None:
         """From here on the quantized tensors have the names, shapes and numbers of plain ones."""
@@ -87,11 +95,10 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Changes when the config or any weight file does (names, sizes, headers, times)."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted(set(self._file_of_key.values())):
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-        return digest.hexdigest()
+        if self.gguf is not None:
+            return fingerprint(b"GGUF", self.gguf.paths)
+        config = (self.folder / "config.json").read_bytes()
+        return fingerprint(config, set(self._file_of_key.values()))
 
     def dtype_of(self, key: str) -> torch.dtype:
         name = self._slices[key].get_dtype()

@@ -16,6 +16,7 @@ from moestro.engine.quantized import Quantization, quantization_of, refuse_metho
 
 from .damage import COPY_AGAIN, is_dangling, one_line, read_json, readable
 from .routers import stock_config
+from .weight_files import gguf_source
 
 log = logging.getLogger("moestro.engine")
 
@@ -28,10 +29,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises ModelNotFound or ModelRefused.
     """
     path = folder / CONFIG_NAME
+    if (source := gguf_source(folder)) is not None:
+        with refusing(str(source.paths[0])):
+            return _decoded(source.config())
     with readable(folder):
         if not folder.is_dir():
             raise ModelNotFound(
-                f"{folder} is not a folder; give a Hugging Face model folder or `demo`"
+                f"{folder} is not a folder; give a Hugging Face model folder, a GGUF file or `demo`"
             )
         _refuse_without_blobs(folder)
         if not path.exists() and not path.is_symlink():
@@ -50,9 +54,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
             folder, local_files_only=True, trust_remote_code=False
         )
     vars(config).pop("auto_map", None)
+    return _decoded(config)
+
+
+def _decoded(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Without a word of how its files are quantized: what is loaded is decoded."""
     parts = (config, config.get_text_config())
     for part in (each for each in parts if isinstance(each, PreTrainedConfig)):
-        vars(part).pop("quantization_config", None)  # what is loaded is decoded
+        vars(part).pop("quantization_config", None)
     return config
 
 
@@ -62,6 +71,8 @@ def read_quantization(folder: Path) -> Quantization | None:
     Raises ModelRefused, also for a method that is not carried.
     """
     path = folder / CONFIG_NAME
+    if gguf_source(folder) is not None:
+        return None
     raw = read_json(path, "a config")
     found = quantization_of(path, raw) if isinstance(raw, dict) else None
     if found is not None:

@@ -4,15 +4,18 @@ The choice is transformers' own, so that a stray file is never read: those of th
 model.safetensors, else the only one. Pickles are never opened.
 """
 
+import hashlib
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from moestro.engine.facts import ModelNotFound, ModelRefused
+from moestro.engine.gguf_files import GgufSource, gguf_paths
 
 from .damage import few, one_line, read_json, readable, refuse_dangling, refuse_stand_in
 from .padded_file import LENGTH_BYTES, MAX_HEADER_BYTES, padded_slices
@@ -26,12 +29,28 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 
 
+def gguf_source(path: Path) -> GgufSource | None:
+    """The GGUF model that `path` is, or has where it is a folder without other weights.
+
+    Raises ModelNotFound or ModelRefused.
+    """
+    with readable(path):
+        for each in gguf_paths(path) or ():
+            refuse_stand_in(each)
+        return GgufSource.of(path)
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """At least one. Raises ModelNotFound, or ModelRefused for files that are here but not carried.
+    """At least one; of a GGUF its parts in order.
+
+    Raises ModelNotFound, or ModelRefused for files that are here but not carried.
 
     Among the refused: shards that are missing, files of which none is known to be the model.
     """
     with readable(folder):
+        parts = gguf_paths(folder)
+        if parts is not None:
+            return list(parts)
         names = sorted(entry.name for entry in folder.iterdir())
     found = [name for name in names if name.endswith(".safetensors") and name != ROUTERS_NAME]
     if INDEX_NAME in names:
@@ -53,6 +72,15 @@ def weight_files(folder: Path) -> list[Path]:
             refuse_dangling(folder / name)
     _log_unread(folder, sorted(set(found) - set(chosen)))
     return [folder / name for name in chosen]
+
+
+def fingerprint(config: bytes, paths: Iterable[Path]) -> str:
+    """Changes when the config does, or the name, size or time of a file."""
+    digest = hashlib.sha256(config)
+    for path in sorted(paths):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def _refuse_lost_shards(folder: Path, chosen: list[str], found: list[str]) -> None:
@@ -88,9 +116,7 @@ def _refuse_pickles(folder: Path, names: list[str]) -> None:
             f"{folder} has only {few(pickled)}, which can run code when it is opened;"
             " use a version of the model with .safetensors files"
         )
-    packed = [name for name in names if name.endswith(".gguf")]
-    also = f", and {few(packed)} is not read; use a version with such" if packed else ""
-    raise ModelNotFound(f"{folder} has no .safetensors files{also}")
+    raise ModelNotFound(f"{folder} has no .safetensors files and no GGUF file")
 
 
 def weight_map(folder: Path) -> dict[str, str]:

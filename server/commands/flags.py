@@ -25,8 +25,8 @@ Model = Annotated[
     Argument(
         metavar="MODEL",
         show_default=False,
-        help="`demo` (a small real model, fetched at the first start), a checkpoint's folder, or"
-        " org/name[@revision] on a hub.",
+        help="`demo` (a small real model, fetched at the first start), a checkpoint's folder, a"
+        " GGUF file, or org/name[@revision] on a hub.",
     ),
 ]
 Host = Annotated[

@@ -24,7 +24,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .hub_name import HUB_FORM, HubName, hub_name
 from .keys import parse_keys, read_keys
-from .model_name import model_name
+from .model_name import is_gguf_name, model_name
 from .origins import parse_origins
 from .refusal import Refused
 
@@ -74,10 +74,10 @@ def _expanded(path: Path) -> Path:
         raise ValueError(f"{_shown(str(path))}: no user here has that home folder") from None
 
 
-def _is_folder(path: Path) -> bool:
-    """ValueError where the system does not even want to look."""
+def _is_model(path: Path) -> bool:
+    """A folder, or a GGUF file. ValueError where the system does not even want to look."""
     try:
-        return path.is_dir()
+        return path.is_dir() or (path.is_file() and is_gguf_name(path.name))
     except OSError as error:
         raise ValueError(f"cannot read {_shown(str(path))}: {error.strerror}") from None
 
@@ -212,12 +212,12 @@ class Settings(Places):
         if not value.strip():
             raise ValueError(f"{value!r} is neither '{DEMO}' nor a checkpoint's folder")
         place = _expanded(Path(value))
-        if value == DEMO or _is_folder(place):
+        if value == DEMO or _is_model(place):
             return value
         if place.exists() or hub_name(value) is None:
             raise ValueError(
-                f"there is no folder {_shown(value)} ('{DEMO}', a checkpoint's folder, or a hub's"
-                f" name as {HUB_FORM})"
+                f"there is no folder {_shown(value)} ('{DEMO}', a checkpoint's folder, a GGUF file,"
+                f" or a hub's name as {HUB_FORM})"
             )
         return value
 
@@ -269,7 +269,7 @@ class Settings(Places):
     @property
     def hub_name(self) -> HubName | None:
         """None for the demo and for a folder, which wins over a hub's model of the same name."""
-        return None if self.is_demo or _is_folder(self.model_path) else hub_name(self.model)
+        return None if self.is_demo or _is_model(self.model_path) else hub_name(self.model)
 
     @property
     def model_path(self) -> Path:

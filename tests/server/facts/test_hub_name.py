@@ -68,15 +68,17 @@ def test_what_is_neither_says_both_ways(model: str) -> None:
     with pytest.raises(Refused) as refused:
         load_settings({"model": model})
     assert f"there is no folder '{model}'" in str(refused.value)
-    assert "a checkpoint's folder, or a hub's name as org/name[@revision]" in str(refused.value)
+    assert "a GGUF file, or a hub's name as org/name[@revision]" in str(refused.value)
 
 
 def test_a_file_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "m.gguf").write_text("", "utf-8")
+    for name in ("m.gguf", "m.bin"):
+        (tmp_path / "models" / name).write_text("", "utf-8")
+    assert load_settings({"model": "models/m.gguf"}).hub_name is None
     with pytest.raises(Refused, match="there is no folder"):
-        load_settings({"model": "models/m.gguf"})
+        load_settings({"model": "models/m.bin"})
 
 
 def test_other_models_do_not_wait_for_the_hubs_library() -> None:

@@ -20,6 +20,14 @@ def name_of(folder: object) -> str:
 
 
 @pytest.mark.parametrize(
+    "file", ["Tiny-A3B-Q4_K_M.gguf", "Tiny-A3B-Q4_K_M-00001-of-00002.gguf", "Tiny-A3B-Q4_K_M.GGUF"]
+)
+def test_a_gguf_file_is_named_by_its_stem(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(b"GGUF")
+    assert name_of(tmp_path / file) == "Tiny-A3B-Q4_K_M"
+
+
+@pytest.mark.parametrize(
     ("repository", "name"),
     [
         ("models--org--name-8x7B", "org/name-8x7B"),
