@@ -63,6 +63,7 @@ from moestro.engine.weights import (
     RouterFacts,
     name_routers,
     read_config,
+    read_quantization,
 )
 
 from .kept_folders import (
@@ -164,6 +165,7 @@ __all__ = [
     "remove_fetched",
     "verdict",
     "read_config",
+    "read_quantization",
     "refuse_by_config",
     "record_trace",
     "replay_trace",

@@ -62,6 +62,4 @@ def obstacles(config: Any) -> Iterator[str]:
         why = REFUSED.get(str(kind), f"{carried_words()} are carried")
         yield f"it is of the type {kind!r}; {why}"
         return
-    if getattr(config, "quantization_config", None) is not None:
-        yield "it is quantized; give the unquantized model"
     yield from family.obstacles(config)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moestro.engine import StartError, read_config
+from moestro.engine import StartError, read_config, read_quantization
 from moestro.factorize.facts import SourceRefused
 from moestro.factorize.families import FAMILIES, Family, Parts, obstacles
 
@@ -45,8 +45,11 @@ class DenseModel:
         """Raises SourceRefused and names what stands against an exact twin."""
         try:
             config = read_config(folder)
+            quantized = read_quantization(folder) is not None
         except StartError as error:
             raise SourceRefused(f"the model is not readable: {error}") from error
+        if quantized:
+            raise SourceRefused(f"{folder} is quantized; give the unquantized model")
         for reason in obstacles(config):
             raise SourceRefused(f"{folder} cannot be factorized exactly: {reason}")
         files = tensor_files(folder)
