@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FAMILIES = "made families PYTEST_ARGS=--session-timeout=900"
-SLOW = "made test-slow PYTEST_ARGS=--session-timeout=1500"
+SLOW = "made test-slow PYTEST_ARGS=--session-timeout=1800"
 CLIENTS = "made clients PYTEST_ARGS=--session-timeout=720"
 STUDY = "made study-quick PYTEST_ARGS=--session-timeout=1200"
 REPO = Path(__file__).parents[1]
