@@ -45,11 +45,11 @@ def completions() -> None:
     texts.add("".join(chunk.choices[0].text for chunk in chunks if chunk.choices))
     assert len(texts) == 1, texts
     assert chunks[-1].usage.completion_tokens == 12 and not chunks[-1].choices
-    several = client.completions.create(
-        model="demo", prompt=["A", "B c"], n=2, max_tokens=4, seed=1, extra_body={"min_tokens": 2}
-    )
+    asked = {"model": "demo", "prompt": ["A", "B c"], "n": 2, "max_tokens": 4, "seed": 1}
+    several = client.completions.create(**asked, extra_body={"min_tokens": 2})
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
-    again = client.completions.create(model="demo", prompt=["A", "B c"], n=2, max_tokens=4, seed=1)
+    assert several.usage.completion_tokens >= 8
+    again = client.completions.create(**asked, extra_body={"min_tokens": 2})
     assert [choice.text for choice in again.choices] == [choice.text for choice in several.choices]
 
 
