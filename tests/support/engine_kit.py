@@ -35,6 +35,23 @@ def opened(folder: Path, cache_dir: Path, **settings: Any) -> Iterator[Loaded]:
         loaded.close()
 
 
+def logits_of(
+    folder: Path, cache_dir: Path, prompt: Sequence[int], **settings: Any
+) -> torch.Tensor:
+    """[3, V]: behind `prompt`, and after the tokens 7 and 8, one a step."""
+    with opened(folder, cache_dir, **settings) as loaded:
+        sequence = Running(0, list(prompt), SamplingParams(max_tokens=8))
+        engine = loaded.engine
+        sequence.pages = engine.scheduler.pool.take(4)
+        rows = [engine.runner.run(Batch((Part(sequence, len(prompt)),))).logits]
+        for token in (7, 8):
+            sequence.token_ids.append(token)
+            rows.append(engine.runner.run(Batch((Part(sequence, 1),))).logits)
+        engine.runner.forget(sequence)
+        engine.scheduler.pool.release(sequence.pages)
+    return torch.cat(rows)
+
+
 class Generation:
     """What came out for one prompt."""
 

@@ -9,12 +9,10 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from engine_kit import opened
+from engine_kit import logits_of
 from gguf_models import END, TEMPLATE, TOKENS, write_gguf
-from moestro.engine import EngineConfig, SamplingParams
+from moestro.engine import EngineConfig
 from moestro.engine.planning import inspect
-from moestro.engine.step.sequence import Batch, Part
-from moestro.engine.step.sequence import Sequence as Running
 from moestro.engine.text import Tokenizer
 from moestro.engine.weights import Checkpoint
 
@@ -62,17 +60,7 @@ def written(case: str, folder: Path, **settings: Any) -> Path:
 
 
 def logits(model: Path, cache: Path, **settings: Any) -> torch.Tensor:
-    with opened(model, cache, **settings) as loaded:
-        sequence = Running(0, PROMPT, SamplingParams(max_tokens=8))
-        engine = loaded.engine
-        sequence.pages = engine.scheduler.pool.take(4)
-        rows = [engine.runner.run(Batch((Part(sequence, len(PROMPT)),))).logits]
-        for token in (7, 8):
-            sequence.token_ids.append(token)
-            rows.append(engine.runner.run(Batch((Part(sequence, 1),))).logits)
-        engine.runner.forget(sequence)
-        engine.scheduler.pool.release(sequence.pages)
-    return torch.cat(rows)
+    return logits_of(model, cache, PROMPT, **settings)
 
 
 @pytest.mark.parametrize("case", EACH)

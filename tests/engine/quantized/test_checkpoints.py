@@ -11,14 +11,11 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import tiny
-from engine_kit import opened
-from moestro.engine import SamplingParams
+from engine_kit import logits_of
 from moestro.engine.facts import ModelRefused
 from moestro.engine.kernels import TileFormat, encode
 from moestro.engine.quantized.arithmetic import block_scaled, fp4_blocks
 from moestro.engine.quantized.slices import Decoded
-from moestro.engine.step.sequence import Batch, Part
-from moestro.engine.step.sequence import Sequence as Running
 from moestro.engine.weights import Checkpoint
 from quantized_files import KINDS, edit_config, write_quantized
 from tile_reference import decode
@@ -34,18 +31,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: tiny.build(name, folder / name) for name in ("mixtral", "deepseek_v3")}
 
 
-def logits(folder: Path, cache: Path, **settings: Any) -> torch.Tensor:
-    with opened(folder, cache, **settings) as loaded:
-        sequence = Running(0, PROMPT, SamplingParams(max_tokens=8))
-        engine = loaded.engine
-        sequence.pages = engine.scheduler.pool.take(4)
-        rows = [engine.runner.run(Batch((Part(sequence, len(PROMPT)),))).logits]
-        for token in (7, 8):
-            sequence.token_ids.append(token)
-            rows.append(engine.runner.run(Batch((Part(sequence, 1),))).logits)
-        engine.runner.forget(sequence)
-        engine.scheduler.pool.release(sequence.pages)
-    return torch.cat(rows)
+def logits(model: Path, cache: Path, **settings: Any) -> torch.Tensor:
+    return logits_of(model, cache, PROMPT, **settings)
 
 
 @pytest.mark.parametrize("kind", EACH)
