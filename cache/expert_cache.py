@@ -6,12 +6,11 @@ from moestro.cache.facts import CacheStats, ExpertKey, LayerStats, PackSpec, Pha
 from moestro.cache.pack import Pack, TensorViews
 from moestro.cache.policy import Counters, NextUse, Policy, Residency, SlotTable, agree, missing
 from moestro.cache.tiers import (
-    DISK_READERS,
     Arena,
-    DirectReader,
     Reader,
     SlotArena,
     TierReader,
+    pack_reader,
     time_reads,
 )
 from moestro.cache.traces import TraceWriter
@@ -21,7 +20,7 @@ from .loader import Loader
 
 
 class ExpertCache:
-    """Owns the slots, the reader (threads) and the pack; `close` ends all three."""
+    """Owns the slots, the reader and the pack; `close` ends all three."""
 
     def __init__(
         self,
@@ -33,7 +32,7 @@ class ExpertCache:
         arena: Arena | None = None,
         table: SlotTable | None = None,
     ) -> None:
-        """Whoever is expected latest goes first and one thread reads, unless told otherwise.
+        """Whoever is expected latest goes first and the pack's own reader reads, unless told.
 
         `arena` and `table`, if given, are those that `reader` knows (two_tiers.py).
         """
@@ -48,7 +47,7 @@ class ExpertCache:
         self._table = SlotTable(plan.slots, experts) if table is None else table
         self._policy: Policy = NextUse() if policy is None else policy
         self._residency = Residency(self._table, self._policy, self._counters, experts)
-        reader = DirectReader(pack, DISK_READERS) if reader is None else reader
+        reader = pack_reader(pack) if reader is None else reader
         self._host = reader if isinstance(reader, TierReader) else None
         self._loader = Loader(pack, self._arena, self._residency, reader)
         self._lease: Lease | None = None

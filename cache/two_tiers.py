@@ -4,12 +4,11 @@ from moestro.cache.facts import TierPlan
 from moestro.cache.pack import Pack
 from moestro.cache.policy import HostResidency, NextUse, Policy, SlotTable
 from moestro.cache.tiers import (
-    DISK_READERS,
-    DirectReader,
     PackReader,
     SlotArena,
     TierReader,
     Wiring,
+    pack_reader,
 )
 
 from .expert_cache import ExpertCache
@@ -37,6 +36,6 @@ def two_tiers(
         NextUse() if host_policy is None else host_policy,
         plan.mode,
     )
-    disk = DirectReader(pack, DISK_READERS) if disk is None else disk
+    disk = pack_reader(pack) if disk is None else disk
     reader = TierReader(pack, plan.host, host, residency, disk, link)
     return ExpertCache(pack, plan.device, policy=policy, reader=reader, arena=arena, table=table)

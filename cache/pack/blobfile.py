@@ -52,6 +52,11 @@ class BlobFile:
         self.size_bytes = os.fstat(self._fd).st_size
         self._turning = threading.Lock()  # readers of several threads may be refused at once
 
+    @property
+    def descriptor(self) -> int:
+        """Of the open file, for who reads it through a queue of the kernel's."""
+        return self._fd
+
     def read_into(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
         """Fills all buffers, in order, from `offset_bytes` on.
 

@@ -5,7 +5,7 @@ last `half_life_events` x 1.44 events that asked for it. Knows keys, nothing of 
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from heapq import heapify, heappop, heapreplace
 
 from moestro.cache.facts import ExpertKey, Routed
@@ -20,17 +20,25 @@ _LEAST_RATE = 1e-3
 class _Layer:
     """Rates of one layer's experts. New events weigh more, so that old ones need no touching."""
 
-    def __init__(self, half_life_events: float, last_event_share: float) -> None:
+    def __init__(
+        self,
+        half_life_events: float,
+        last_event_share: float,
+        worth: Callable[[float], float],
+    ) -> None:
+        """`worth` of a rate grows with it: a key's score, but for when its layer's turn comes."""
         self.counts: dict[int, float] = {}
         self._half_life = half_life_events
         self._growth = 2 ** (1 / half_life_events)
         self._share = last_event_share
+        self._worth = worth
         self._last: dict[ExpertKey, float] = {}  # share of the last event's tokens that chose it
         self._weight = 1.0
         self._total = 1.0  # of all events
         self._unseen = 0.5  # count of who was never asked for: nothing is known of it
         self._kept: list[ExpertKey] = []  # lowest rate first, unless stale
         self._rates: list[float] = []  # of the kept ones
+        self._worths: list[float] = []  # of these rates: many evictions ask for them
         self._stale = False
 
     def asked(self, keys: Sequence[ExpertKey]) -> None:
@@ -73,19 +81,21 @@ class _Layer:
         place = bisect_right(self._rates, rate)
         self._kept.insert(place, key)
         self._rates.insert(place, rate)
+        self._worths.insert(place, self._worth(rate))
 
     def remove(self, key: ExpertKey) -> None:
         place = self._kept.index(key)
-        del self._kept[place], self._rates[place]
+        del self._kept[place], self._rates[place], self._worths[place]
 
     def ranked(self) -> tuple[list[ExpertKey], list[float]]:
-        """Kept keys and their rates, lowest first."""
+        """Kept keys and what their rates are worth, lowest first."""
         if self._stale:
             pairs = sorted((self.rate(key), key) for key in self._kept)
             self._kept = [key for _, key in pairs]
             self._rates = [rate for rate, _ in pairs]
+            self._worths = [self._worth(rate) for rate in self._rates]
             self._stale = False
-        return self._kept, self._rates
+        return self._kept, self._worths
 
 
 class DecayedFrequency:
@@ -114,7 +124,8 @@ class DecayedFrequency:
             layer.routed(keys, routed)
 
     def keep_score(self, key: ExpertKey) -> float:
-        return self._score(self._layer(key.layer).rate(key), self._since(key.layer))
+        rate = self._layer(key.layer).rate(key)
+        return self._turn(self._since(key.layer)) + self._worth(rate)
 
     def added(self, key: ExpertKey) -> None:
         if key in self._kept:
@@ -133,18 +144,18 @@ class DecayedFrequency:
             return found
         ranked = [layer.ranked() for layer in self._layers]
         sinces = [self._since(number) for number in range(len(ranked))]
-        score = self._score
+        turns = [self._turn(since) for since in sinces]
         heads = [
-            (score(rates[0], since), since, number, 0)
-            for number, ((_, rates), since) in enumerate(zip(ranked, sinces, strict=True))
-            if rates
+            (turns[number] + worths[0], sinces[number], number, 0)
+            for number, (_, worths) in enumerate(ranked)
+            if worths
         ]
         heapify(heads)
         while heads:
             _, since, number, place = heads[0]
-            keys, rates = ranked[number]
+            keys, worths = ranked[number]
             if place + 1 < len(keys):
-                following = (score(rates[place + 1], since), since, number, place + 1)
+                following = (turns[number] + worths[place + 1], since, number, place + 1)
                 heapreplace(heads, following)
             else:
                 heappop(heads)
@@ -159,16 +170,22 @@ class DecayedFrequency:
 
     def _layer(self, number: int) -> _Layer:
         while len(self._layers) <= number:
-            self._layers.append(_Layer(self._half_life, self._share))
+            self._layers.append(_Layer(self._half_life, self._share, self._worth))
         return self._layers[number]
 
     def _since(self, layer: int) -> int:
         """Layers run since this one did: 0 for the current one, which runs again last."""
         return (self._current - layer) % len(self._layers)
 
-    def _score(self, rate: float, since: int) -> float:
-        """The lower, the sooner a key leaves; `since` is of its layer. Grows with the rate."""
+    # A key's score, which leaves the sooner the lower it is, is the sum of these two.
+
+    def _worth(self, rate: float) -> float:
+        """Grows with the rate."""
         return rate
+
+    def _turn(self, since: int) -> float:
+        """Of a layer that ran `since` layers ago."""
+        return 0.0
 
 
 class NextUse(DecayedFrequency):
@@ -184,5 +201,8 @@ class NextUse(DecayedFrequency):
     ) -> None:
         super().__init__(half_life_events, last_event_share)
 
-    def _score(self, rate: float, since: int) -> float:
-        return since / len(self._layers) - 1 / max(_LEAST_RATE, rate)
+    def _worth(self, rate: float) -> float:
+        return -1 / max(_LEAST_RATE, rate)
+
+    def _turn(self, since: int) -> float:
+        return since / len(self._layers)

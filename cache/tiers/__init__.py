@@ -3,10 +3,10 @@
 from .cuda_link import STAGING_BYTES, cuda
 from .host import TierReader
 from .link import Copied, Copy, EmulatedLink, Link, LinkSpec
+from .queued_reader import DISK_READERS, QueuedReader, pack_reader
 from .slots import Arena, SlotArena
 from .speed import time_reads
 from .transfer import (
-    DISK_READERS,
     MOST_BYTES_AT_ONCE,
     Completion,
     DirectReader,
@@ -33,6 +33,7 @@ __all__ = [
     "LinkSpec",
     "MOST_BYTES_AT_ONCE",
     "PackReader",
+    "QueuedReader",
     "ReadRequest",
     "Reader",
     "STAGING_BYTES",
@@ -41,6 +42,7 @@ __all__ = [
     "Wiring",
     "cuda",
     "emulated",
+    "pack_reader",
     "runs_of",
     "time_reads",
 ]

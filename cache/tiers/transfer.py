@@ -12,13 +12,6 @@ from typing import Protocol, runtime_checkable
 from moestro.cache.facts import PackInvalid, ReadFailed
 from moestro.cache.pack import Pack, TensorViews, prove
 
-DISK_READERS = 4
-"""Threads that read packs: small reads wait for the disk together, and one waits while another
-
-compares what it has read with its sum.
-"""
-
-
 MOST_BYTES_AT_ONCE = 1 << 20
 """Longer reads gain nothing on the disk, and the first expert would wait for the last."""
 
@@ -87,12 +80,21 @@ def read_blobs(pack: Pack, request: ReadRequest) -> None:
 
     After either, the pack is in doubt.
     """
+    try:
+        pack.file.read_into(pack.offset(request.layer, request.experts[0]), request.buffers)
+    except ReadFailed:
+        pack.doubt()
+        raise
+    prove_blobs(pack, request)
+
+
+def prove_blobs(pack: Pack, request: ReadRequest) -> None:
+    """Checks, at their first read, blobs that were read. Raises PackInvalid; then as above."""
     layer = request.layer
     try:
-        pack.file.read_into(pack.offset(layer, request.experts[0]), request.buffers)
         for expert, buffer in zip(request.experts, request.buffers, strict=True):
             prove(buffer, pack.unproved(layer, expert), pack.spec.layers[layer].name, expert)
-    except (ReadFailed, PackInvalid):
+    except PackInvalid:
         pack.doubt()
         raise
 

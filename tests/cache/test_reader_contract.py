@@ -3,6 +3,7 @@
 Real files, real threads, real clocks; nothing here asks how long anything took.
 """
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from moestro.cache import (
     plan_slots,
     two_tiers,
 )
+from moestro.cache.pack import ReadQueue
+from moestro.cache.tiers import QueuedReader, TierReader
 from moestro.cache.tiers.link import EmulatedLink
 from moestro.cache.tiers.slots import AliasArena, Arena, SlotArena
 from moestro.cache.tiers.wiring import moving, showing
@@ -43,6 +46,14 @@ def slots(count: int):
 
 def one_tier(threads: int) -> Open:
     return lambda pack: ExpertCache(pack, slots(18), reader=DirectReader(pack, threads))
+
+
+def queued(pack: Pack) -> ExpertCache:
+    try:
+        return ExpertCache(pack, slots(18), reader=QueuedReader(pack, ReadQueue(3)))
+    except OSError as error:
+        pack.close()
+        pytest.skip(f"no queue of the kernel's here: {error}")
 
 
 def fake(pack: Pack) -> ExpertCache:
@@ -74,6 +85,7 @@ GPU = (
 READERS = {
     "pack": one_tier(1),
     "pack, three threads": one_tier(3),
+    "pack, the kernel's queue": queued,
     "fake": fake,
     "whole, moved": tiers(HostMode.WHOLE, 18),
     "whole, shown": tiers(HostMode.WHOLE, 18, shown=True),
@@ -195,12 +207,28 @@ def test_a_refused_read_fails_its_request_and_no_other(
     asked = [ask(cache, 2, range(4, 5), (0,)), ask(cache, 1, range(2), (1, 2))]
     with monkeypatch.context() as patched:
         patched.setattr(pack.file, "read_into", refusing)
+        reader = cache._loader._reader
+        disk = reader._disk if isinstance(reader, TierReader) else reader
+        if isinstance(disk, QueuedReader):  # what ends ill there is read again
+            patched.setattr(disk._queue, "ended", nothing_read(disk))
         if isinstance(cache._loader._reader, ManualReader):
             cache._loader._reader.failures.append(ReadFailed("no"))
         done = {each.request.layer: each for each in collect(cache, asked)}
     assert isinstance(done[2].error, ReadFailed)
     assert_there(cache, [done[1]])
     assert_there(cache, collect(cache, [ask(cache, 2, range(4, 5), (0,))]))
+
+
+def nothing_read(reader: QueuedReader) -> Callable[[int, float | None], list[tuple[int, int]]]:
+    """What ends of its queue, where all reads of layer 2 end with EIO."""
+    really = reader._queue.ended
+
+    def ended(least: int, most_s: float | None) -> list[tuple[int, int]]:
+        layers = {place: request.layer for place, (request, _) in reader._reading.items()}
+        found = really(least, most_s)
+        return [(place, -errno.EIO if layers[place] == 2 else got) for place, got in found]
+
+    return ended
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from moestro.cache import (
     ReadFailed,
     ReadRequest,
 )
+from moestro.cache.pack import ReadQueue
 from moestro.cache.pack.blobfile import page_memory
 from moestro.cache.pack.views import blob_views
+from moestro.cache.tiers import PackReader, QueuedReader
 from moestro.cache.tiers.transfer import read_blobs
 from tiny_packs import assert_is
 
@@ -35,14 +37,25 @@ def assert_read(spec: PackSpec, done: ReadRequest) -> None:
         assert_is(views, spec, done.layer, expert)
 
 
-@pytest.fixture(params=[1, 3])
-def reader(pack: Pack, request: pytest.FixtureRequest) -> Iterator[DirectReader]:
-    reader = DirectReader(pack, threads=request.param)
+def queued(pack: Pack) -> QueuedReader:
+    try:
+        return QueuedReader(pack, ReadQueue(4))
+    except OSError as error:
+        pytest.skip(f"no queue of the kernel's here: {error}")
+
+
+@pytest.fixture(params=["one thread", "three threads", "queue"])
+def reader(pack: Pack, request: pytest.FixtureRequest) -> Iterator[PackReader]:
+    if request.param == "queue":
+        reader: PackReader = queued(pack)
+    else:
+        reader = DirectReader(pack, threads=1 if request.param == "one thread" else 3)
     yield reader
+    reader.close()
     reader.close()
 
 
-def test_blobs_arrive_in_their_buffers(reader: DirectReader, spec: PackSpec) -> None:
+def test_blobs_arrive_in_their_buffers(reader: PackReader, spec: PackSpec) -> None:
     asked = [
         request(spec, layer, range(first, first + 3)) for layer in range(3) for first in (0, 3)
     ]
@@ -59,7 +72,7 @@ def test_blobs_arrive_in_their_buffers(reader: DirectReader, spec: PackSpec) -> 
 
 
 def test_a_refused_read_is_delivered_and_the_next_one_works(
-    reader: DirectReader, pack: Pack, spec: PackSpec
+    reader: PackReader, pack: Pack, spec: PackSpec
 ) -> None:
     beyond = ReadRequest(2, range(5, 6), (0,), (memoryview(page_memory(16384)),), False)
     reader.submit([beyond])
@@ -71,12 +84,15 @@ def test_a_refused_read_is_delivered_and_the_next_one_works(
     assert_read(spec, fine.request)
 
 
-def test_the_first_read_of_a_blob_is_compared(pack: Pack, spec: PackSpec) -> None:
+@pytest.mark.parametrize("make", [DirectReader, queued])
+def test_the_first_read_of_a_blob_is_compared(
+    pack: Pack, spec: PackSpec, make: Callable[[Pack], PackReader]
+) -> None:
     data = bytearray(pack.path.read_bytes())
     data[-1] ^= 1
     pack.path.write_bytes(data)
     big = Pack.open(pack.path, spec, verify_up_to_bytes=0)
-    reader = DirectReader(big)
+    reader = make(big)
     reader.submit([request(spec, 2, range(4, 6))])
     (failed,) = reader.wait()
     assert isinstance(failed.error, PackInvalid)
