@@ -20,7 +20,9 @@ DISK_READERS = 4
 compares what it has read with its sum.
 """
 
-READS_UNDER_WAY = 8
+READS_UNDER_WAY = 32
+MOST_GUESSED = 4
+"""Under way at once: who is demanded next waits behind them."""
 SMALL_BYTES = 256 << 10
 """Of an expert: larger ones are compared with their sums by threads, at their first read."""
 
@@ -80,7 +82,7 @@ class QueuedReader:
         """Reads those who wait, as far as the queue has room."""
         now_s, reads = time.perf_counter(), []
         while self._free and (self._demanded or self._guessed):
-            if not self._demanded and len(self._free) <= self._queue.depth // 2:
+            if not self._demanded and len(self._reading) >= MOST_GUESSED:
                 break  # who is demanded next finds room
             request = (self._demanded or self._guessed).popleft()
             place = self._free.pop()

@@ -7,8 +7,16 @@ import threading
 import time
 from pathlib import Path
 
+from moestro.cache.tiers import DISK_READERS
+from moestro.cache.tiers.queued_reader import READS_UNDER_WAY, SMALL_BYTES
+
 ALIGNMENT = 4096
 ROUNDS, ROUND_S = 3, 1.0
+
+
+def readers_of(slot_bytes: int) -> int:
+    """Reads that the cache has under way at once, of experts that large."""
+    return READS_UNDER_WAY if slot_bytes <= SMALL_BYTES else DISK_READERS
 
 
 def read_bytes_per_s(path: Path, piece_bytes: int, readers: int) -> float:

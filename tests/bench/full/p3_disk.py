@@ -13,11 +13,10 @@ from typing import Any
 import report
 
 from moestro.cache import NextUse, Phase, Replayed, TraceReader, belady, replay
-from moestro.cache.tiers import DISK_READERS
 
 from .bars import Bar, Link, bound_s, medians, ratio_bar, share_bar
 from .bench import Bench, TurnFailed, begin, finish
-from .disk import read_bytes_per_s
+from .disk import read_bytes_per_s, readers_of
 from .maker import make_random
 from .memgroup import NoMemoryGroup, forget_pages, memory_group
 from .processes import HERE, last_json
@@ -149,7 +148,7 @@ def against_bound(
     """
     step = held["decode"]["per_step"]
     pack = max(bench.cache(EXPERTS).rglob("*"), key=lambda path: path.stat().st_size)
-    disk = Link(read_bytes_per_s(pack, held["slot_bytes"], DISK_READERS))
+    disk = Link(read_bytes_per_s(pack, held["slot_bytes"], readers_of(held["slot_bytes"])))
     compute_s = free["decode"]["median_step_s"]
     taken_s = held["decode"]["seconds"][0] / DECODE
     least_s = bound_s(compute_s, step["misses"] * held["slot_bytes"], disk)

@@ -53,11 +53,14 @@ def over(pack: Pack, queue: HeldQueue) -> QueuedReader:
     return QueuedReader(pack, queue)  # type: ignore[arg-type]
 
 
-def test_demand_goes_before_guesses_and_finds_room(pack: Pack, spec: PackSpec) -> None:
+def test_demand_goes_before_guesses_and_finds_room(
+    pack: Pack, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = HeldQueue(4)
+    monkeypatch.setattr(queued_reader, "MOST_GUESSED", 2)
     reader = over(pack, queue)
     reader.submit([ask(spec, 0, expert, guessed=True) for expert in range(4)])
-    assert queue.under_way == 2, "half of the queue is left to who is demanded"
+    assert queue.under_way == 2, "the rest of the queue is left to who is demanded"
     reader.submit([ask(spec, 1, expert) for expert in range(3)])
     began = [offset for _, offset in queue.reads]
     assert began[2:] == [pack.offset(1, 0), pack.offset(1, 1)]
