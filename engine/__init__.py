@@ -37,9 +37,13 @@ from moestro.engine.formats import FormatMap, mix_by_trace
 from moestro.engine.planning import (
     DEMO_PERPLEXITY,
     Bound,
+    CardBound,
+    CardForecast,
+    CardOutlook,
     Change,
     Forecast,
     Gains,
+    HostMemory,
     LinkSpeed,
     Outlook,
     StoredWeights,
@@ -75,7 +79,7 @@ from .kept_folders import (
     remove,
     remove_fetched,
 )
-from .planner import plan_model, refuse_by_config, verdict
+from .planner import card_of, plan_card, plan_model, refuse_by_config, verdict
 from .tracing import (
     CEILING,
     CURVE_SHARES,
@@ -110,7 +114,11 @@ __all__ = [
     "EngineStats",
     "EngineWorker",
     "FinishReason",
+    "CardBound",
+    "CardForecast",
+    "CardOutlook",
     "Forecast",
+    "HostMemory",
     "FormatMap",
     "Gains",
     "GrammarKind",
@@ -160,6 +168,8 @@ __all__ = [
     "name_routers",
     "fetched_models",
     "kept_models",
+    "card_of",
+    "plan_card",
     "plan_model",
     "remove",
     "remove_fetched",

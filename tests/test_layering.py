@@ -109,7 +109,8 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "api.dialects": {"facts", "contract", "metrics", "parsing", "api"},
         "serving": {"facts", "contract", "metrics", "api", "api.dialects"},
         "hub": {"facts"},
-        "commands": {"facts", "serving", "hub"},
+        "plans": {"facts"},
+        "commands": {"facts", "serving", "hub", "plans"},
         "": {"commands"},
     },
 }
@@ -126,7 +127,7 @@ TORCH_FREE = {
     "engine": {
         *("facts/cgroups", "facts/config", "facts/errors", "facts/grammar", "facts/stats"),
         *("facts/threads", "facts/units", "model/regret", "weights/manifest"),
-        *("planning/advice", "planning/device_memory", "planning/forecast"),
+        *("planning/advice", "planning/card", "planning/device_memory", "planning/forecast"),
         *("planning/gains", "planning/step_size"),
         "selection/keep",
         *("step/params", "step/scheduler", "step/sequence"),

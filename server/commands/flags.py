@@ -54,6 +54,23 @@ DeviceMemory = Annotated[
         " [default: what is free there]",
     ),
 ]
+CardMemory = Annotated[
+    str | None,
+    Option(
+        "--device-memory",
+        metavar="SIZE",
+        help="With --device cuda: of the card to plan for, which need not be here, such as 12GiB."
+        " [default: what is free on the one that is]",
+    ),
+]
+Link = Annotated[
+    str | None,
+    Option(
+        "--link",
+        metavar="SIZE",
+        help="With --device cuda: bytes per second into the card. [default: 25GB/s, PCIe 4 x16]",
+    ),
+]
 EmulateLink = Annotated[
     str | None,
     Option(
