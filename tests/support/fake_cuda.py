@@ -23,7 +23,8 @@ Not modelled
 """
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -64,6 +65,20 @@ class Gpu:
     pinned_bytes: float = float("inf")  # of torch
 
 
+class Seen:
+    """Whether what torch does is the program's, or the fake's own."""
+
+    own = False
+
+    @contextmanager
+    def not_(self) -> Iterator[None]:
+        before, self.own = self.own, True
+        try:
+            yield
+        finally:
+            self.own = before
+
+
 class FakeCuda:
     """The device and its driver. Raises Race, Unwritten where the code under test is at fault."""
 
@@ -71,6 +86,7 @@ class FakeCuda:
         self.gpu = Gpu() if gpu is None else gpu
         self.device = torch.device("cuda", 0)
         self.timeline = Timeline()
+        self.seen = Seen()
         self.to_device, self.to_host = Engine("to device"), Engine("to host")
         self.used_bytes = 0
         self.calls = 0
@@ -99,9 +115,15 @@ class FakeCuda:
         duration_s: float | None = None,
         run: Callable[[], None] | None = None,
     ) -> Operation:
-        """Queues one on the current stream; `run` happens when it ends."""
+        """Queues one on the current stream; `run` happens when it ends, and may look at bytes."""
+
+        def land() -> None:
+            with self.seen.not_():
+                run()  # type: ignore[misc]
+
         taken_s = self.gpu.kernel_s if duration_s is None else duration_s
-        return self._launch(name, self.memory.spans(reads), self.memory.spans(writes), taken_s, run)
+        spans = self.memory.spans(reads), self.memory.spans(writes)
+        return self._launch(name, *spans, taken_s, None if run is None else land)
 
     def host_wrote(self, memory: memoryview, name: str, *, garbage: bool = False) -> None:
         """Into memory that CUDA may know; `garbage`: what nobody may read until the next time."""

@@ -49,8 +49,7 @@ def installed(cuda: FakeCuda) -> Iterator[FakeCuda]:
         }
         for name, value in names.items():
             patched.setattr(torch.cuda, name, value)
-        seen = _Seen()
-        with _Kernels(cuda, seen), _Places(cuda, seen):
+        with _Kernels(cuda), _Places(cuda):
             yield cuda
 
 
@@ -76,20 +75,6 @@ class _Runtime:
         return self._cuda.unregister(pointer)
 
 
-class _Seen:
-    """Whether what torch does is the program's, or the fake's own."""
-
-    own = False
-
-    @contextmanager
-    def not_(self) -> Iterator[None]:
-        before, self.own = self.own, True
-        try:
-            yield
-        finally:
-            self.own = before
-
-
 def _names_cuda(device: torch.device | str | None) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -97,9 +82,9 @@ def _names_cuda(device: torch.device | str | None) -> bool:
 class _Places(TorchFunctionMode):
     """Where tensors are made, and where they say that they are."""
 
-    def __init__(self, cuda: FakeCuda, seen: _Seen) -> None:
+    def __init__(self, cuda: FakeCuda) -> None:
         super().__init__()
-        self._cuda, self._seen = cuda, seen
+        self._cuda, self._seen = cuda, cuda.seen
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -172,9 +157,9 @@ class _Places(TorchFunctionMode):
 class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every operation on memory that CUDA knows."""
 
-    def __init__(self, cuda: FakeCuda, seen: _Seen) -> None:
+    def __init__(self, cuda: FakeCuda) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cuda, self._seen = cuda, seen
+        self._cuda, self._seen = cuda, cuda.seen
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
