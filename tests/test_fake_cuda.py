@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from fake_cuda import Code, FakeCuda, Gpu
+from fake_cuda import FakeCuda
+from fake_cuda_facts import Code, Gpu
 from fake_cuda_torch import installed
 from vector_clocks import Race, Unwritten
 from virtual_device import Operation
@@ -148,6 +149,9 @@ def test_writing_what_is_still_read_is_a_race(cuda: FakeCuda) -> None:
     target.copy_(source, non_blocking=True)
     with pytest.raises(Race, match=r"pinned 0\[0\]: fill_ \(host\) does not wait for copy"):
         source.fill_(4)
+    with pytest.raises(Race, match="fill_"):  # said again, to who goes on
+        torch.cuda.synchronize()
+    cuda.found = None
     torch.cuda.synchronize()
     source.fill_(5)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -159,6 +163,7 @@ def test_writing_what_is_still_read_is_a_race(cuda: FakeCuda) -> None:
 def test_reading_before_anybody_wrote_is_a_fault(cuda: FakeCuda) -> None:
     with pytest.raises(Unwritten, match=r"reads device 0\[0\], which nobody has written"):
         cuda.kernel("compute", [empty()])
+    cuda.found = None
     memory = bytearray(64)
     host = torch.frombuffer(memory, dtype=torch.uint8)
     assert torch.cuda.cudart().cudaHostRegister(host.data_ptr(), 64, 0) == 0
@@ -166,6 +171,7 @@ def test_reading_before_anybody_wrote_is_a_fault(cuda: FakeCuda) -> None:
     empty(8).copy_(host[:8], non_blocking=True)
     with pytest.raises(Unwritten, match="garbage since a read begins"):
         empty(8).copy_(host[8:16], non_blocking=True)
+    cuda.found = None
     cuda.host_wrote(memoryview(memory)[8:16], "a read ends")
     empty(8).copy_(host[8:16], non_blocking=True)
 

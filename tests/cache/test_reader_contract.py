@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fake_cuda import FakeCuda, Gpu
+from fake_cuda import FakeCuda
+from fake_cuda_facts import Gpu
 from fake_cuda_torch import installed
 from manual_reader import ManualReader
 from moestro.cache import (
@@ -104,7 +105,6 @@ READERS = {
     "inclusive, one slot": tiers(HostMode.INCLUSIVE, 1),
     "exclusive": tiers(HostMode.EXCLUSIVE, 4),
     "imagined gpu, whole": on_imagined_gpu(HostMode.WHOLE, 18, Gpu()),
-    "imagined gpu, inclusive": on_imagined_gpu(HostMode.INCLUSIVE, 4, Gpu()),
     "imagined gpu, exclusive": on_imagined_gpu(HostMode.EXCLUSIVE, 4, Gpu()),
     "imagined gpu, staged": on_imagined_gpu(HostMode.INCLUSIVE, 4, Gpu(register_bytes=0)),
     "imagined gpu, pageable": on_imagined_gpu(

@@ -25,44 +25,15 @@ Not modelled
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 
+from fake_cuda_facts import Code, Gpu
 from fake_cuda_memory import Memory, Place, Region, Span
 from vector_clocks import Access, Clock, join
 from virtual_device import Engine, Operation, Queue, Timeline
 
 _HOST = 0
-
-
-class Code(IntEnum):
-    """Of cudaError_t."""
-
-    SUCCESS = 0
-    INVALID_VALUE = 1
-    OUT_OF_MEMORY = 2
-    ILLEGAL_ADDRESS = 700
-    ALREADY_REGISTERED = 712
-    NOT_REGISTERED = 713
-
-    @property
-    def error(self) -> torch.AcceleratorError:
-        return torch.AcceleratorError(f"CUDA error: {self.name.lower().replace('_', ' ')}")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What it can do."""
-
-    memory_bytes: int = 1 << 30
-    copy_bytes_per_s: float = 25e9  # each way
-    call_s: float = 1e-6  # of the host, for each call
-    kernel_s: float = 5e-6
-    register_bytes: float = float("inf")  # in one piece
-    register_all_bytes: float = float("inf")
-    pinned_bytes: float = float("inf")  # of torch
 
 
 class Seen:
@@ -92,6 +63,9 @@ class FakeCuda:
         self.calls = 0
         self.stuck: Code | None = None
         """Every call reports it, from now on."""
+        self.found: AssertionError | None = None
+        """The first fault of the program: every later call raises it again, so that nobody who
+        cleans up after it waits for what was never queued."""
         self._sticks_in: int | None = None
         self._refused: Code | None = None
         self.memory = Memory()
@@ -118,12 +92,18 @@ class FakeCuda:
         """Queues one on the current stream; `run` happens when it ends, and may look at bytes."""
 
         def land() -> None:
-            with self.seen.not_():
+            with self.seen.not_(), self._noted():
                 run()  # type: ignore[misc]
 
         taken_s = self.gpu.kernel_s if duration_s is None else duration_s
         spans = self.memory.spans(reads), self.memory.spans(writes)
         return self._launch(name, *spans, taken_s, None if run is None else land)
+
+    def sleep(self, seconds: float) -> None:
+        """Of a host that waits for something else."""
+        if self.found is not None:
+            raise self.found
+        self.timeline.turn(seconds)
 
     def host_wrote(self, memory: memoryview, name: str, *, garbage: bool = False) -> None:
         """Into memory that CUDA may know; `garbage`: what nobody may read until the next time."""
@@ -142,6 +122,8 @@ class FakeCuda:
 
     def call(self) -> None:
         """The host has called the driver. Raises what sticks."""
+        if self.found is not None:
+            raise self.found
         self.calls += 1
         if self._sticks_in is not None and self.calls > self._sticks_in:
             self.stuck = Code.ILLEGAL_ADDRESS
@@ -185,8 +167,7 @@ class FakeCuda:
         found = self.memory.at(pointer)
         if found is None or found.base != pointer or found.place is not Place.REGISTERED:
             return self._refuse(Code.NOT_REGISTERED)
-        access = self._as_host("cudaHostUnregister")
-        found.shadow.write(0, found.size_bytes, access, self._clock)
+        self.host_touches("cudaHostUnregister", (), [Span(found, 0, found.size_bytes)])
         self.memory.remove(found)
         return Code.SUCCESS
 
@@ -248,11 +229,12 @@ class FakeCuda:
         self, name: str, reads: Iterable[Span], writes: Iterable[Span], *, garbage: bool = False
     ) -> None:
         access = self._as_host(name)
-        for span in reads:
-            span.region.shadow.read(span.start, span.end, access, self._clock)
-        for span in writes:
-            shadow = span.region.shadow
-            shadow.write(span.start, span.end, access, self._clock, garbage=garbage)
+        with self._noted():
+            for span in reads:
+                span.region.shadow.read(span.start, span.end, access, self._clock)
+            for span in writes:
+                shadow = span.region.shadow
+                shadow.write(span.start, span.end, access, self._clock, garbage=garbage)
 
     def host_uses(
         self, name: str, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor]
@@ -303,11 +285,21 @@ class FakeCuda:
         join(stream.clock, self._clock)
         stream.clock[stream.actor] += 1
         access = Access(stream.actor, stream.clock[stream.actor], f"{name} ({stream.queue.name})")
-        for span in reads:
-            span.region.shadow.read(span.start, span.end, access, stream.clock)
-        for span in writes:
-            span.region.shadow.write(span.start, span.end, access, stream.clock)
-        return self.timeline.put(stream.queue, Operation(name, taken_s, engine, land))
+        with self._noted():
+            for span in reads:
+                span.region.shadow.read(span.start, span.end, access, stream.clock)
+            for span in writes:
+                span.region.shadow.write(span.start, span.end, access, stream.clock)
+        operation = Operation(name, taken_s, engine, land, writes=writes)
+        return self.timeline.put(stream.queue, operation)
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except AssertionError as error:
+            self.found = error
+            raise
 
     def _as_host(self, name: str) -> Access:
         self._clock[_HOST] += 1

@@ -12,8 +12,9 @@ chunks into which a driver may cut a copy, a bound on what can be queued.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Operation:
     engine: Engine | None = None
     land: Callable[[], None] | None = None  # moves its bytes
     after: "Operation | None" = None  # of another stream
+    writes: Sequence[Any] = ()  # for who looks at what has ended
     number: int = 0
     queue: "Queue | None" = None
     ends_s: float | None = None  # known once it has begun

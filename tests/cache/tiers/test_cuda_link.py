@@ -7,12 +7,14 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from fake_cuda import FakeCuda, Gpu
+from fake_cuda import FakeCuda
+from fake_cuda_facts import Gpu
 from fake_cuda_torch import installed
 from moestro.cache import BlobLayout, Copy
 from moestro.cache.tiers.cuda_link import STAGING_BYTES, CudaArena, CudaLink
 from moestro.cache.tiers.link import CHUNK_BYTES
 from moestro.cache.tiers.slots import SlotArena
+from vector_clocks import Race
 
 DEVICE = torch.device("cuda", 0)
 PLACES = STAGING_BYTES // CHUNK_BYTES
@@ -22,7 +24,7 @@ CHUNK_S = CHUNK_BYTES / 25e9
 class Bench:
     """Host slots and device slots of `chunks` chunks and a little; host slot n is full of n + 1."""
 
-    def __init__(self, gpu: Gpu, slots: int, chunks: int) -> None:
+    def __init__(self, gpu: Gpu, slots: int, chunks: int, link: type[CudaLink] = CudaLink) -> None:
         self.cuda = FakeCuda(gpu)
         self.size_bytes = chunks * CHUNK_BYTES + 4096
         layout = BlobLayout.of({"up": ("uint8", (self.size_bytes,))})
@@ -31,7 +33,7 @@ class Bench:
         self._stack = ExitStack()
         self._stack.enter_context(installed(self.cuda))
         self.arena = CudaArena(slots, layout.stride_bytes, [[layout]], DEVICE)
-        self.link = CudaLink(self.host, self.arena)
+        self.link = link(self.host, self.arena)
 
     def close(self) -> None:
         self.link.close()
@@ -69,8 +71,13 @@ Open = Callable[..., Bench]
 def opened() -> Iterator[Open]:
     with ExitStack() as stack:
 
-        def make(gpu: Gpu | None = None, slots: int = 3, chunks: int = 2) -> Bench:
-            bench = Bench(gpu or Gpu(), slots, chunks)
+        def make(
+            gpu: Gpu | None = None,
+            slots: int = 3,
+            chunks: int = 2,
+            link: type[CudaLink] = CudaLink,
+        ) -> Bench:
+            bench = Bench(gpu or Gpu(), slots, chunks, link)
             stack.callback(bench.close)
             return bench
 
@@ -136,6 +143,21 @@ def test_a_staging_buffer_is_used_again_when_its_chunk_has_crossed(opened: Open)
     assert waited_s > (slots * (PLACES // 2 + 1) - PLACES - 3) * CHUNK_S  # slots end in a little
     assert len(bench.drain(slots)) == slots
     assert [bench.holds(slot) for slot in range(slots)] == [{3}, {2}, {1}]
+
+
+class Hasty(CudaLink):
+    """Does not wait until a staging buffer's last chunk has crossed."""
+
+    def _stage(self, source: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
+        self._staged.clear()
+        return super()._stage(source, staging)
+
+
+def test_a_staging_buffer_used_again_too_early_is_found(opened: Open) -> None:
+    bench = opened(PINNINGS["pinned staging"], 3, PLACES // 2, Hasty)
+    with pytest.raises(Race, match=r"pinned 0\[0\]: copy_ \(host\) does not wait for copy .* in"):
+        bench.link.submit([bench.copy(slot, slot) for slot in range(3)])
+    bench.cuda.found = None
 
 
 def test_a_copy_waits_for_who_last_read_the_slot_and_nobody_else_does(opened: Open) -> None:
