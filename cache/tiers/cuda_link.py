@@ -10,12 +10,13 @@ as its last lease ended: the copy stream waits for it, nobody else does.
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
 import torch
 
-from moestro.cache.facts import BlobLayout, LinkStats, TierPlan, human_bytes
+from moestro.cache.facts import BlobLayout, DeviceFailed, LinkStats, TierPlan, human_bytes
 from moestro.cache.pack import Pack
 
 from .link import CHUNK_BYTES, Copied, Copy, Link
@@ -58,8 +59,11 @@ class CudaArena(SlotViews):
         return ()
 
     def used(self, slots: Iterable[int]) -> None:
-        event = _event()
-        event.record(torch.cuda.current_stream(self.device))
+        try:
+            event = _event()
+            event.record(torch.cuda.current_stream(self.device))
+        except torch.AcceleratorError as error:
+            raise _failed(self.device, error) from error
         for slot in slots:
             self.free[slot] = event
 
@@ -76,9 +80,36 @@ class CudaLink:
         self._under_way: list[tuple[Copy, torch.cuda.Event, torch.cuda.Event]] = []
         self._copies = self._chunks = self._bytes = 0
         self._busy_s = 0.0
+        self._failure: DeviceFailed | None = None
+        """Of the device: from then on there is nothing to wait for."""
         self._closed = False
 
     def submit(self, copies: Sequence[Copy]) -> None:
+        """Raises DeviceFailed, as `poll`, `wait` and `copy_s` do."""
+        with self._asking():
+            self._submit(copies)
+
+    def poll(self) -> list[Copied]:
+        with self._asking():
+            return self._poll()
+
+    def wait(self) -> list[Copied]:
+        with self._asking():
+            first = next((x for x in self._under_way if not x[0].guessed), self._under_way[0])
+            first[2].synchronize()
+            return self._poll()
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            self._failure = _failed(self._device.device, error)
+            raise self._failure from error
+
+    def _submit(self, copies: Sequence[Copy]) -> None:
         for guessed, stream in enumerate(self._streams):
             chosen = [copy for copy in copies if copy.guessed == bool(guessed)]
             if chosen:
@@ -86,7 +117,7 @@ class CudaLink:
                     for copy in chosen:
                         self._start(copy, stream)
 
-    def poll(self) -> list[Copied]:
+    def _poll(self) -> list[Copied]:
         ended, rest = [], []
         for entry in self._under_way:
             copy, begin, done = entry
@@ -101,16 +132,15 @@ class CudaLink:
         self._under_way = rest
         return ended
 
-    def wait(self) -> list[Copied]:
-        first = next((x for x in self._under_way if not x[0].guessed), self._under_way[0])
-        first[2].synchronize()
-        return self.poll()
-
     def due_s(self) -> float:
         return _ASK_AGAIN_S
 
     def copy_s(self, size_bytes: int) -> float:
         """From copies of the host's first chunk into memory of its own; the first one warms up."""
+        with self._asking():
+            return self._copy_s(size_bytes)
+
+    def _copy_s(self, size_bytes: int) -> float:
         source = self._host.flat[: min(CHUNK_BYTES, self._host.slot_bytes)]
         target = torch.empty_like(source, device=self._device.device)
         begin, done = _event(timing=True), _event(timing=True)
@@ -139,7 +169,10 @@ class CudaLink:
         if self._closed:
             return
         self._closed = True
-        torch.cuda.synchronize(self._device.device)
+        try:
+            torch.cuda.synchronize(self._device.device)
+        except torch.AcceleratorError as error:  # then nothing reads the host's slots any more
+            _log.warning("%s", _failed(self._device.device, error))
         self._under_way.clear()
         if self.pinning is Pinning.WHOLE:
             _runtime().cudaHostUnregister(self._host.flat.data_ptr())
@@ -227,6 +260,11 @@ def _pin(host: SlotArena, device: torch.device) -> tuple[Pinning, torch.Tensor |
         human_bytes(STAGING_BYTES),
     )
     return Pinning.STAGING, staging
+
+
+def _failed(device: torch.device, error: torch.AcceleratorError) -> DeviceFailed:
+    first_line = str(error).partition("\n")[0]
+    return DeviceFailed(f"{device} failed: {first_line}; start again, and see the driver's log")
 
 
 def _event(*, timing: bool = False) -> torch.cuda.Event:
