@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -25,6 +26,9 @@ from .wiring import Wiring
 
 STAGING_BYTES = 16 * CHUNK_BYTES
 """To be set aside in the host tier's plan. A power of two: torch pins nothing smaller."""
+
+GUESSED_CHUNKS = 2
+"""Under way at a time: one crosses while the next is ready. A demanded expert waits for no more."""
 
 _ASK_AGAIN_S = 50e-6
 _log = logging.getLogger("moestro.cache")
@@ -68,16 +72,39 @@ class CudaArena(SlotViews):
             self.free[slot] = event
 
 
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One expert on its way: what is left to be queued, and what of it is under way."""
+
+    copy: Copy
+    left: deque[tuple[torch.Tensor, torch.Tensor]]  # chunks of the host slot, of the device slot
+    under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+    """Begin and end of what was queued together, oldest first."""
+    busy_s: float = 0.0
+
+    def settle(self) -> bool:
+        """Takes note of what has crossed; whether all has."""
+        while self.under_way and self.under_way[0][1].query():  # type: ignore[no-untyped-call]
+            begin, done = self.under_way.popleft()
+            self.busy_s += begin.elapsed_time(done) / 1000
+        return not self.left and not self.under_way
+
+
 class CudaLink:
-    """Two copy streams: chunks of a demanded expert take turns with those of a guessed one."""
+    """Two copy streams. What is demanded is queued at once; of what is guessed, few chunks at a
+    time, and none while anything demanded is under way: a copy engine that has begun with a stream
+    goes on with what it finds there, and a demanded expert would wait for all of it.
+    """
 
     def __init__(self, host: SlotArena, device: CudaArena) -> None:
         self._host, self._device = host, device
         self._streams = (_stream(device.device), _stream(device.device))  # demanded, guessed
+        for stream in self._streams:  # the slots' memory may have been another tensor's
+            stream.wait_stream(torch.cuda.current_stream(device.device))
         self.pinning, self._staging = _pin(host, device.device)
         self._staged: deque[torch.cuda.Event] = deque()  # of the chunks last staged, oldest first
         self._turn = 0
-        self._under_way: list[tuple[Copy, torch.cuda.Event, torch.cuda.Event]] = []
+        self._flights: tuple[list[_Flight], list[_Flight]] = ([], [])  # demanded, guessed
         self._copies = self._chunks = self._bytes = 0
         self._busy_s = 0.0
         self._failure: DeviceFailed | None = None
@@ -95,9 +122,10 @@ class CudaLink:
 
     def wait(self) -> list[Copied]:
         with self._asking():
-            first = next((x for x in self._under_way if not x[0].guessed), self._under_way[0])
-            first[2].synchronize()
-            return self._poll()
+            while not (ended := self._poll()):
+                first = next(x for flights in self._flights for x in flights)
+                first.under_way[0][1].synchronize()
+            return ended
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -110,27 +138,41 @@ class CudaLink:
             raise self._failure from error
 
     def _submit(self, copies: Sequence[Copy]) -> None:
-        for guessed, stream in enumerate(self._streams):
-            chosen = [copy for copy in copies if copy.guessed == bool(guessed)]
-            if chosen:
-                with torch.cuda.stream(stream):
-                    for copy in chosen:
-                        self._start(copy, stream)
+        demanded, guessed = self._flights
+        guessed += [self._flight(copy) for copy in copies if copy.guessed]
+        stream = self._streams[0]
+        with torch.cuda.stream(stream):
+            for copy in copies:
+                if not copy.guessed:
+                    flight = self._flight(copy)
+                    demanded.append(flight)
+                    self._queue(flight, stream, len(flight.left))
+        self._guess()
 
     def _poll(self) -> list[Copied]:
-        ended, rest = [], []
-        for entry in self._under_way:
-            copy, begin, done = entry
-            if not done.query():  # type: ignore[no-untyped-call]
-                rest.append(entry)
-                continue
-            busy_s = begin.elapsed_time(done) / 1000
-            self._copies += 1
-            self._bytes += copy.size_bytes
-            self._busy_s += busy_s
-            ended.append(Copied(copy, busy_s))
-        self._under_way = rest
+        ended = []
+        for flights in self._flights:
+            for flight in [flight for flight in flights if flight.settle()]:
+                flights.remove(flight)
+                self._copies += 1
+                self._bytes += flight.copy.size_bytes
+                self._busy_s += flight.busy_s
+                ended.append(Copied(flight.copy, flight.busy_s))
+        self._guess()
         return ended
+
+    def _guess(self) -> None:
+        """Queues the next chunks of what is guessed, while nothing demanded is under way."""
+        demanded, guessed = self._flights
+        if demanded or not guessed:
+            return
+        room = GUESSED_CHUNKS - sum(len(flight.under_way) for flight in guessed)
+        stream = self._streams[1]
+        with torch.cuda.stream(stream):
+            for flight in guessed:
+                while flight.left and room > 0:
+                    self._queue(flight, stream, 1)
+                    room -= 1
 
     def due_s(self) -> float:
         return _ASK_AGAIN_S
@@ -145,6 +187,7 @@ class CudaLink:
         target = torch.empty_like(source, device=self._device.device)
         begin, done = _event(timing=True), _event(timing=True)
         stream = self._streams[0]
+        stream.wait_stream(torch.cuda.current_stream(self._device.device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             begin.record(stream)
@@ -173,17 +216,23 @@ class CudaLink:
             torch.cuda.synchronize(self._device.device)
         except torch.AcceleratorError as error:  # then nothing reads the host's slots any more
             _log.warning("%s", _failed(self._device.device, error))
-        self._under_way.clear()
+        for flights in self._flights:
+            flights.clear()
         if self.pinning is Pinning.WHOLE:
             _runtime().cudaHostUnregister(self._host.flat.data_ptr())
 
-    def _start(self, copy: Copy, stream: torch.cuda.Stream) -> None:
-        free = self._device.free[copy.target]
+    def _flight(self, copy: Copy) -> _Flight:
+        return _Flight(copy, deque(self._pieces(copy)))
+
+    def _queue(self, flight: _Flight, stream: torch.cuda.Stream, chunks: int) -> None:
+        """The next `chunks` of a flight, on `stream`, which is the current one."""
+        free = self._device.free[flight.copy.target]
         if free is not None:
             stream.wait_event(free)
         begin, done = _event(timing=True), _event(timing=True)
         begin.record(stream)
-        for source, target in self._pieces(copy):
+        for _ in range(chunks):
+            source, target = flight.left.popleft()
             if self._staging is not None:
                 source = self._stage(source, self._staging)
             target.copy_(source, non_blocking=True)
@@ -192,7 +241,7 @@ class CudaLink:
                 self._staged[-1].record(stream)
             self._chunks += 1
         done.record(stream)
-        self._under_way.append((copy, begin, done))
+        flight.under_way.append((begin, done))
 
     def _pieces(self, copy: Copy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Chunks of the host slot and of the device slot, uint8."""

@@ -34,17 +34,18 @@ class NeverUsed(CudaArena):
 class Forgetful(CudaLink):
     """A copy does not wait for the event of its slot's last use."""
 
-    def _start(self, *given: Any) -> None:
+    def _queue(self, *given: Any) -> None:
         self._device.free = [None] * len(self._device.free)
-        super()._start(*given)
+        super()._queue(*given)
 
 
 class EarlyLink(CudaLink):
     """Says that a copy has ended when it was only queued."""
 
     def poll(self) -> list[Copied]:
-        under_way, self._under_way = self._under_way, []
-        return [Copied(copy, 0.0) for copy, *_ in under_way]
+        copies = [flight.copy for flights in self._flights for flight in flights]
+        self._flights = ([], [])
+        return [Copied(copy, 0.0) for copy in copies]
 
     def wait(self) -> list[Copied]:
         return self.poll()
@@ -54,9 +55,12 @@ class Unasked(CudaLink):
     """Waits for the right time, but not for the event."""
 
     def poll(self) -> list[Copied]:
-        ended = [x for x in self._under_way if x[2].mark.ended]  # type: ignore[attr-defined]
-        self._under_way = [x for x in self._under_way if x not in ended]
-        return [Copied(copy, 0.0) for copy, *_ in ended]
+        flights = [flight for both in self._flights for flight in both]
+        marks: list[Any] = [flight.under_way[-1][1] for flight in flights]
+        if not all(each.mark.ended for each in marks):
+            return []
+        self._flights = ([], [])
+        return [Copied(flight.copy, 0.0) for flight in flights]
 
     def wait(self) -> list[Copied]:
         while not (ended := self.poll()):

@@ -122,13 +122,13 @@ class Timeline:
             for head in ready:
                 if head.engine is None:
                     self._start(head)
-            for engine in {id(head.engine): head.engine for head in ready}.values():
-                if engine is not None and engine.serving is None:
-                    own = (x for x in ready if x.engine is engine and x.queue is engine.last)
-                    any_of_it = (x for x in ready if x.engine is engine)
-                    self._start(next(own, None) or min(any_of_it, key=lambda x: x.number))
             if not any(head.ended for head in ready):
-                return
+                break
+        for engine in {id(head.engine): head.engine for head in ready}.values():
+            if engine is not None and engine.serving is None:
+                own = (x for x in ready if x.engine is engine and x.queue is engine.last)
+                any_of_it = (x for x in ready if x.engine is engine)
+                self._start(next(own, None) or min(any_of_it, key=lambda x: x.number))
 
     def _ready(self, queue: Queue) -> Operation | None:
         head = queue.operations[0] if queue.operations else None

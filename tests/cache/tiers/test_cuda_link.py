@@ -11,7 +11,7 @@ from fake_cuda import FakeCuda
 from fake_cuda_facts import Gpu
 from fake_cuda_torch import installed
 from moestro.cache import BlobLayout, Copy
-from moestro.cache.tiers.cuda_link import STAGING_BYTES, CudaArena, CudaLink
+from moestro.cache.tiers.cuda_link import GUESSED_CHUNKS, STAGING_BYTES, CudaArena, CudaLink
 from moestro.cache.tiers.link import CHUNK_BYTES
 from moestro.cache.tiers.slots import SlotArena
 from vector_clocks import Race
@@ -143,6 +143,50 @@ def test_a_staging_buffer_is_used_again_when_its_chunk_has_crossed(opened: Open)
     assert waited_s > (slots * (PLACES // 2 + 1) - PLACES - 3) * CHUNK_S  # slots end in a little
     assert len(bench.drain(slots)) == slots
     assert [bench.holds(slot) for slot in range(slots)] == [{3}, {2}, {1}]
+
+
+@pytest.mark.parametrize("name", ["pinned", "pinned staging"])
+def test_a_demanded_expert_waits_for_two_chunks_of_a_guess_and_no_more(
+    opened: Open, name: str
+) -> None:
+    bench = opened(PINNINGS[name], chunks=12)
+    guess, demand = bench.copy(0, 0, guessed=True), bench.copy(1, 1)
+    bench.link.submit([guess])
+    bench.cuda.timeline.turn(CHUNK_S / 2)
+    asked_s = bench.cuda.timeline.now_s
+    bench.link.submit([demand])
+    assert bench.drain(1) == [demand]
+    expected_s = (GUESSED_CHUNKS - 0.5) * CHUNK_S + bench.size_bytes / 25e9
+    assert bench.cuda.timeline.now_s - asked_s == pytest.approx(expected_s, rel=0.02)
+    assert bench.drain(1) == [guess]
+    assert [bench.holds(slot) for slot in (0, 1)] == [{1}, {2}]
+
+
+def test_a_guess_goes_on_when_nothing_is_demanded_and_lasts_as_long_as_it_moves(
+    opened: Open,
+) -> None:
+    bench = opened(chunks=6)
+    guess, demand = bench.copy(0, 0, guessed=True), bench.copy(1, 1)
+    bench.link.submit([guess, demand])
+    assert bench.link.stats().chunks == 7  # of the demanded one alone
+    bench.cuda.timeline.turn(1.0)
+    assert [each.copy for each in bench.link.poll()] == [demand]
+    begun_s = bench.cuda.timeline.now_s
+    (ended,) = bench.link.wait()
+    assert ended.copy is guess
+    assert ended.busy_s == pytest.approx(bench.size_bytes / 25e9, rel=0.05)
+    assert bench.cuda.timeline.now_s - begun_s == pytest.approx(ended.busy_s, rel=0.05)
+
+
+def test_a_copy_waits_for_who_had_the_slots_memory_before(opened: Open) -> None:
+    bench = opened()
+    bench.cuda.kernel("of another tensor", writes=[bench.arena.flat], duration_s=1.0)
+    layout = BlobLayout.of({"up": ("uint8", (4096,))})
+    link = CudaLink(SlotArena(1, 4096, [[layout]]), bench.arena)
+    link.submit([Copy(0, 0, 0, 4096, False), Copy(0, 0, 1, 4096, True)])
+    assert len(link.wait()) == len(link.wait()) == 1
+    assert bench.cuda.timeline.now_s > 1.0
+    link.close()
 
 
 class Hasty(CudaLink):
