@@ -27,6 +27,10 @@ from .wiring import Wiring
 STAGING_BYTES = 16 * CHUNK_BYTES
 """To be set aside in the host tier's plan. A power of two: torch pins nothing smaller."""
 
+PIECE_BYTES = 256 << 20
+"""Of the host tier, registered in one call: where the system refuses so much at once, or all of
+it, what it grants is kept."""
+
 GUESSED_CHUNKS = 2
 """Under way at a time: one crosses while the next is ready. A demanded expert waits for no more."""
 
@@ -38,6 +42,7 @@ class Pinning(Enum):
     """What of the host tier the GPU can fetch by itself; the name says so in statistics."""
 
     WHOLE = "pinned"
+    PART = "partly pinned"
     STAGING = "pinned staging"
     NONE = "pageable"
 
@@ -96,12 +101,21 @@ class CudaLink:
     goes on with what it finds there, and a demanded expert would wait for all of it.
     """
 
-    def __init__(self, host: SlotArena, device: CudaArena) -> None:
+    def __init__(self, host: SlotArena, device: CudaArena, piece_bytes: int = PIECE_BYTES) -> None:
+        """`piece_bytes` of the host tier are registered in one call: a multiple of pages."""
         self._host, self._device = host, device
         self._streams = (_stream(device.device), _stream(device.device))  # demanded, guessed
         for stream in self._streams:  # the slots' memory may have been another tensor's
             stream.wait_stream(torch.cuda.current_stream(device.device))
-        self.pinning, self._staging = _pin(host, device.device)
+        self._piece_bytes = piece_bytes
+        self._pinned_bytes = _register(host.flat, piece_bytes)
+        self._staging: torch.Tensor | None = None
+        self.pinning = Pinning.WHOLE
+        if self._pinned_bytes < host.flat.numel():
+            _forget_error(device.device)
+            self._staging = _staging(host.flat.numel(), self._pinned_bytes)
+            rest = Pinning.NONE if self._staging is None else Pinning.STAGING
+            self.pinning = Pinning.PART if self._pinned_bytes else rest
         self._staged: deque[torch.cuda.Event] = deque()  # of the chunks last staged, oldest first
         self._turn = 0
         self._flights: tuple[list[_Flight], list[_Flight]] = ([], [])  # demanded, guessed
@@ -218,8 +232,8 @@ class CudaLink:
             _log.warning("%s", _failed(self._device.device, error))
         for flights in self._flights:
             flights.clear()
-        if self.pinning is Pinning.WHOLE:
-            _runtime().cudaHostUnregister(self._host.flat.data_ptr())
+        for start in range(0, self._pinned_bytes, self._piece_bytes):
+            _runtime().cudaHostUnregister(self._host.flat.data_ptr() + start)
 
     def _flight(self, copy: Copy) -> _Flight:
         return _Flight(copy, deque(self._pieces(copy)))
@@ -233,10 +247,13 @@ class CudaLink:
         begin.record(stream)
         for _ in range(chunks):
             source, target = flight.left.popleft()
-            if self._staging is not None:
-                source = self._stage(source, self._staging)
+            staging = self._staging
+            if staging is not None and source.is_pinned():
+                staging = None
+            if staging is not None:
+                source = self._stage(source, staging)
             target.copy_(source, non_blocking=True)
-            if self._staging is not None:
+            if staging is not None:
                 self._staged.append(_event())
                 self._staged[-1].record(stream)
             self._chunks += 1
@@ -244,14 +261,17 @@ class CudaLink:
         flight.under_way.append((begin, done))
 
     def _pieces(self, copy: Copy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Chunks of the host slot and of the device slot, uint8."""
+        """Chunks of the host slot and of the device slot, uint8; none lies in two pieces."""
         here, there = copy.source * self._host.slot_bytes, copy.target * self._device.slot_bytes
-        for at in range(0, copy.size_bytes, CHUNK_BYTES):
-            end = min(at + CHUNK_BYTES, copy.size_bytes)
+        at = 0
+        while at < copy.size_bytes:
+            piece_end = ((here + at) // self._piece_bytes + 1) * self._piece_bytes - here
+            end = min(at + CHUNK_BYTES, copy.size_bytes, piece_end)
             yield (
                 self._host.flat[here + at : here + end],
                 self._device.flat[there + at : there + end],
             )
+            at = end
 
     def _stage(self, source: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
         """`source` in pinned memory; waits while all of that is on its way."""
@@ -276,39 +296,50 @@ def cuda(device: torch.device, pack: Pack, plan: TierPlan) -> Wiring:
     return wire
 
 
-def _pin(host: SlotArena, device: torch.device) -> tuple[Pinning, torch.Tensor | None]:
-    """Pins as much as the system allows, and says so where that is not all.
+def _register(flat: torch.Tensor, piece_bytes: int) -> int:
+    """Pins memory piece by piece, until one is refused; how many bytes of it, from the first.
 
     Registered, not allocated by torch, whose pinned blocks are powers of two: a budget of 33 GiB
     would take 64.
     """
-    size_bytes = host.flat.numel()
-    code = int(_runtime().cudaHostRegister(host.flat.data_ptr(), size_bytes, 0))
-    if code == 0:
-        assert host.flat.is_pinned(), "registered memory is pinned"
-        return Pinning.WHOLE, None
-    _forget_error(device)
-    refused = f"CUDA refused to pin the host tier's {human_bytes(size_bytes)} (error {code})"
+    size_bytes = flat.numel()
+    for start in range(0, size_bytes, piece_bytes):
+        length = min(piece_bytes, size_bytes - start)
+        if int(_runtime().cudaHostRegister(flat.data_ptr() + start, length, 0)):
+            return start
+        assert flat[start : start + 1].is_pinned(), "registered memory is pinned"
+    return size_bytes
+
+
+def _staging(size_bytes: int, pinned_bytes: int) -> torch.Tensor | None:
+    """[places, CHUNK_BYTES] for what of the host tier was refused; None where that is, too."""
+    refused = (
+        f"CUDA pinned {human_bytes(pinned_bytes)} of the host tier's {human_bytes(size_bytes)}"
+        " and refused to pin more"
+    )
+    advice = "lower --host-memory or raise the limit of locked memory"
     try:
         staging = torch.empty(
             (STAGING_BYTES // CHUNK_BYTES, CHUNK_BYTES), dtype=torch.uint8, pin_memory=True
         )
     except RuntimeError as error:
         _log.warning(
-            "%s, and a staging pool, too: experts cross from pageable memory, several times"
-            " slower (%s); lower --host-memory or raise the limit of locked memory",
+            "%s, and a staging pool, too: the other experts cross from pageable memory, several"
+            " times slower (%s); %s",
             refused,
             error,
+            advice,
         )
-        return Pinning.NONE, None
+        return None
     assert staging.is_pinned(), "torch pinned the staging pool"
     _log.warning(
-        "%s: experts cross through a pinned pool of %s, which costs the computing thread a copy"
-        " of each; lower --host-memory or raise the limit of locked memory",
+        "%s: the other experts cross through a pinned pool of %s, which costs the computing thread"
+        " a copy of each; %s",
         refused,
         human_bytes(STAGING_BYTES),
+        advice,
     )
-    return Pinning.STAGING, staging
+    return staging
 
 
 def _failed(device: torch.device, error: torch.AcceleratorError) -> DeviceFailed:

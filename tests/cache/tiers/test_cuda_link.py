@@ -11,20 +11,29 @@ from fake_cuda import FakeCuda
 from fake_cuda_facts import Gpu
 from fake_cuda_torch import installed
 from moestro.cache import BlobLayout, Copy
-from moestro.cache.tiers.cuda_link import GUESSED_CHUNKS, STAGING_BYTES, CudaArena, CudaLink
+from moestro.cache.tiers.cuda_link import (
+    GUESSED_CHUNKS,
+    PIECE_BYTES,
+    STAGING_BYTES,
+    CudaArena,
+    CudaLink,
+)
 from moestro.cache.tiers.link import CHUNK_BYTES
 from moestro.cache.tiers.slots import SlotArena
 from vector_clocks import Race
 
 DEVICE = torch.device("cuda", 0)
 PLACES = STAGING_BYTES // CHUNK_BYTES
+ODD_BYTES = CHUNK_BYTES * 3 // 2  # of a piece: it ends inside chunks and inside slots
 CHUNK_S = CHUNK_BYTES / 25e9
 
 
 class Bench:
     """Host slots and device slots of `chunks` chunks and a little; host slot n is full of n + 1."""
 
-    def __init__(self, gpu: Gpu, slots: int, chunks: int, link: type[CudaLink] = CudaLink) -> None:
+    def __init__(
+        self, gpu: Gpu, slots: int, chunks: int, link: type[CudaLink], piece_bytes: int
+    ) -> None:
         self.cuda = FakeCuda(gpu)
         self.size_bytes = chunks * CHUNK_BYTES + 4096
         layout = BlobLayout.of({"up": ("uint8", (self.size_bytes,))})
@@ -33,7 +42,7 @@ class Bench:
         self._stack = ExitStack()
         self._stack.enter_context(installed(self.cuda))
         self.arena = CudaArena(slots, layout.stride_bytes, [[layout]], DEVICE)
-        self.link = link(self.host, self.arena)
+        self.link = link(self.host, self.arena, piece_bytes)
 
     def close(self) -> None:
         self.link.close()
@@ -76,8 +85,9 @@ def opened() -> Iterator[Open]:
             slots: int = 3,
             chunks: int = 2,
             link: type[CudaLink] = CudaLink,
+            piece_bytes: int = PIECE_BYTES,
         ) -> Bench:
-            bench = Bench(gpu or Gpu(), slots, chunks, link)
+            bench = Bench(gpu or Gpu(), slots, chunks, link, piece_bytes)
             stack.callback(bench.close)
             return bench
 
@@ -86,6 +96,7 @@ def opened() -> Iterator[Open]:
 
 PINNINGS = {
     "pinned": Gpu(),
+    "partly pinned": Gpu(register_all_bytes=2 * ODD_BYTES),
     "pinned staging": Gpu(register_bytes=CHUNK_BYTES),
     "pageable": Gpu(register_bytes=CHUNK_BYTES, pinned_bytes=STAGING_BYTES - 1),
 }
@@ -96,17 +107,33 @@ each_pinning = pytest.mark.parametrize("name", PINNINGS)
 def test_bytes_are_right_whatever_was_pinned(
     opened: Open, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench = opened(PINNINGS[name], chunks=2)
+    bench = opened(PINNINGS[name], chunks=2, piece_bytes=ODD_BYTES)
     bench.link.submit([bench.copy(0, 2), bench.copy(1, 0), bench.copy(2, 1, guessed=True)])
     assert len(bench.drain(3)) == 3
     assert [bench.holds(slot) for slot in range(3)] == [{2}, {3}, {1}]
     stats = bench.link.stats()
     assert stats.name == f"cuda:0, {name}" and not stats.emulated
-    assert (stats.copies, stats.copied_bytes, stats.chunks) == (3, 3 * bench.size_bytes, 9)
+    assert (stats.copies, stats.copied_bytes) == (3, 3 * bench.size_bytes)
     assert stats.busy_s >= 3 * bench.size_bytes / 25e9
     refusals = [each.message for each in caplog.records if each.levelno == logging.WARNING]
     assert len(refusals) == (name != "pinned")
-    assert all("refused to pin" in each and "--host-memory" in each for each in refusals)
+    assert all("refused to pin more" in each and "--host-memory" in each for each in refusals)
+
+
+def test_what_the_system_grants_is_kept_and_the_rest_alone_is_staged(opened: Open) -> None:
+    bench = opened(PINNINGS["partly pinned"], piece_bytes=ODD_BYTES)
+    assert [size for _, size in bench.cuda.registered] == [ODD_BYTES, ODD_BYTES]
+    staged, really = list[int](), bench.link._stage
+
+    def noted(source: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
+        staged.append(len(source))
+        return really(source, staging)
+
+    bench.link._stage = noted  # type: ignore[method-assign]
+    bench.link.submit([bench.copy(slot, slot) for slot in range(3)])
+    bench.drain(3)
+    assert sum(staged) == 3 * bench.size_bytes - 2 * ODD_BYTES
+    assert [bench.holds(slot) for slot in range(3)] == [{1}, {2}, {3}]
 
 
 def test_what_ended_is_told_once_and_not_before(opened: Open) -> None:
@@ -232,9 +259,9 @@ def test_the_length_of_a_copy_is_measured_in_memory_of_its_own(opened: Open) -> 
 
 @each_pinning
 def test_closing_waits_for_copies_and_gives_the_host_s_memory_back(opened: Open, name: str) -> None:
-    bench = opened(PINNINGS[name])
+    bench = opened(PINNINGS[name], piece_bytes=ODD_BYTES)
     bench.link.submit([bench.copy(0, 0), bench.copy(1, 1, guessed=True)])
-    assert bool(bench.cuda.registered) == (name == "pinned")
+    assert bool(bench.cuda.registered) == (name in ("pinned", "partly pinned"))
     bench.link.close()
     assert bench.cuda.registered == []
     assert all(not queue.operations for queue in bench.cuda.timeline.queues)
