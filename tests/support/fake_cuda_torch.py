@@ -107,7 +107,7 @@ class _Places(TorchFunctionMode):
         if name == "tolist":
             return self._to_list(*args)
         if _names_cuda(kwargs.get("device")):
-            del kwargs["device"]
+            kwargs["device"] = "cpu"
             return self._make(name, partial(func, *args, **kwargs))
         if kwargs.pop("pin_memory", False):
             return self._pin(name, partial(func, *args, **kwargs))
