@@ -165,6 +165,11 @@ class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self._seen.own and torch.is_inference_mode_enabled():
+            with self:  # there, what is made of other operations comes whole
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         if self._seen.own or func.is_view:
             return func(*args, **kwargs)
         with self._seen.not_():
