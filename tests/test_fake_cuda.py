@@ -42,6 +42,7 @@ def test_tensors_say_where_they_are(cuda: FakeCuda) -> None:
     assert [x.is_pinned() for x in (here, there, locked)] == [False, False, True]
     assert [x.is_cuda for x in (here, there, there[1:], there + 1)] == [False, True, True, True]
     assert there.to("cpu").device.type == "cpu" and here.to(DEVICE).device == DEVICE
+    assert here.to(there).device == DEVICE and there.to(here).device.type == "cpu"
     assert (here.to(DEVICE) + there).tolist() == [0, 0, 0]
     with torch.inference_mode():
         assert all(x.is_cuda for x in (there.double(), there.reshape(3, 1), there @ there[:, None]))

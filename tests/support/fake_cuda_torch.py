@@ -134,6 +134,10 @@ class _Places(TorchFunctionMode):
     def _to(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Across if it must; a change of dtype comes first."""
         source, *rest = args
+        if rest and isinstance(rest[0], torch.Tensor):
+            rest[:1] = [rest[0].device, rest[0].dtype]
+            if self._cuda.on_device(args[1]):
+                rest[0] = self._cuda.device
         asked = [x for x in (*rest, *kwargs.values()) if isinstance(x, (str, torch.device))]
         device = torch.device(asked[0] if asked else "cpu" if name == "cpu" else "cuda")
         if name == "to" and not asked or (device.type == "cuda") == self._cuda.on_device(source):
