@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
+from engine_kit import opened, run_logits
 from fake_cuda import FakeCuda
 from fake_cuda_facts import Gpu
 from fake_cuda_torch import installed
+from imagined import imagined
 from moestro.engine import EngineConfig, StartError
 from moestro.engine.facts.device import HostCopy, choose, index_on
 
@@ -54,3 +57,22 @@ def test_numbers_come_to_the_host_when_their_event_has(cuda: FakeCuda) -> None:
     cuda.kernel("what is queued between", duration_s=60.0)
     assert asked.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert cuda.timeline.now_s < 1.0
+
+
+def test_a_whole_engine_computes_there_what_it_computes_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every copy, wait and product of a prompt and of two tokens, under the race detector."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the modes are those of one thread
+    folder = tiny.build("mixtral", tmp_path / "model")
+    steps = [[(1, [5, 6, 7])], [(1, [8])], [(1, [9])]]
+    with (
+        installed(FakeCuda(Gpu(4 << 30))),
+        opened(folder, tmp_path / "there", device="cuda") as loaded,
+    ):
+        there = run_logits(loaded, steps).cpu()
+        stats = loaded.cache.stats()
+    assert stats.host is not None and stats.host.link.copies > 0
+    with opened(folder, tmp_path / "here", choose_device=imagined(torch.bfloat16)) as loaded:
+        here = run_logits(loaded, steps)
+    assert len(there) == len(steps) and torch.equal(there, here)
