@@ -15,7 +15,7 @@ from moestro.cache import (
     two_tiers,
 )
 from moestro.engine.facts import Device, EngineConfig, StartError
-from moestro.engine.formats import encode_layer
+from moestro.engine.formats import encode_layer, keeps_grids
 from moestro.engine.kernels import Scratch
 from moestro.engine.planning import (
     Blueprint,
@@ -51,8 +51,13 @@ def load_weights(
         for place, index in enumerate(missing):
             phases.report(layers - len(missing) + place, layers, "layers")
             entry = blueprint.experts[index]
-            loaded = checkpoint.load_experts(scratch, entry)
-            writer.add_layer(index, *encode_layer(blueprint.codec, entry, loaded))
+            if keeps_grids(blueprint.codec, entry):
+                rest, codes = checkpoint.load_codes(scratch, entry)
+                encoded = encode_layer(blueprint.codec, entry, rest, codes)
+            else:
+                loaded = checkpoint.load_experts(scratch, entry)
+                encoded = encode_layer(blueprint.codec, entry, loaded)
+            writer.add_layer(index, *encoded)
         phases.report(layers, layers, "layers")
 
     pack = open_or_build(

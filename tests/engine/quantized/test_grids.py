@@ -1,0 +1,117 @@
+"""Checkpoints whose experts are kept in int4 or fp8 as they are: no weight is rounded again."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from engine_kit import logits_of
+from moestro.engine.facts import EngineConfig
+from moestro.engine.formats import encode_layer, keeps_grids
+from moestro.engine.kernels import TileFormat
+from moestro.engine.planning import Sketch, inspect, plan_memory, understand
+from moestro.engine.weights import Checkpoint
+from quantized_files import BLOCK, GROUP, KINDS, write_quantized
+from tile_reference import decode
+
+PROMPT = list(range(20, 50))
+FORMS = {
+    "gptq": TileFormat("int4", GROUP, "float16", "integer"),
+    "awq": TileFormat("int4", GROUP, "float16", "integer"),
+    "packed int4": TileFormat("int4", GROUP, "float16", "none"),
+    "packed int4 with zeros": TileFormat("int4", GROUP, "float16", "integer"),
+    "fp8": TileFormat("fp8", BLOCK[1], "float32"),
+    "fp8 of one scale": TileFormat("fp8", 0, "float32"),
+    "fp8 rows": TileFormat("fp8", 0, "float32"),
+}
+
+
+def form_of(kind: str, inputs: int) -> TileFormat:
+    """One group of a row is a whole row."""
+    form = FORMS[kind]
+    return replace(form, group=0) if form.group == inputs else form
+
+
+SLOW = {"awq", "fp8 of one scale", "packed int4"}  # of a start each
+SOME = [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in FORMS]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mixtral",
+        pytest.param("deepseek_v3", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("kind", FORMS)
+def test_tiles_have_the_numbers_of_the_files(kind: str, family: str, tmp_path: Path) -> None:
+    """Each weight to the bit, as the format's formula gives it in float32."""
+    folder = tiny.build(family, tmp_path / "plain")
+    twin = write_quantized(folder, tmp_path / "model", KINDS[kind])
+    form = FORMS[kind]
+    config = EngineConfig(tmp_path / "model", tmp_path, expert_format=form.kind)
+    blueprint = inspect(config)
+    entry, model = blueprint.experts[-1], blueprint.build_model()
+    assert entry.grids.keys() == {"gate_up_proj", "down_proj"}
+    for name, grid in entry.grids.items():
+        assert grid == form_of(kind, entry.tensors[name][1][2])
+    assert keeps_grids(blueprint.codec, entry)
+    rest, codes = blueprint.checkpoint.load_codes(model, entry)
+    (packed,) = encode_layer(blueprint.codec, entry, rest, codes)
+    spec = blueprint.spec.layers[-1].layout
+    assert {part.name for part in spec.tensors} == packed.keys()
+    wanted = Checkpoint(twin).load_experts(model, entry)
+    for name, whole in wanted.items():
+        assert whole.dtype == torch.float32
+        for expert in (0, len(whole) - 1):
+            found = decode(packed[name][expert], entry.grids[name], *whole.shape[1:])
+            assert torch.equal(found, whole[expert]), (name, expert)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("fp8", "mixtral"),
+        ("gptq", "mixtral"),
+        pytest.param("fp8", "deepseek_v3", marks=pytest.mark.slow),
+        pytest.param("fp8 rows", "qwen3_moe", marks=pytest.mark.slow),
+        pytest.param("fp8 of one scale", "olmoe", marks=pytest.mark.slow),
+        pytest.param("awq", "deepseek_v3", marks=pytest.mark.slow),
+        pytest.param("packed int4", "qwen3_moe", marks=pytest.mark.slow),
+        pytest.param("packed int4 with zeros", "olmoe", marks=pytest.mark.slow),
+    ],
+)
+def test_it_is_served_like_stock_transformers(kind: str, family: str, tmp_path: Path) -> None:
+    """fp8 is multiplied with as floats; int4 rounds the other side to int8, not the weights."""
+    folder = tiny.build(family, tmp_path / "plain")
+    twin = write_quantized(folder, tmp_path / "model", KINDS[kind])
+    name = FORMS[kind].kind
+    found = logits_of(tmp_path / "model", tmp_path / "cache", PROMPT, expert_format=name)
+    with torch.inference_mode():
+        wanted = tiny.oracle(twin)(torch.tensor([[*PROMPT, 7, 8]])).logits[0, len(PROMPT) - 1 :]
+    limit = 1e-4 if name == "fp8" else 0.05 * float(wanted.abs().max())
+    assert (found - wanted).abs().max() < limit
+    again = logits_of(tmp_path / "model", tmp_path / "cache", PROMPT, expert_format=name)
+    assert torch.equal(again, found)  # out of the pack that the first start left
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_the_config_alone_gives_the_same_pack(kind: str, tmp_path: Path) -> None:
+    plain = tiny.build("mixtral", tmp_path / "plain", torch.float16)  # as scales of int4 are
+    write_quantized(plain, tmp_path / "model", KINDS[kind])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tmp_path / "model" / "config.json", bare)
+    for name in ("native", FORMS[kind].kind, "int8"):
+        config = EngineConfig(tmp_path / "model", tmp_path, expert_format=name)
+        sketched = understand(replace(config, model_path=bare), Sketch(bare))
+        whole = inspect(config)
+        assert sketched.spec.layers == whole.spec.layers
+        parts = [
+            plan_memory(config, each).parts() | {"interpreter": 0} for each in (whole, sketched)
+        ]
+        assert parts[0] == parts[1]
