@@ -50,6 +50,7 @@ from moestro.engine.planning import (
     measure_link,
     measure_multiply,
     nearest_plan,
+    own_grid_line,
     plan_memory,
     understand,
     weights_are_here,
@@ -93,6 +94,7 @@ def plan_model(
         model = blueprint.build_model()
         work = _work(blueprint, model, plan.demand.step_tokens)
         gains = gains_of(config, blueprint)
+        quantized = own_grid_line(config, blueprint)
         spec = blueprint.spec
     finally:
         checkpoint.close()
@@ -114,6 +116,7 @@ def plan_model(
         gains=gains,
         lane=blueprint.topology.lane,
         traced=traced,
+        quantized=quantized,
     )
 
 

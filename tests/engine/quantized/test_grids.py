@@ -1,7 +1,9 @@
 """Checkpoints whose experts are kept in int4 or fp8 as they are: no weight is rounded again."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,13 @@ import torch
 
 import tiny
 from engine_kit import logits_of
-from moestro.engine.facts import EngineConfig
-from moestro.engine.formats import encode_layer, keeps_grids
+from moestro.cache import human_bytes
+from moestro.engine.facts import EngineConfig, ModelRefused
+from moestro.engine.formats import FormatMap, encode_layer, keeps_grids
 from moestro.engine.kernels import TileFormat
-from moestro.engine.planning import Sketch, inspect, plan_memory, understand
+from moestro.engine.planning import Sketch, inspect, own_grid_line, plan_memory, understand
 from moestro.engine.weights import Checkpoint
-from quantized_files import BLOCK, GROUP, KINDS, write_quantized
+from quantized_files import BLOCK, GROUP, KINDS, edit_config, write_quantized
 from tile_reference import decode
 
 PROMPT = list(range(20, 50))
@@ -35,7 +38,7 @@ def form_of(kind: str, inputs: int) -> TileFormat:
     return replace(form, group=0) if form.group == inputs else form
 
 
-SLOW = {"awq", "fp8 of one scale", "packed int4"}  # of a start each
+SLOW = {"awq", "fp8 of one scale", "fp8 rows", "packed int4"}  # of a start each
 SOME = [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in FORMS]
 
 
@@ -76,7 +79,7 @@ def test_tiles_have_the_numbers_of_the_files(kind: str, family: str, tmp_path: P
     ("kind", "family"),
     [
         ("fp8", "mixtral"),
-        ("gptq", "mixtral"),
+        pytest.param("gptq", "mixtral", marks=pytest.mark.slow),
         pytest.param("fp8", "deepseek_v3", marks=pytest.mark.slow),
         pytest.param("fp8 rows", "qwen3_moe", marks=pytest.mark.slow),
         pytest.param("fp8 of one scale", "olmoe", marks=pytest.mark.slow),
@@ -115,3 +118,87 @@ def test_the_config_alone_gives_the_same_pack(kind: str, tmp_path: Path) -> None
             plan_memory(config, each).parts() | {"interpreter": 0} for each in (whole, sketched)
         ]
         assert parts[0] == parts[1]
+
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A mixtral in each kind, written when it is first asked for."""
+    place = tmp_path_factory.mktemp("models")
+    plain = tiny.build("mixtral", place / "plain")
+
+    @cache
+    def made(kind: str) -> Path:
+        write_quantized(plain, place / kind, KINDS[kind])
+        return place / kind
+
+    return made
+
+
+def line(model: Path, name: str) -> str:
+    config = EngineConfig(model, model, expert_format=name)
+    found = own_grid_line(config, inspect(config))
+    assert found is not None and "\n" not in found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        ("gptq", "int4", "int4 grid (groups of 32, float16 scales, integer zeros), kept as it is"),
+        ("packed int4", "int4", "int4 grid (groups of 32, float16 scales), kept as it is"),
+        ("fp8", "fp8", "fp8 grid (groups of 16, float32 scales), kept as it is"),
+        ("fp8 rows", "fp8", "fp8 grid (whole rows, float32 scales), kept as it is"),
+        ("fp8", "int4", "rounded again to int4; --expert-format fp8 would keep"),
+        ("awq", "native", "decoded from awq to float32; --expert-format int4 would keep"),
+        ("awq", "mixed", "rounded again to mixed; --expert-format int4 would keep"),
+        ("gptq reordered", "int4", "to int4, because its groups are not of neighbouring inputs"),
+        ("gptq v2, 8 bits", "int4", "rounded again to int4, because its numbers have 8 bits"),
+        ("int8 rows", "fp8", "because its numbers lie on no grid of int4 or fp8"),
+        ("gptq reordered", "native", "decoded from gptq to float32"),
+    ],
+)
+def test_a_line_says_what_becomes_of_it(
+    kind: str, name: str, words: str, models: Models, tmp_path: Path
+) -> None:
+    if name == "mixed":
+        name = f"mixed:{tmp_path / 'map'}"
+        FormatMap("int4", {}).write(tmp_path / "map")
+    found = line(models(kind), name)
+    assert found.startswith("experts: ") and words in found, found
+
+
+def test_what_a_plain_checkpoint_is_kept_in_needs_no_line(tmp_path: Path) -> None:
+    config = EngineConfig(tiny.build("mixtral", tmp_path / "plain"), tmp_path)
+    assert own_grid_line(config, inspect(config)) is None
+
+
+def test_the_size_that_is_promised_is_the_one_that_comes(models: Models) -> None:
+    config = EngineConfig(models("gptq"), models("gptq"), expert_format="int4")
+    assert human_bytes(inspect(config).spec.slot_bytes) in line(models("gptq"), "native")
+
+
+@pytest.mark.slow
+def test_experts_of_which_some_are_plain_are_decoded(tmp_path: Path) -> None:
+    """A layer whose matrices are not all quantized is rounded, the others are kept."""
+    some = replace(KINDS["gptq"], kept=(*KINDS["gptq"].kept, "layers.1.block_sparse_moe.experts.3"))
+    write_quantized(tiny.build("mixtral", tmp_path / "plain"), tmp_path / "model", some)
+    found = line(tmp_path / "model", "int4")
+    assert "kept as it is in 3 of 4 layers; elsewhere decoded from gptq" in found
+    assert found.endswith("because not all of them are quantized")
+    logits = logits_of(tmp_path / "model", tmp_path / "cache", PROMPT, expert_format="int4")
+    whole = logits_of(tmp_path / "model", tmp_path / "cache", PROMPT)
+    assert 0 < (logits - whole).abs().max() < 0.05 * whole.abs().max()
+
+
+def test_an_order_that_the_config_denies_is_refused(tmp_path: Path) -> None:
+    """Only when the groups are kept: decoding looks at each input's own."""
+    write_quantized(
+        tiny.build("mixtral", tmp_path / "plain"), tmp_path / "model", KINDS["gptq reordered"]
+    )
+    fields = dict(KINDS["gptq reordered"].fields) | {"desc_act": False}
+    edit_config(tmp_path / "model", quantization_config=fields)
+    with pytest.raises(ModelRefused, match="g_idx is not in order, which desc_act false says"):
+        logits_of(tmp_path / "model", tmp_path / "cache", PROMPT, expert_format="int4")
