@@ -79,7 +79,7 @@ class Codes(NamedTuple):
 
     codes: torch.Tensor  # uint8 [E, N, K]
     scales: torch.Tensor  # [E, N, G]
-    zeros: torch.Tensor | None  # uint8 [E, N, G]
+    zeros: torch.Tensor | None  # [E, N, G], as TileFormat has them
 
 
 Grids = Mapping[str, TileFormat]  # of the matrices that come as codes

@@ -13,11 +13,13 @@ ZEROS = {"none": "", "integer": ", integer zeros", "float": ", float zeros"}
 
 
 def own_grid_line(config: EngineConfig, blueprint: Blueprint) -> str | None:
-    """Whether their own grid is kept, or why not; None where the checkpoint is not quantized."""
-    quantization = blueprint.checkpoint.quantization
-    if quantization is None:
+    """Whether their own grid is kept, or why not; None where the checkpoint is not quantized, and
+
+    for a GGUF file that has no blocks of int4.
+    """
+    name, entries, method = config.format_name, blueprint.experts, _method(blueprint)
+    if method is None:
         return None
-    method, name, entries = quantization.method, config.format_name, blueprint.experts
     kept = [entry for entry in entries if keeps_grids(blueprint.codec, entry)]
     if method == MXFP4 and name == MXFP4:
         return f"experts: the checkpoint's own {MXFP4}, kept as it is"
@@ -34,6 +36,13 @@ def own_grid_line(config: EngineConfig, blueprint: Blueprint) -> str | None:
             f" {len(entries)} layers; elsewhere {decoded}, because {rest.no_grid}"
         )
     return f"experts: {decoded}{_otherwise(name, method, blueprint)}"
+
+
+def _method(blueprint: Blueprint) -> str | None:
+    checkpoint = blueprint.checkpoint
+    if checkpoint.gguf is not None:
+        return "GGUF" if any(entry.grids for entry in blueprint.experts) else None
+    return None if checkpoint.quantization is None else checkpoint.quantization.method
 
 
 def _otherwise(name: str, method: str, blueprint: Blueprint) -> str:

@@ -63,12 +63,14 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class GridForm:
-    """int4: w = scale * (code - zero), with `zero` none scale * (code - 8). fp8: e4m3 * scale."""
+    """int4: w = scale * (code - zero), with `zero` none scale * (code - 8), with float
+    scale * code + zero. fp8: e4m3 * scale.
+    """
 
     kind: str  # INT4 or FP8
     group: int  # inputs that share a scale; 0: all of a row
     scale: str  # float32, float16 or bfloat16
-    zero: str = "none"  # or integer
+    zero: str = "none"  # or integer, or float
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,6 @@ class Grid:
     form: GridForm
     codes: Decoded  # uint8 [O, I]: 0 to 15, or the bytes of e4m3
     scales: Decoded  # [O, G]
-    zeros: Decoded | None = None  # uint8 [O, G]; with `zero` integer
+    zeros: Decoded | None = None  # [O, G], with `zero` integer uint8, with float as the scales
     check: Callable[[], None] = lambda: None
     """Raises ModelRefused where the files are not as `quantization_config` says."""

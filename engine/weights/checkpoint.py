@@ -228,7 +228,7 @@ class Checkpoint:
         num_experts = next(iter(as_seen.values()))[1][0]
         transposed = bool(module.is_transposed)
         entry = ExpertsModule(path, num_experts, as_seen, tensors, keys, transposed)
-        if self.quantization is None:
+        if self.quantization is None and self.gguf is None:
             return entry
         forms = {
             target.removeprefix(f"{path}."): {self.grid_form(key) for key in group}

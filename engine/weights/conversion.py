@@ -105,8 +105,9 @@ def parts_of(
             width = (
                 shape[2] if kind == "codes" else form.padded(shape[2]) // form.group_of(shape[2])
             )
-            dtype = getattr(torch, form.scale) if kind == "scales" else torch.uint8
-            if kind != "zeros" or form.zero == "integer":
+            is_float = kind == "scales" or (kind == "zeros" and form.zero == "float")
+            dtype = getattr(torch, form.scale) if is_float else torch.uint8
+            if kind != "zeros" or form.zero != "none":
                 wanted[name] = (dtype, (*shape[:2], width))
         found = ((key, getattr(grid, kind)) for key, grid in grids.items())
         yield wanted, {key: part for key, part in found if part is not None}
