@@ -20,6 +20,8 @@ class ExpertsModule:
     transposed: bool  # matrices are [in, out], not [out, in]
     grids: Mapping[str, TileFormat] = field(default_factory=dict)
     """How each matrix lies in the files, where tiles can hold all of them exactly; else empty."""
+    orders: Mapping[str, int] = field(default_factory=dict)
+    """Matrices of `grids` whose inputs lie in an order of their own: of how many parts each is."""
     no_grid: str = ""  # why, where the files are quantized
 
     @property

@@ -287,8 +287,7 @@ def pack_layer(codec: Codec, entry: ExpertsModule) -> PackLayer:
     if isinstance(codec, MixedCodec):
         return codec.pack_layer(entry)
     if isinstance(codec, TileCodec):
-        grids = codec.grids_of(entry)
-        layout = BlobLayout.of(codec.layout(entry.tensors, entry.transposed, grids))
+        layout = BlobLayout.of(codec.layout_of(entry))
     else:
         layout = BlobLayout.of(codec.layout(entry.tensors, entry.transposed))
     return PackLayer(entry.path, entry.num_experts, layout)
@@ -296,7 +295,7 @@ def pack_layer(codec: Codec, entry: ExpertsModule) -> PackLayer:
 
 def keeps_grids(codec: Codec, entry: ExpertsModule) -> bool:
     """Whether the matrices of a module are put into the pack as the files have them quantized."""
-    return isinstance(codec, TileCodec) and bool(codec.grids_of(entry))
+    return isinstance(codec, TileCodec) and codec.keeps(entry)
 
 
 def encode_layer(
@@ -312,7 +311,7 @@ def encode_layer(
     if codes is not None:
         assert isinstance(codec, TileCodec)
         rest = codec.encode(tensors, entry.transposed)
-        return [rest | codec.encode_codes(codes, codec.grids_of(entry))]
+        return [rest | codec.encode_codes(codes, entry.grids)]
     if isinstance(codec, MixedCodec):
         return codec.encode_kinds(entry, tensors)
     return [codec.encode(tensors, entry.transposed)]

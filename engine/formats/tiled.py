@@ -15,7 +15,6 @@ Shape letters: E experts, N outputs, K inputs, n rows, T tiles.
 """
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -37,6 +36,7 @@ from moestro.engine.kernels import (
 from .experts_module import ExpertsModule
 from .matrices import Layout, Source, Span, biases, biases_layout, matrices_of, matrix_sides
 
+ORDER = ".order"  # behind the name of a matrix whose inputs lie in an order of their own
 MARK = "@"  # between the name of a matrix and its format
 GROUPS = (64, 32)  # of int4
 MXFP4_GROUP = 32
@@ -80,10 +80,7 @@ class Codes(NamedTuple):
     codes: torch.Tensor  # uint8 [E, N, K]
     scales: torch.Tensor  # [E, N, G]
     zeros: torch.Tensor | None  # [E, N, G], as TileFormat has them
-
-
-Grids = Mapping[str, TileFormat]  # of the matrices that come as codes
-NO_GRIDS: Grids = MappingProxyType({})
+    orders: torch.Tensor | None  # int32 [E, K]: which input is the tile's first, second, ...
 
 
 class TileCodec:
@@ -97,11 +94,22 @@ class TileCodec:
         self._format = name
         self.scratch = Scratch()
 
-    def grids_of(self, entry: ExpertsModule) -> Grids:
-        """Of its matrices, which this format keeps as the files have them; empty where none."""
-        return entry.grids if {grid.kind for grid in entry.grids.values()} == {self._format} else {}
+    def keeps(self, entry: ExpertsModule) -> bool:
+        """Whether this format has its matrices as the files have them."""
+        return {grid.kind for grid in entry.grids.values()} == {self._format}
 
-    def layout(self, tensors: Source, transposed: bool, grids: Grids = NO_GRIDS) -> Layout:
+    def layout_of(self, entry: ExpertsModule) -> Layout:
+        """As `layout`, with the grids that it keeps."""
+        kept = entry.grids if self.keeps(entry) else {}
+        found = self._layout(entry.tensors, entry.transposed, kept)
+        for name in entry.orders if kept else ():
+            found[name + ORDER] = ("int32", (entry.tensors[name][1][2],))
+        return found
+
+    def layout(self, tensors: Source, transposed: bool) -> Layout:
+        return self._layout(tensors, transposed, {})
+
+    def _layout(self, tensors: Source, transposed: bool, grids: Mapping[str, TileFormat]) -> Layout:
         found = biases_layout(tensors)
         for name, outputs, inputs in matrix_sides(tensors, transposed):
             form = grids.get(name) or tile_format(self._format, tensors[name][0], inputs)
@@ -123,24 +131,31 @@ class TileCodec:
             found[name + MARK + form.tag] = _mark(matrix.shape)
         return found
 
-    def encode_codes(self, each: Mapping[str, Codes], grids: Grids) -> dict[str, torch.Tensor]:
-        """As `layout` has them with `grids`. Nothing is rounded."""
+    def encode_codes(
+        self, each: Mapping[str, Codes], grids: Mapping[str, TileFormat]
+    ) -> dict[str, torch.Tensor]:
+        """As `layout_of` has them. Nothing is rounded."""
         found = {}
-        for name, (codes, scales, zeros) in each.items():
+        for name, (codes, scales, zeros, orders) in each.items():
             form = grids[name]
             shape = form.shape(*codes.shape[1:])
             found[name] = torch.empty((len(codes), *shape), dtype=torch.uint8)
             for expert, numbers in enumerate(codes):
                 zero = None if zeros is None else zeros[expert]
+                if orders is not None:
+                    numbers = numbers.index_select(1, orders[expert])
                 found[name][expert] = pack_codes(numbers, scales[expert], zero, form)
             found[name + MARK + form.tag] = _mark(codes.shape)
+            if orders is not None:
+                found[name + ORDER] = orders
         return found
 
     def open(self, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool) -> TileMatrix:
         mark = next(key for key in tensors if key.startswith(name + MARK))
         outputs, inputs, _ = tensors[mark].shape
         form = TileFormat.of_tag(mark.removeprefix(name + MARK))
-        return tile_matrix(tensors[name], form, outputs, inputs)
+        order = tensors.get(name + ORDER)
+        return tile_matrix(tensors[name], form, outputs, inputs, order=order)
 
     def begin(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.float().contiguous()

@@ -70,4 +70,5 @@ def _words(entry: ExpertsModule) -> str:
     """Of the grid of its first matrix."""
     form = next(iter(entry.grids.values()))
     groups = f"groups of {form.group}" if form.group else "whole rows"
-    return f"{form.kind} grid ({groups}, {form.scale} scales{ZEROS[form.zero]})"
+    order = ", inputs in act-order" if entry.orders else ""
+    return f"{form.kind} grid ({groups}, {form.scale} scales{ZEROS[form.zero]}{order})"

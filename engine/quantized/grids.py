@@ -33,9 +33,10 @@ def gptq_form(quantization: Quantization, scale: str) -> GridForm | str:
     bits = quantization.whole("bits", (2, 4, 8))
     if bits != 4:
         return f"its numbers have {bits} bits"
-    if quantization.flag("desc_act", False) and not quantization.flag("static_groups", False):
-        return ACT_ORDER
-    return GridForm(INT4, max(0, quantization.group_size()), scale, "integer")
+    size = quantization.group_size()
+    static = quantization.flag("static_groups", False)
+    ordered = quantization.flag("desc_act", False) and not static and size != -1
+    return GridForm(INT4, max(0, size), scale, "integer", ordered)
 
 
 def _compressed_form(fields: Mapping[str, Any], dtype_name: str) -> GridForm | str:

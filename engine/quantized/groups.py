@@ -7,6 +7,7 @@ first format, X.scales [G, O], X.g_idx [I]. AWQ (Lin et al., 2023), layout "gemm
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -57,11 +58,16 @@ def _gptq_grid(
     if isinstance(form, str):
         return form
 
+    form = replace(form, ordered=form.ordered and GROUPS in parts)
+
     def check() -> None:
         if GROUPS not in parts:
             return
-        found = parts[GROUPS][...]
-        if not torch.equal(found.long(), group_of_input(len(found), parts[SCALES].get_shape()[0])):
+        found = parts[GROUPS][...].long()
+        wanted = group_of_input(len(found), parts[SCALES].get_shape()[0])
+        if form.ordered and not torch.equal(found.sort().values, wanted):
+            raise quantization.misfit(f"{name}{GROUPS}", f"has groups not of {form.group} inputs")
+        if not form.ordered and not torch.equal(found, wanted):
             raise quantization.misfit(
                 f"{name}{GROUPS}", "is not in order, which desc_act false says it is"
             )
@@ -98,8 +104,13 @@ def _grid(
         one(PACKED, (outputs, inputs), torch.uint8, codes),
         one(SCALES, (outputs, groups), scale, lambda tensors: tensors[SCALES].T),
         one(ZEROS, (outputs, groups), torch.uint8, zeros),
+        one(GROUPS, (1, inputs), torch.int32, _sorted_inputs) if form.ordered else None,
         check,
     )
+
+
+def _sorted_inputs(tensors: Parts) -> torch.Tensor:
+    return tensors[GROUPS].argsort(stable=True)[None]
 
 
 def _inputs(parts: Mapping[str, Slice], outputs: int) -> int:

@@ -21,6 +21,7 @@ NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
+    torch.int32: "I32",
 }
 INT4, FP8 = "int4", "fp8"
 
@@ -71,6 +72,7 @@ class GridForm:
     group: int  # inputs that share a scale; 0: all of a row
     scale: str  # float32, float16 or bfloat16
     zero: str = "none"  # or integer, or float
+    ordered: bool = False  # a group is of any inputs (act-order), not of neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,5 +83,7 @@ class Grid:
     codes: Decoded  # uint8 [O, I]: 0 to 15, or the bytes of e4m3
     scales: Decoded  # [O, G]
     zeros: Decoded | None = None  # [O, G], with `zero` integer uint8, with float as the scales
+    orders: Decoded | None = None
+    """int32 [1, I], where the form is ordered: the inputs of group 0, then those of 1, and on."""
     check: Callable[[], None] = lambda: None
     """Raises ModelRefused where the files are not as `quantization_config` says."""

@@ -31,7 +31,7 @@ from moestro.engine.quantized import Grid, GridForm, Quantization, plain_slices
 
 from .completeness import Renamed, refuse_missing
 from .config import read_config, read_quantization, refusing, warn_disagreements
-from .conversion import arranged, conversions, meta_parameter, parts_of, with_grids
+from .conversion import arranged, conversions, meta_parameter, only_orders, parts_of, with_grids
 from .damage import few, one_line, readable, reading
 from .linears import placeholders
 from .routers import RouterFacts
@@ -231,7 +231,7 @@ class Checkpoint:
         if self.quantization is None and self.gguf is None:
             return entry
         forms = {
-            target.removeprefix(f"{path}."): {self.grid_form(key) for key in group}
+            target.removeprefix(f"{path}."): [self.grid_form(key) for key in group]
             for target, group in sources.items()
         }
         return with_grids(entry, model, forms)
@@ -270,15 +270,17 @@ class Checkpoint:
         grids = {key: grid for key, grid in each if isinstance(grid, Grid)}
         for grid in grids.values():
             grid.check()
-        codes, scales, zeros = (
+        codes, scales, zeros, each_order = (
             self._load_parameters(model, entry.path, wanted, parts) if wanted else {}
             for wanted, parts in parts_of(entry, grids)
         )
+        orders = only_orders(self.folder, entry, each_order)
         rest = {name: each for name, each in entry.stored.items() if name not in entry.grids}
         plain = {key: part for key, part in slices.items() if key not in grids}
         others = self._load_parameters(model, entry.path, rest, plain) if rest else {}
         return others, {
-            name: Codes(codes[name], scales[name], zeros.get(name)) for name in entry.grids
+            name: Codes(codes[name], scales[name], zeros.get(name), orders.get(name))
+            for name in entry.grids
         }
 
     def _load_parameters(

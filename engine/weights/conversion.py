@@ -6,6 +6,7 @@ Letters: E experts, O outputs, I inputs, G groups of inputs.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from moestro.engine.facts import ModelRefused
 from moestro.engine.formats import ExpertsModule, grid_format
 from moestro.engine.kernels import TileFormat
 from moestro.engine.quantized import Grid, GridForm, Quantization, form_by_config
@@ -48,11 +50,18 @@ def said_form(quantization: Quantization, dtype_name: str) -> GridForm | str:
 
 
 def with_grids(
-    entry: ExpertsModule, model: PreTrainedModel, forms: Mapping[str, set[GridForm | str]]
+    entry: ExpertsModule, model: PreTrainedModel, forms: Mapping[str, list[GridForm | str]]
 ) -> ExpertsModule:
     """`entry` with its grids, all of them or none; `forms` are those of each parameter's parts."""
-    found = _grids(entry, model, forms)
-    return replace(entry, no_grid=found) if isinstance(found, str) else replace(entry, grids=found)
+    found = _grids(entry, model, {name: set(each) for name, each in forms.items()})
+    if isinstance(found, str):
+        return replace(entry, no_grid=found)
+    orders = {
+        name: max(1, len(forms[name]) // entry.num_experts)
+        for name in found
+        if isinstance(form := forms[name][0], GridForm) and form.ordered
+    }
+    return replace(entry, grids=found, orders=orders)
 
 
 def _grids(
@@ -94,20 +103,38 @@ def _keeps_rows(model: PreTrainedModel, target: str) -> bool:
 def parts_of(
     entry: ExpertsModule, grids: Mapping[str, Grid]
 ) -> Iterator[tuple[Wanted, dict[str, Any]]]:
-    """Of codes, of scales, of zeros: the parameters that they become, and their slices by key.
+    """Of codes, scales, zeros, orders: the parameters that they become, and their slices by key.
 
-    `entry` has grids, `grids` are those of its keys. The parameters are [E, O, I] and [E, O, G].
+    `entry` has grids, `grids` are those of its keys. The parameters are [E, O, I] and [E, O, G],
+    of orders [E, parts of a matrix, I].
     """
-    for kind in ("codes", "scales", "zeros"):
+    for kind in ("codes", "scales", "zeros", "orders"):
         wanted: Wanted = {}
         for name, form in entry.grids.items():
-            shape = entry.stored[name][1]
-            width = (
-                shape[2] if kind == "codes" else form.padded(shape[2]) // form.group_of(shape[2])
-            )
-            is_float = kind == "scales" or (kind == "zeros" and form.zero == "float")
-            dtype = getattr(torch, form.scale) if is_float else torch.uint8
-            if kind != "zeros" or form.zero != "none":
-                wanted[name] = (dtype, (*shape[:2], width))
+            experts, outputs, inputs = entry.stored[name][1]
+            groups = form.padded(inputs) // form.group_of(inputs)
+            scale = getattr(torch, form.scale)
+            if kind == "codes":
+                wanted[name] = (torch.uint8, (experts, outputs, inputs))
+            elif kind == "scales":
+                wanted[name] = (scale, (experts, outputs, groups))
+            elif kind == "zeros" and form.zero != "none":
+                dtype = scale if form.zero == "float" else torch.uint8
+                wanted[name] = (dtype, (experts, outputs, groups))
+            elif kind == "orders" and name in entry.orders:
+                wanted[name] = (torch.int32, (experts, entry.orders[name], inputs))
         found = ((key, getattr(grid, kind)) for key, grid in grids.items())
         yield wanted, {key: part for key, part in found if part is not None}
+
+
+def only_orders(
+    folder: Path, entry: ExpertsModule, orders: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """[E, parts, I] -> [E, I], the same for all parts of a matrix. Raises ModelRefused."""
+    for name, each in orders.items():
+        if not torch.equal(each, each[:, :1].expand_as(each)):
+            raise ModelRefused(
+                f"{folder}: {entry.path}.{name} is joined of matrices that have their inputs in"
+                " orders of their own (g_idx); keep its experts with --expert-format int8 or native"
+            )
+    return {name: each[:, 0].contiguous() for name, each in orders.items()}

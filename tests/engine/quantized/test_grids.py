@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from engine_kit import logits_of
@@ -23,6 +24,7 @@ from tile_reference import decode
 PROMPT = list(range(20, 50))
 FORMS = {
     "gptq": TileFormat("int4", GROUP, "float16", "integer"),
+    "gptq reordered": TileFormat("int4", GROUP, "float16", "integer"),
     "awq": TileFormat("int4", GROUP, "float16", "integer"),
     "packed int4": TileFormat("int4", GROUP, "float16", "none"),
     "packed int4 with zeros": TileFormat("int4", GROUP, "float16", "integer"),
@@ -38,7 +40,7 @@ def form_of(kind: str, inputs: int) -> TileFormat:
     return replace(form, group=0) if form.group == inputs else form
 
 
-SLOW = {"awq", "fp8 of one scale", "fp8 rows", "packed int4"}  # of a start each
+SLOW = {"awq", "gptq reordered", "fp8 of one scale", "fp8 rows", "packed int4"}  # of a start each
 SOME = [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in FORMS]
 
 
@@ -72,7 +74,14 @@ def test_tiles_have_the_numbers_of_the_files(kind: str, family: str, tmp_path: P
         assert whole.dtype == torch.float32
         for expert in (0, len(whole) - 1):
             found = decode(packed[name][expert], entry.grids[name], *whole.shape[1:])
+            if name in entry.orders:
+                found = found[:, packed[f"{name}.order"][expert].argsort()]
             assert torch.equal(found, whole[expert]), (name, expert)
+        # and the product knows in which order a tile has its inputs
+        matrix = blueprint.codec.open({k: t[0] for k, t in packed.items()}, name, False)
+        rows = torch.randn(5, whole.shape[2], generator=torch.Generator().manual_seed(4))
+        answer, exact = blueprint.codec.multiply(rows, matrix), rows @ whole[0].T
+        assert (answer - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize(
@@ -80,6 +89,7 @@ def test_tiles_have_the_numbers_of_the_files(kind: str, family: str, tmp_path: P
     [
         ("fp8", "mixtral"),
         pytest.param("gptq", "mixtral", marks=pytest.mark.slow),
+        pytest.param("gptq reordered", "deepseek_v3", marks=pytest.mark.slow),
         pytest.param("fp8", "deepseek_v3", marks=pytest.mark.slow),
         pytest.param("fp8 rows", "qwen3_moe", marks=pytest.mark.slow),
         pytest.param("fp8 of one scale", "olmoe", marks=pytest.mark.slow),
@@ -154,10 +164,10 @@ def line(model: Path, name: str) -> str:
         ("fp8", "int4", "rounded again to int4; --expert-format fp8 would keep"),
         ("awq", "native", "decoded from awq to float32; --expert-format int4 would keep"),
         ("awq", "mixed", "rounded again to mixed; --expert-format int4 would keep"),
-        ("gptq reordered", "int4", "to int4, because its groups are not of neighbouring inputs"),
+        ("gptq reordered", "int4", "integer zeros, inputs in act-order), kept as it is"),
         ("gptq v2, 8 bits", "int4", "rounded again to int4, because its numbers have 8 bits"),
         ("int8 rows", "fp8", "because its numbers lie on no grid of int4 or fp8"),
-        ("gptq reordered", "native", "decoded from gptq to float32"),
+        ("gptq reordered", "native", "decoded from gptq to float32; --expert-format int4 would"),
     ],
 )
 def test_a_line_says_what_becomes_of_it(
@@ -201,4 +211,26 @@ def test_an_order_that_the_config_denies_is_refused(tmp_path: Path) -> None:
     fields = dict(KINDS["gptq reordered"].fields) | {"desc_act": False}
     edit_config(tmp_path / "model", quantization_config=fields)
     with pytest.raises(ModelRefused, match="g_idx is not in order, which desc_act false says"):
+        logits_of(tmp_path / "model", tmp_path / "cache", PROMPT, expert_format="int4")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda groups: groups.flip(0), "orders of their own .g_idx.; keep its experts with"),
+        (torch.zeros_like, "g_idx has groups not of 32 inputs"),
+    ],
+)
+def test_orders_that_no_tile_can_hold_are_refused(
+    harm: Callable[[torch.Tensor], torch.Tensor], words: str, tmp_path: Path
+) -> None:
+    """Other formats decode these."""
+    kind = KINDS["gptq reordered"]
+    write_quantized(tiny.build("mixtral", tmp_path / "plain"), tmp_path / "model", kind)
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    key = next(key for key in weights if ".experts." in key and key.endswith(".g_idx"))
+    weights[key] = harm(weights[key]).contiguous()
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ModelRefused, match=words):
         logits_of(tmp_path / "model", tmp_path / "cache", PROMPT, expert_format="int4")
