@@ -61,6 +61,7 @@ from moestro.engine.planning import (
     measure_link,
     measure_multiply,
     nearest_plan,
+    own_grid_line,
     plan_memory,
     understand,
     weights_are_here,
@@ -97,6 +98,7 @@ def plan_model(
         plan = _plan(config, blueprint)
         work = _work(blueprint, plan.demand.step_tokens)
         gains = gains_of(config, blueprint)
+        quantized = own_grid_line(config, blueprint)
         spec = blueprint.spec
     finally:
         checkpoint.close()
@@ -118,6 +120,7 @@ def plan_model(
         gains=gains,
         lane=blueprint.topology.lane,
         traced=traced,
+        quantized=quantized,
     )
 
 
@@ -169,6 +172,7 @@ def plan_card(
         )
         spec = blueprint.spec
         disk = _link(config, spec.slot_bytes, disk_bytes_per_s)
+        quantized = own_grid_line(config, blueprint)
     finally:
         checkpoint.close()
     assert plan.host is not None, "a card has memory of its own"
@@ -197,6 +201,7 @@ def plan_card(
         ),
         lane=blueprint.topology.lane,
         formats=formats,
+        quantized=quantized,
     )
 
 

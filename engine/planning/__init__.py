@@ -19,6 +19,7 @@ from .forecast import (
 from .gains import DEMO_PERPLEXITY, Gains
 from .limits import HostMemory
 from .memory import MemoryPlan, release_freed_memory, trim_heap
+from .own_grid import own_grid_line
 from .sketch import Sketch, StoredWeights, weights_are_here
 from .token_reads import gains_of
 
@@ -57,6 +58,7 @@ __all__ = [
     "measure_link",
     "measure_multiply",
     "nearest_plan",
+    "own_grid_line",
     "plan_memory",
     "release_freed_memory",
     "trim_heap",

@@ -90,6 +90,7 @@ class CardForecast:
     links: CardLinks
     lane: LaneChoice
     formats: tuple[FormatShare, ...]  # the others
+    quantized: str | None = None  # what becomes of the experts of a quantized checkpoint
 
     @property
     def resident_share(self) -> float:

@@ -188,6 +188,7 @@ class Forecast:
     lane: LaneChoice
     gains: Gains | None  # of smaller formats, where something is native and there are some
     traced: Traced | None = None
+    quantized: str | None = None  # what becomes of the experts of a quantized checkpoint
 
     @property
     def holds_all(self) -> bool:

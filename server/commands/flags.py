@@ -103,8 +103,9 @@ ExpertFormat = Annotated[
         metavar="FORMAT",
         help="How experts are kept: native (bytes as in the checkpoint), int8 (one byte a weight,"
         " W8A8), int4 (half a byte, in groups of 64; CPU only), mxfp4 (half a byte, in groups of"
-        " 32, which takes over gpt-oss's files exactly; CPU only), nf4 (half a byte, for CUDA:"
-        " slow on a CPU; needs moestro[nf4]) or mixed:FILE (each as FILE says; see"
+        " 32, which takes over gpt-oss's files exactly; CPU only), fp8 (one byte, e4m3 in groups of"
+        " 128; CPU only), nf4 (half a byte, for CUDA: slow on a CPU; needs moestro[nf4]; int4 and"
+        " fp8 keep what a checkpoint has in them as it is) or mixed:FILE (each as FILE says; see"
         " `moestro trace mix`). [default: native]",
     ),
 ]

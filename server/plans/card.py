@@ -49,6 +49,7 @@ def card_object(forecast: CardForecast) -> dict[str, Any]:
             "expert_format": forecast.expert_format,
             "dense_format": forecast.dense_format,
             "stored_dtype": forecast.stored_dtype,
+            "quantized": forecast.quantized,
             "weights": "files" if forecast.has_weights else "absent",
             "lane": forecast.lane.lane.value,
             "lane_reason": forecast.lane.reason,

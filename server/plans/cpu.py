@@ -4,7 +4,8 @@ The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
 
     model    family, layers, experts_per_layer, experts_per_token, expert_bytes (one, as kept),
              expert_format, dense_format, stored_dtype, weights ("files", or "absent": the shapes
-             are those of config.json)
+             are those of config.json), quantized (what becomes of the experts of a quantized
+             checkpoint, a sentence; null for another)
     memory   interpreter, dense, workspace, experts, kv, packing (each with _bytes; what only the
              first start takes beyond the others), their total_bytes, limit_bytes, limit, kv_tokens,
              max_model_len_tokens, max_step_tokens (which the workspace is for), max_step_reason
@@ -45,6 +46,7 @@ def cpu_object(forecast: Forecast) -> dict[str, Any]:
             "expert_format": forecast.expert_format,
             "dense_format": forecast.dense_format,
             "stored_dtype": forecast.stored_dtype,
+            "quantized": forecast.quantized,
             "weights": "files" if forecast.has_weights else "absent",
             "lane": forecast.lane.lane.value,
             "lane_reason": forecast.lane.reason,

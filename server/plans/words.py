@@ -34,4 +34,6 @@ def model_lines(forecast: Forecast | CardForecast) -> list[str]:
             f"the weights are not here: shapes are those of config.json, stored as"
             f" {forecast.stored_dtype}"
         )
+    if forecast.quantized is not None:
+        found.append(forecast.quantized)
     return found

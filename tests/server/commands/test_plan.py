@@ -79,7 +79,7 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
     parts = {name: part for name, part in found.items() if name != "changes"}
     assert {name: " ".join(sorted(part)) for name, part in parts.items()} == {
         "model": "dense_format expert_bytes expert_format experts_per_layer experts_per_token"
-        " family lane lane_reason layers stored_dtype weights",
+        " family lane lane_reason layers quantized stored_dtype weights",
         "memory": "dense_bytes experts_bytes interpreter_bytes kv_bytes kv_tokens limit"
         " limit_bytes max_model_len_tokens max_step_reason max_step_tokens packing_bytes"
         " total_bytes workspace_bytes",
