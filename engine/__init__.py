@@ -33,8 +33,7 @@ from moestro.engine.facts import (
     TierStats,
     Unavailable,
 )
-from moestro.engine.formats import FormatMap, mix_by_trace
-from moestro.engine.planning import (
+from moestro.engine.forecasts import (
     DEMO_PERPLEXITY,
     Bound,
     CardBound,
@@ -43,12 +42,12 @@ from moestro.engine.planning import (
     Change,
     Forecast,
     Gains,
-    HostMemory,
     LinkSpeed,
     Outlook,
-    StoredWeights,
     changes,
 )
+from moestro.engine.formats import FormatMap, mix_by_trace
+from moestro.engine.planning import HostMemory, StoredWeights
 from moestro.engine.routers import load_routers
 from moestro.engine.step import (
     MOST_BIAS,

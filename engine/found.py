@@ -4,8 +4,9 @@ import logging
 
 from moestro.cache import human_bytes
 from moestro.engine.facts import EngineConfig, Threads
+from moestro.engine.forecasts import gains_of, own_grid_line
 from moestro.engine.kernels import MISSING, chosen
-from moestro.engine.planning import Blueprint, MemoryPlan, gains_of, own_grid_line
+from moestro.engine.planning import Blueprint, MemoryPlan
 from moestro.engine.text import Tokenizer
 from moestro.engine.weights import ROUTERS_NAME
 

@@ -35,33 +35,35 @@ from moestro.engine.facts import (
     planned_card,
     set_threads,
 )
-from moestro.engine.formats import codec_of, expert_codec, in_tiles
-from moestro.engine.kernels import chosen, set_pool_threads
-from moestro.engine.planning import (
+from moestro.engine.forecasts import (
     PCIE_4_BYTES_PER_S,
-    Blueprint,
     CardForecast,
     CardLinks,
     ComputeSpeed,
     Forecast,
     FormatShare,
-    HostMemory,
     LinkSpeed,
     Matrices,
-    MemoryPlan,
     MoeLayer,
     Rates,
-    Sketch,
-    StoredWeights,
     Traced,
     Work,
-    check_config,
     flags_of,
     gains_of,
     measure_link,
     measure_multiply,
     nearest_plan,
     own_grid_line,
+)
+from moestro.engine.formats import codec_of, expert_codec, in_tiles
+from moestro.engine.kernels import chosen, set_pool_threads
+from moestro.engine.planning import (
+    Blueprint,
+    HostMemory,
+    MemoryPlan,
+    Sketch,
+    StoredWeights,
+    check_config,
     plan_memory,
     understand,
     weights_are_here,

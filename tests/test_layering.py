@@ -85,11 +85,12 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "neurons": {"facts", "kernels", "weights", "selection", "model"},
         "lanes": {"facts", "formats", "model"},
         "planning": {"facts", "kernels", "formats", "weights", "model", "lanes"},
+        "forecasts": {"facts", "kernels", "formats", "weights", "planning", "lanes"},
         "text": {"facts", "weights", "gguf_files"},
         "step": {"facts", "selection", "model", "lanes", "text"},
         "": {
             *("facts", "kernels", "formats", "weights", "selection", "model", "lanes"),
-            *("routers", "neurons", "planning", "text", "step"),
+            *("routers", "neurons", "planning", "forecasts", "text", "step"),
         },
     },
     "factorize": {
@@ -127,8 +128,8 @@ TORCH_FREE = {
     "engine": {
         *("facts/cgroups", "facts/config", "facts/errors", "facts/grammar", "facts/stats"),
         *("facts/threads", "facts/units", "model/regret", "weights/manifest"),
-        *("planning/advice", "planning/card", "planning/device_memory", "planning/forecast"),
-        *("planning/gains", "planning/step_size"),
+        *("forecasts/advice", "forecasts/card", "forecasts/forecast", "forecasts/gains"),
+        *("planning/device_memory", "planning/step_size"),
         "selection/keep",
         *("step/params", "step/scheduler", "step/sequence"),
     },

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from engine_kit import logits_of
 from gguf_models import END, TEMPLATE, TOKENS, write_gguf
 from moestro.engine import EngineConfig
+from moestro.engine.forecasts import own_grid_line
 from moestro.engine.formats import encode_layer
-from moestro.engine.planning import inspect, own_grid_line
+from moestro.engine.planning import inspect
 from moestro.engine.text import Tokenizer
 from moestro.engine.weights import Checkpoint
 from tile_reference import decode

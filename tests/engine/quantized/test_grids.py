@@ -14,9 +14,10 @@ import tiny
 from engine_kit import logits_of
 from moestro.cache import human_bytes
 from moestro.engine.facts import EngineConfig, ModelRefused
+from moestro.engine.forecasts import own_grid_line
 from moestro.engine.formats import FormatMap, encode_layer, keeps_grids
 from moestro.engine.kernels import TileFormat
-from moestro.engine.planning import Sketch, inspect, own_grid_line, plan_memory, understand
+from moestro.engine.planning import Sketch, inspect, plan_memory, understand
 from moestro.engine.weights import Checkpoint
 from quantized_files import BLOCK, GROUP, KINDS, edit_config, write_quantized
 from tile_reference import decode

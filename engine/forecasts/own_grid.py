@@ -3,8 +3,7 @@
 from moestro.cache import human_bytes
 from moestro.engine.facts import EngineConfig
 from moestro.engine.formats import ExpertsModule, codec_of, in_tiles, keeps_grids, pack_layer
-
-from .blueprint import Blueprint
+from moestro.engine.planning import Blueprint
 
 NATIVE = "native"
 MXFP4 = "mxfp4"  # whose numbers are found again when they are encoded, all of them exactly

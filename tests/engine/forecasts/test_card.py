@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from moestro.engine.facts import Lane, LaneChoice
-from moestro.engine.planning import CardForecast, CardLinks, MoeLayer, Work
+from moestro.engine.forecasts import CardForecast, CardLinks, MoeLayer, Work
 
 LAYER = MoeLayer(num_experts=8, experts_per_token=2, blob_bytes=1000, numbers=10)
 LINKS = CardLinks(10_000.0, "--link", 1000.0, "--disk-speed")

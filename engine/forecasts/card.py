@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moestro.engine.facts import LaneChoice
+from moestro.engine.planning import MemoryPlan
 
 from .forecast import MoeLayer, Work, hit_rates
-from .memory import MemoryPlan
 
 PCIE_4_BYTES_PER_S = 25e9
 """What copies out of pinned memory reach on 16 lanes of PCIe 4. An assumption."""
