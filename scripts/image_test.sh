@@ -59,11 +59,12 @@ for name, value in found.items():
     done
 }
 
+# Without layers: this storage would keep a whole copy for each step.
 build() {
     local target="$1" torch=()
     shift
     [[ -z "${TORCH:-}" ]] || torch=(--build-arg "TORCH=$TORCH")
-    buildah bud --quiet --isolation chroot --format docker --layers "${mounts[@]}" \
+    buildah bud --quiet --isolation chroot --format docker --layers=false "${mounts[@]}" \
         --build-arg "BASE_IMAGE=$base" "${torch[@]}" --target "$target" "$@" .
 }
 
