@@ -28,6 +28,17 @@ int64_t moestro_experts_first(const expert_call *call); /* -> inner [rows, first
 int64_t moestro_experts_down(const expert_call *call);  /* inner [rows, down's inputs] -> results */
 int64_t moestro_linear(const matrix *m, const float *x, int64_t stride, int32_t count, float *out,
                        const float *bias, uint8_t *scratch, int64_t scratch_bytes);
+
+/* One of several matrices that read the same rows; out [count, outputs]. */
+typedef struct {
+    const matrix *m;
+    const float *bias; /* NULL: none */
+    float *out;
+} linear_part;
+
+/* All of them in one run, as moestro_linear one by one. */
+int64_t moestro_linears(const linear_part *parts, int32_t parts_count, const float *x,
+                        int64_t stride, int32_t count, uint8_t *scratch, int64_t scratch_bytes);
 void moestro_activate(int32_t activation, const float *inner, float *out, int32_t count,
                       int32_t width, float alpha, float limit);
 void moestro_combine(const float *weights, const float *results, int32_t tokens, int32_t k,

@@ -23,13 +23,24 @@ typedef struct {
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static int64_t linear_bytes(const attention *a, const attention_call *call)
+/* q, k and v of the same rows: 0, or how many bytes of scratch are needed. */
+static int64_t project(const step *s, uint8_t *given, int64_t given_bytes)
 {
-    const matrix *all[] = {&a->query, &a->key, &a->value, &a->output};
-    int64_t most = 0;
-    for (int i = 0; i < 4; i++)
-        most = larger(most, moestro_linear(all[i], NULL, 0, call->count, NULL, NULL, NULL, 0));
-    return most;
+    const attention *a = s->a;
+    const linear_part parts[] = {
+        {&a->query, a->query_bias, s->q},
+        {&a->key, a->key_bias, s->k},
+        {&a->value, a->value_bias, s->v},
+    };
+    return moestro_linears(parts, 3, s->call->x, a->query.inputs, s->call->count, given,
+                           given_bytes);
+}
+
+static int64_t linear_bytes(const step *s)
+{
+    const int64_t out_bytes =
+        moestro_linear(&s->a->output, NULL, 0, s->call->count, NULL, NULL, NULL, 0);
+    return larger(project(s, NULL, 0), out_bytes);
 }
 
 static void norm_heads(const float *weight, float eps, int each, float *x, int width)
@@ -121,16 +132,14 @@ EXPORT int64_t moestro_attention(const attention *a, const attention_call *call)
     s.k = take(&from, key_bytes);
     s.v = take(&from, key_bytes);
     s.mixed = take(&from, query_bytes);
-    const int64_t more = linear_bytes(a, call);
+    const int64_t more = linear_bytes(&s);
     uint8_t *rest = take(&from, more);
     if (from.used > call->scratch_bytes)
         return from.used;
-    const int count = call->count, inputs = a->query.inputs, mixed = a->heads * a->dim;
-    moestro_linear(&a->query, call->x, inputs, count, s.q, a->query_bias, rest, more);
-    moestro_linear(&a->key, call->x, inputs, count, s.k, a->key_bias, rest, more);
-    moestro_linear(&a->value, call->x, inputs, count, s.v, a->value_bias, rest, more);
+    project(&s, rest, more);
     attend_all(&s);
-    moestro_linear(&a->output, s.mixed, mixed, count, call->out, a->output_bias, rest, more);
+    moestro_linear(&a->output, s.mixed, a->heads * a->dim, call->count, call->out, a->output_bias,
+                   rest, more);
     return 0;
 }
 
