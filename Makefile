@@ -8,7 +8,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 PYTEST_ARGS ?=
-REPORT ?= gpu-report.json
+REPORT ?= gpu-check.json
 # Room for half of its experts, as int8 makes them.
 DEMO_FLAGS := --expert-format int8 --dense-format int8 --host-memory 20MiB
 export MOESTRO_TORCH
@@ -51,8 +51,8 @@ families: dev ## every model type with experts against stock (ARGS=--write write
 clients: dev ## openai, litellm, langchain, lm-eval and schemathesis against the demo model
 	@.venv/bin/pytest -m clients tests/clients $(PYTEST_ARGS)
 
-gpu-check: dev ## tests and benchmarks on an NVIDIA GPU, into one JSON (REPORT=file)
-	@scripts/gpu_check.sh $(REPORT)
+gpu-check: dev ## `moestro gpu-check`, then the tests for an NVIDIA GPU (REPORT=file, ARGS="--quick")
+	@scripts/gpu_check.sh $(REPORT) $(ARGS)
 
 bench: dev ## the benchmarks (ARGS="bench_engine" for one)
 	@scripts/bench.sh $(ARGS)

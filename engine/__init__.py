@@ -34,6 +34,7 @@ from moestro.engine.facts import (
     Unavailable,
 )
 from moestro.engine.formats import FormatMap, mix_by_trace
+from moestro.engine.gpu_check import Checked, Geometry, Opener, Outcome, Sizes, Status, check_gpu
 from moestro.engine.planning import (
     DEMO_PERPLEXITY,
     Bound,
@@ -75,6 +76,7 @@ from .kept_folders import (
     remove,
     remove_fetched,
 )
+from .loader import load
 from .planner import plan_model, refuse_by_config, verdict
 from .tracing import (
     CEILING,
@@ -155,6 +157,14 @@ __all__ = [
     "TokenizerInfo",
     "Unavailable",
     "changes",
+    "Checked",
+    "Geometry",
+    "Opener",
+    "Outcome",
+    "Sizes",
+    "Status",
+    "check_gpu",
+    "load",
     "load_routers",
     "mix_by_trace",
     "name_routers",

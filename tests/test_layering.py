@@ -87,9 +87,10 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "planning": {"facts", "kernels", "formats", "weights", "model", "lanes"},
         "text": {"facts", "weights", "gguf_files"},
         "step": {"facts", "selection", "model", "lanes", "text"},
+        "gpu_check": {"facts", "planning", "step"},
         "": {
             *("facts", "kernels", "formats", "weights", "selection", "model", "lanes"),
-            *("routers", "neurons", "planning", "text", "step"),
+            *("routers", "neurons", "planning", "text", "step", "gpu_check"),
         },
     },
     "factorize": {
@@ -109,7 +110,8 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "api.dialects": {"facts", "contract", "metrics", "parsing", "api"},
         "serving": {"facts", "contract", "metrics", "api", "api.dialects"},
         "hub": {"facts"},
-        "commands": {"facts", "serving", "hub"},
+        "gpu_check": {"facts"},
+        "commands": {"facts", "serving", "hub", "gpu_check"},
         "": {"commands"},
     },
 }

@@ -234,6 +234,20 @@ def plan(
     run_plan(settings, disk_speed, trace, as_json)
 
 
+@app.command("gpu-check", help=flags.GPU_CHECK_HELP)
+def gpu_check(
+    device: flags.CheckedDevice = "cuda",
+    quick: flags.Quick = False,
+    out: flags.ReportOut = None,
+    cache_dir: flags.CacheDir = None,
+) -> None:
+    places = places_of(cache_dir)
+    with _command_imports():
+        from moestro.server.gpu_check import run_gpu_check
+
+    raise typer.Exit(run_gpu_check(device, quick, out, places.cache_dir))
+
+
 app.add_typer(models_app, name="models")
 trace_app = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="Record which experts a model asks for."
