@@ -94,16 +94,18 @@ class Lease:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Left early: a slot must not be given away while a reader still writes into it.
-        while self._coming:
-            self.collect(self._loader.wait(self._phase))
-        self._counters.abandoned += len(self._pending)
-        self._pending.clear()
-        self._arena.used(self._table.pinned)
-        self._table.pinned.clear()
-        if self._below:
-            self._loader.give_back()
-        self.open = False
+        try:
+            # Left early: a slot must not be given away while a reader still writes into it.
+            while self._coming:
+                self.collect(self._loader.wait(self._phase))
+            self._arena.used(self._table.pinned)
+        finally:  # DeviceFailed says so again to the next one: a block that was left is left
+            self._counters.abandoned += len(self._pending)
+            self._pending.clear()
+            self._table.pinned.clear()
+            if self._below:
+                self._loader.give_back()
+            self.open = False
 
     def groups(self) -> Iterator[list[tuple[int, dict[str, torch.Tensor]]]]:
         """All residents at once, in the order of the request, then whoever has arrived since.

@@ -33,19 +33,22 @@ from moestro.engine.facts import (
     TierStats,
     Unavailable,
 )
-from moestro.engine.formats import FormatMap, mix_by_trace
-from moestro.engine.gpu_check import Checked, Geometry, Opener, Outcome, Sizes, Status, check_gpu
-from moestro.engine.planning import (
+from moestro.engine.forecasts import (
     DEMO_PERPLEXITY,
     Bound,
+    CardBound,
+    CardForecast,
+    CardOutlook,
     Change,
     Forecast,
     Gains,
     LinkSpeed,
     Outlook,
-    StoredWeights,
     changes,
 )
+from moestro.engine.formats import FormatMap, mix_by_trace
+from moestro.engine.gpu_check import Checked, Geometry, Opener, Outcome, Sizes, Status, check_gpu
+from moestro.engine.planning import HostMemory, StoredWeights
 from moestro.engine.routers import load_routers
 from moestro.engine.step import (
     MOST_BIAS,
@@ -77,7 +80,7 @@ from .kept_folders import (
     remove_fetched,
 )
 from .loader import load
-from .planner import plan_model, refuse_by_config, verdict
+from .planner import card_of, plan_card, plan_model, refuse_by_config, verdict
 from .tracing import (
     CEILING,
     CURVE_SHARES,
@@ -112,7 +115,11 @@ __all__ = [
     "EngineStats",
     "EngineWorker",
     "FinishReason",
+    "CardBound",
+    "CardForecast",
+    "CardOutlook",
     "Forecast",
+    "HostMemory",
     "FormatMap",
     "Gains",
     "GrammarKind",
@@ -170,6 +177,8 @@ __all__ = [
     "name_routers",
     "fetched_models",
     "kept_models",
+    "card_of",
+    "plan_card",
     "plan_model",
     "remove",
     "remove_fetched",

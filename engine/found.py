@@ -4,8 +4,9 @@ import logging
 
 from moestro.cache import human_bytes
 from moestro.engine.facts import EngineConfig, Threads
+from moestro.engine.forecasts import gains_of, own_grid_line
 from moestro.engine.kernels import MISSING, chosen
-from moestro.engine.planning import Blueprint, MemoryPlan, gains_of
+from moestro.engine.planning import Blueprint, MemoryPlan
 from moestro.engine.text import Tokenizer
 from moestro.engine.weights import ROUTERS_NAME
 
@@ -36,6 +37,8 @@ def log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> N
             )
     if (routers := blueprint.checkpoint.routers) is not None:
         log.info("routers: from %s, %s", ROUTERS_NAME, routers.words)
+    if (quantized := own_grid_line(config, blueprint)) is not None:
+        log.info("%s", quantized)
     device = blueprint.device
     name = device.place if device.room is None else device.room.name
     log.info("%s", blueprint.topology.lane.line)

@@ -3,8 +3,9 @@
 import logging
 
 from moestro.cache import LinkSpec
+from moestro.engine.forecasts import Matrices, measure_multiply
 from moestro.engine.model import HostShare
-from moestro.engine.planning import Blueprint, Matrices, measure_multiply
+from moestro.engine.planning import Blueprint
 
 log = logging.getLogger("moestro.engine")
 

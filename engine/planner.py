@@ -1,15 +1,18 @@
 """`moestro plan`: the start's own memory plan and what to expect of it, before anything is loaded.
 
+For this machine's CPU, or for a GPU that is here or only planned for.
+
 Needs config.json; uses the weight index and the headers of the weight files where they are.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from moestro.cache import (
+    DoesNotFit,
     NextUse,
     PackSpec,
     Phase,
@@ -18,38 +21,49 @@ from moestro.cache import (
     belady,
     human_bytes,
     plan_slots,
+    plan_tiers,
     replay,
 )
 from moestro.engine.facts import (
     CPU,
     BudgetTooSmall,
+    Device,
     EngineConfig,
     ModelNotFound,
     StartError,
     choose,
+    planned_card,
     set_threads,
 )
-from moestro.engine.formats import codec_of, in_tiles
-from moestro.engine.kernels import chosen, set_pool_threads
-from moestro.engine.planning import (
-    Blueprint,
+from moestro.engine.forecasts import (
+    PCIE_4_BYTES_PER_S,
+    CardForecast,
+    CardLinks,
     ComputeSpeed,
     Forecast,
+    FormatShare,
     LinkSpeed,
     Matrices,
-    MemoryPlan,
     MoeLayer,
     Rates,
-    Sketch,
-    StoredWeights,
     Traced,
     Work,
-    check_config,
     flags_of,
     gains_of,
     measure_link,
     measure_multiply,
     nearest_plan,
+    own_grid_line,
+)
+from moestro.engine.formats import codec_of, expert_codec, in_tiles
+from moestro.engine.kernels import chosen, set_pool_threads
+from moestro.engine.planning import (
+    Blueprint,
+    HostMemory,
+    MemoryPlan,
+    Sketch,
+    StoredWeights,
+    check_config,
     plan_memory,
     understand,
     weights_are_here,
@@ -58,6 +72,7 @@ from moestro.engine.weights import Checkpoint, weight_files
 
 from .choices import check_choices
 
+CARD_FORMATS = ("native", "int8", "nf4")  # that a GPU computes with
 TORCH = "torch"  # whose products serve where this build has none of its own
 
 
@@ -77,22 +92,15 @@ def plan_model(
     check_choices(config)
     if config.link is not None:
         raise StartError("--emulate-link: a plan is for real links; it is for serving alone")
-    if choose(config).room is not None:
-        raise StartError(
-            f"--device {config.device}: a plan foretells the CPU alone so far; `moestro serve`"
-            " prints a GPU's memory plan before it takes any of it"
-        )
     threads = set_threads(config.threads).count
     set_pool_threads(threads)
-    here = weights_are_here(config.model_path)
-    folder = config.model_path
-    checkpoint = Checkpoint(folder) if here else Sketch(folder, stored)
+    here, checkpoint = _opened(config.model_path, stored)
     try:
         blueprint = understand(config, checkpoint)
         plan = _plan(config, blueprint)
-        model = blueprint.build_model()
-        work = _work(blueprint, model, plan.demand.step_tokens)
+        work = _work(blueprint, plan.demand.step_tokens)
         gains = gains_of(config, blueprint)
+        quantized = own_grid_line(config, blueprint)
         spec = blueprint.spec
     finally:
         checkpoint.close()
@@ -114,7 +122,111 @@ def plan_model(
         gains=gains,
         lane=blueprint.topology.lane,
         traced=traced,
+        quantized=quantized,
     )
+
+
+def card_of(config: EngineConfig) -> Device | None:
+    """The GPU that a plan is for; None: it is for this machine's CPU.
+
+    A config with `device_memory_bytes` is for a card with so much memory, which need not be here.
+    Raises StartError.
+    """
+    wanted = config.device != "cpu"
+    if wanted and config.device_memory_bytes is not None:
+        return planned_card(config.device_memory_bytes)
+    try:
+        device = choose(config)
+    except StartError as error:
+        raise StartError(
+            f"{error}; to plan for a card that is not here, say how much memory it has:"
+            " --device-memory 12GiB"
+        ) from error
+    return device if device.room is not None else None
+
+
+def plan_card(
+    config: EngineConfig,
+    card: Device,
+    link_bytes_per_s: float | None = None,
+    disk_bytes_per_s: float | None = None,
+    stored: StoredWeights | None = None,
+    machine: HostMemory | None = None,
+) -> CardForecast:
+    """What `card` (from `card_of`) would hold of the model's experts, and what its links allow.
+
+    All of the card that is free is planned with. Nothing is measured but the disk, which
+    `disk_bytes_per_s` spares. `machine`: another host's memory than this one's.
+
+    Raises StartError as `plan_model` does.
+    """
+    check_choices(config)
+    config = replace(config, device="cuda", device_memory_bytes=None)
+    here, checkpoint = _opened(config.model_path, stored)
+    try:
+        blueprint = understand(config, checkpoint, card)
+        plan = _plan(config, blueprint, machine)
+        work = _work(blueprint, plan.demand.step_tokens)
+        formats = tuple(
+            _share(replace(config, expert_format=name), blueprint, machine)
+            for name in CARD_FORMATS
+            if name != config.format_name
+        )
+        spec = blueprint.spec
+        disk = _link(config, spec.slot_bytes, disk_bytes_per_s)
+        quantized = own_grid_line(config, blueprint)
+    finally:
+        checkpoint.close()
+    assert plan.host is not None, "a card has memory of its own"
+    per_token = max(blueprint.topology.experts_per_token)
+    tiers = plan_tiers(
+        plan.experts_bytes, plan.host.experts_bytes, spec, per_token, card.staging_bytes
+    )
+    assert tiers.device is not None
+    said = link_bytes_per_s is not None
+    return CardForecast(
+        family=str(checkpoint.config.model_type),
+        stored_dtype=str(_matrices(blueprint)[0][0]).removeprefix("torch."),
+        expert_format=config.format_name,
+        dense_format=config.dense_format,
+        has_weights=here,
+        plan=plan,
+        slots=tiers.device.slots,
+        host_slots=tiers.host.slots,
+        slot_bytes=spec.slot_bytes,
+        work=work,
+        links=CardLinks(
+            into_card_bytes_per_s=link_bytes_per_s or PCIE_4_BYTES_PER_S,
+            into_card_source="--link" if said else "PCIe 4 x16, assumed: --link",
+            disk_bytes_per_s=disk.scattered_bytes_per_s,
+            disk_source=disk.source,
+        ),
+        lane=blueprint.topology.lane,
+        formats=formats,
+        quantized=quantized,
+    )
+
+
+def _opened(folder: Path, stored: StoredWeights | None) -> tuple[bool, Checkpoint]:
+    """Whether the weight files are here, and them or a sketch."""
+    here = weights_are_here(folder)
+    return here, Checkpoint(folder) if here else Sketch(folder, stored)
+
+
+def _share(config: EngineConfig, blueprint: Blueprint, machine: HostMemory | None) -> FormatShare:
+    """Of the experts in the card's slots, were they in the format that `config` names."""
+    card = blueprint.device
+    try:
+        codec = expert_codec(
+            config.expert_format, blueprint.experts, card.compute_dtype, card.place.type
+        )
+        other = replace(blueprint, codec=codec)
+        plan = plan_memory(config, other, packing=not config.pack_path.exists(), machine=machine)
+        spec = other.spec
+        slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
+    except (StartError, DoesNotFit) as error:
+        return FormatShare(config.expert_format, None, str(error))
+    return FormatShare(config.expert_format, slots.slots / spec.num_experts)
 
 
 def verdict(config: EngineConfig) -> str:
@@ -149,11 +261,13 @@ def refuse_by_config(config: EngineConfig) -> None:
         sketch.close()
 
 
-def _plan(config: EngineConfig, blueprint: Blueprint) -> MemoryPlan:
+def _plan(
+    config: EngineConfig, blueprint: Blueprint, machine: HostMemory | None = None
+) -> MemoryPlan:
     packing = not config.pack_path.exists()  # as the start asks
 
     def plan(tried: EngineConfig) -> MemoryPlan:
-        return plan_memory(tried, blueprint, packing=packing)
+        return plan_memory(tried, blueprint, packing=packing, machine=machine)
 
     try:
         return plan(config)
@@ -193,8 +307,9 @@ def _matrices(blueprint: Blueprint) -> list[tuple[torch.dtype, tuple[int, ...]]]
     return [(dtype, shape[1:]) for dtype, shape in tensors if len(shape) == 3]
 
 
-def _work(blueprint: Blueprint, model: PreTrainedModel, step_tokens: int) -> Work:
+def _work(blueprint: Blueprint, step_tokens: int) -> Work:
     """Which weights a token is multiplied with: all but the embedding, which is looked up."""
+    model = blueprint.build_model()
     layers = tuple(
         MoeLayer(
             num_experts=entry.num_experts,

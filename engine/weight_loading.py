@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+import torch
 from transformers import PreTrainedModel
 
 from moestro.cache import (
@@ -15,7 +16,7 @@ from moestro.cache import (
     two_tiers,
 )
 from moestro.engine.facts import Device, EngineConfig, StartError
-from moestro.engine.formats import encode_layer
+from moestro.engine.formats import ExpertsModule, encode_layer, keeps_grids
 from moestro.engine.kernels import Scratch
 from moestro.engine.planning import (
     Blueprint,
@@ -50,9 +51,8 @@ def load_weights(
         missing = writer.missing
         for place, index in enumerate(missing):
             phases.report(layers - len(missing) + place, layers, "layers")
-            entry = blueprint.experts[index]
-            loaded = checkpoint.load_experts(scratch, entry)
-            writer.add_layer(index, *encode_layer(blueprint.codec, entry, loaded))
+            # no name holds one layer while the next one is loaded
+            writer.add_layer(index, *_encoded(blueprint, scratch, blueprint.experts[index]))
         phases.report(layers, layers, "layers")
 
     pack = open_or_build(
@@ -69,6 +69,16 @@ def load_weights(
     release_freed_memory()
     least = max(blueprint.topology.experts_per_token)
     return model, _open_cache(config, blueprint.device, plan, pack, least)
+
+
+def _encoded(
+    blueprint: Blueprint, scratch: PreTrainedModel, entry: ExpertsModule
+) -> list[dict[str, torch.Tensor]]:
+    """A layer's experts as the pack has them."""
+    checkpoint, codec = blueprint.checkpoint, blueprint.codec
+    if keeps_grids(codec, entry):
+        return encode_layer(codec, entry, *checkpoint.load_codes(scratch, entry))
+    return encode_layer(codec, entry, checkpoint.load_experts(scratch, entry))
 
 
 def _open_cache(

@@ -85,12 +85,13 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "neurons": {"facts", "kernels", "weights", "selection", "model"},
         "lanes": {"facts", "formats", "model"},
         "planning": {"facts", "kernels", "formats", "weights", "model", "lanes"},
+        "forecasts": {"facts", "kernels", "formats", "weights", "planning", "lanes"},
         "text": {"facts", "weights", "gguf_files"},
         "step": {"facts", "selection", "model", "lanes", "text"},
         "gpu_check": {"facts", "planning", "step"},
         "": {
             *("facts", "kernels", "formats", "weights", "selection", "model", "lanes"),
-            *("routers", "neurons", "planning", "text", "step", "gpu_check"),
+            *("routers", "neurons", "planning", "forecasts", "text", "step", "gpu_check"),
         },
     },
     "factorize": {
@@ -111,7 +112,8 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "serving": {"facts", "contract", "metrics", "api", "api.dialects"},
         "hub": {"facts"},
         "gpu_check": {"facts"},
-        "commands": {"facts", "serving", "hub", "gpu_check"},
+        "plans": {"facts"},
+        "commands": {"facts", "serving", "hub", "plans", "gpu_check"},
         "": {"commands"},
     },
 }
@@ -128,8 +130,8 @@ TORCH_FREE = {
     "engine": {
         *("facts/cgroups", "facts/config", "facts/errors", "facts/grammar", "facts/stats"),
         *("facts/threads", "facts/units", "model/regret", "weights/manifest"),
-        *("planning/advice", "planning/device_memory", "planning/forecast"),
-        *("planning/gains", "planning/step_size"),
+        *("forecasts/advice", "forecasts/card", "forecasts/forecast", "forecasts/gains"),
+        *("planning/device_memory", "planning/step_size"),
         "selection/keep",
         *("step/params", "step/scheduler", "step/sequence"),
     },

@@ -2,6 +2,7 @@
 
 from .errors import (
     CacheError,
+    DeviceFailed,
     DoesNotFit,
     NoDiskSpace,
     PackInvalid,
@@ -39,6 +40,7 @@ __all__ = [
     "CacheError",
     "CacheStats",
     "DTYPE_BYTES",
+    "DeviceFailed",
     "DoesNotFit",
     "ExpertKey",
     "HostMode",

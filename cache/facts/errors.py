@@ -6,7 +6,8 @@ CacheError
 ├── PackUnwritable    the folder or its file system refuses the pack for another reason
 ├── PackInvalid       a pack file is missing, foreign, truncated or corrupt (the caller rebuilds)
 ├── TraceInvalid      a trace file is missing, foreign or damaged
-└── ReadFailed        the operating system refused a read while serving
+├── ReadFailed        the operating system refused a read while serving
+└── DeviceFailed      the GPU reported an error that stays, or is gone (nothing there works again)
 """
 
 
@@ -40,3 +41,10 @@ class TraceInvalid(CacheError):
 
 class ReadFailed(CacheError):
     """Raised by a lease when a blob could not be read; the step fails, the cache stays whole."""
+
+
+class DeviceFailed(CacheError):
+    """Raised by whatever asks the GPU, from its first error on and each time again.
+
+    What its slots hold is lost; closing the cache still ends its threads and frees the host.
+    """

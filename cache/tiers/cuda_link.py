@@ -10,12 +10,14 @@ as its last lease ended: the copy stream waits for it, nobody else does.
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 
-from moestro.cache.facts import BlobLayout, LinkStats, TierPlan, human_bytes
+from moestro.cache.facts import BlobLayout, DeviceFailed, LinkStats, TierPlan, human_bytes
 from moestro.cache.pack import Pack
 
 from .link import CHUNK_BYTES, Copied, Copy, Link
@@ -25,6 +27,13 @@ from .wiring import Wiring
 STAGING_BYTES = 16 * CHUNK_BYTES
 """To be set aside in the host tier's plan. A power of two: torch pins nothing smaller."""
 
+PIECE_BYTES = 256 << 20
+"""Of the host tier, registered in one call: where the system refuses so much at once, or all of
+it, what it grants is kept."""
+
+GUESSED_CHUNKS = 2
+"""Under way at a time: one crosses while the next is ready. A demanded expert waits for no more."""
+
 _ASK_AGAIN_S = 50e-6
 _log = logging.getLogger("moestro.cache")
 
@@ -33,6 +42,7 @@ class Pinning(Enum):
     """What of the host tier the GPU can fetch by itself; the name says so in statistics."""
 
     WHOLE = "pinned"
+    PART = "partly pinned"
     STAGING = "pinned staging"
     NONE = "pageable"
 
@@ -58,63 +68,140 @@ class CudaArena(SlotViews):
         return ()
 
     def used(self, slots: Iterable[int]) -> None:
-        event = _event()
-        event.record(torch.cuda.current_stream(self.device))
+        try:
+            event = _event()
+            event.record(torch.cuda.current_stream(self.device))
+        except torch.AcceleratorError as error:
+            raise _failed(self.device, error) from error
         for slot in slots:
             self.free[slot] = event
 
 
-class CudaLink:
-    """Two copy streams: chunks of a demanded expert take turns with those of a guessed one."""
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One expert on its way: what is left to be queued, and what of it is under way."""
 
-    def __init__(self, host: SlotArena, device: CudaArena) -> None:
+    copy: Copy
+    left: deque[tuple[torch.Tensor, torch.Tensor]]  # chunks of the host slot, of the device slot
+    under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+    """Begin and end of what was queued together, oldest first."""
+    busy_s: float = 0.0
+
+    def settle(self) -> bool:
+        """Takes note of what has crossed; whether all has."""
+        while self.under_way and self.under_way[0][1].query():  # type: ignore[no-untyped-call]
+            begin, done = self.under_way.popleft()
+            self.busy_s += begin.elapsed_time(done) / 1000
+        return not self.left and not self.under_way
+
+
+class CudaLink:
+    """Two copy streams. What is demanded is queued at once; of what is guessed, few chunks at a
+    time, and none while anything demanded is under way: a copy engine that has begun with a stream
+    goes on with what it finds there, and a demanded expert would wait for all of it.
+    """
+
+    def __init__(self, host: SlotArena, device: CudaArena, piece_bytes: int = PIECE_BYTES) -> None:
+        """`piece_bytes` of the host tier are registered in one call: a multiple of pages."""
         self._host, self._device = host, device
         self._streams = (_stream(device.device), _stream(device.device))  # demanded, guessed
-        self.pinning, self._staging = _pin(host, device.device)
+        for stream in self._streams:  # the slots' memory may have been another tensor's
+            stream.wait_stream(torch.cuda.current_stream(device.device))
+        self._piece_bytes = piece_bytes
+        self._pinned_bytes = _register(host.flat, piece_bytes)
+        self._staging: torch.Tensor | None = None
+        self.pinning = Pinning.WHOLE
+        if self._pinned_bytes < host.flat.numel():
+            _forget_error(device.device)
+            self._staging = _staging(host.flat.numel(), self._pinned_bytes)
+            rest = Pinning.NONE if self._staging is None else Pinning.STAGING
+            self.pinning = Pinning.PART if self._pinned_bytes else rest
         self._staged: deque[torch.cuda.Event] = deque()  # of the chunks last staged, oldest first
         self._turn = 0
-        self._under_way: list[tuple[Copy, torch.cuda.Event, torch.cuda.Event]] = []
+        self._flights: tuple[list[_Flight], list[_Flight]] = ([], [])  # demanded, guessed
         self._copies = self._chunks = self._bytes = 0
         self._busy_s = 0.0
+        self._failure: DeviceFailed | None = None
+        """Of the device: from then on there is nothing to wait for."""
         self._closed = False
 
     def submit(self, copies: Sequence[Copy]) -> None:
-        for guessed, stream in enumerate(self._streams):
-            chosen = [copy for copy in copies if copy.guessed == bool(guessed)]
-            if chosen:
-                with torch.cuda.stream(stream):
-                    for copy in chosen:
-                        self._start(copy, stream)
+        """Raises DeviceFailed, as `poll`, `wait` and `copy_s` do."""
+        with self._asking():
+            self._submit(copies)
 
     def poll(self) -> list[Copied]:
-        ended, rest = [], []
-        for entry in self._under_way:
-            copy, begin, done = entry
-            if not done.query():  # type: ignore[no-untyped-call]
-                rest.append(entry)
-                continue
-            busy_s = begin.elapsed_time(done) / 1000
-            self._copies += 1
-            self._bytes += copy.size_bytes
-            self._busy_s += busy_s
-            ended.append(Copied(copy, busy_s))
-        self._under_way = rest
-        return ended
+        with self._asking():
+            return self._poll()
 
     def wait(self) -> list[Copied]:
-        first = next((x for x in self._under_way if not x[0].guessed), self._under_way[0])
-        first[2].synchronize()
-        return self.poll()
+        with self._asking():
+            while not (ended := self._poll()):
+                first = next(x for flights in self._flights for x in flights)
+                first.under_way[0][1].synchronize()
+            return ended
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            self._failure = _failed(self._device.device, error)
+            raise self._failure from error
+
+    def _submit(self, copies: Sequence[Copy]) -> None:
+        demanded, guessed = self._flights
+        guessed += [self._flight(copy) for copy in copies if copy.guessed]
+        stream = self._streams[0]
+        with torch.cuda.stream(stream):
+            for copy in copies:
+                if not copy.guessed:
+                    flight = self._flight(copy)
+                    demanded.append(flight)
+                    self._queue(flight, stream, len(flight.left))
+        self._guess()
+
+    def _poll(self) -> list[Copied]:
+        ended = []
+        for flights in self._flights:
+            for flight in [flight for flight in flights if flight.settle()]:
+                flights.remove(flight)
+                self._copies += 1
+                self._bytes += flight.copy.size_bytes
+                self._busy_s += flight.busy_s
+                ended.append(Copied(flight.copy, flight.busy_s))
+        self._guess()
+        return ended
+
+    def _guess(self) -> None:
+        """Queues the next chunks of what is guessed, while nothing demanded is under way."""
+        demanded, guessed = self._flights
+        if demanded or not guessed:
+            return
+        room = GUESSED_CHUNKS - sum(len(flight.under_way) for flight in guessed)
+        stream = self._streams[1]
+        with torch.cuda.stream(stream):
+            for flight in guessed:
+                while flight.left and room > 0:
+                    self._queue(flight, stream, 1)
+                    room -= 1
 
     def due_s(self) -> float:
         return _ASK_AGAIN_S
 
     def copy_s(self, size_bytes: int) -> float:
         """From copies of the host's first chunk into memory of its own; the first one warms up."""
+        with self._asking():
+            return self._copy_s(size_bytes)
+
+    def _copy_s(self, size_bytes: int) -> float:
         source = self._host.flat[: min(CHUNK_BYTES, self._host.slot_bytes)]
         target = torch.empty_like(source, device=self._device.device)
         begin, done = _event(timing=True), _event(timing=True)
         stream = self._streams[0]
+        stream.wait_stream(torch.cuda.current_stream(self._device.device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             begin.record(stream)
@@ -139,37 +226,52 @@ class CudaLink:
         if self._closed:
             return
         self._closed = True
-        torch.cuda.synchronize(self._device.device)
-        self._under_way.clear()
-        if self.pinning is Pinning.WHOLE:
-            _runtime().cudaHostUnregister(self._host.flat.data_ptr())
+        try:
+            torch.cuda.synchronize(self._device.device)
+        except torch.AcceleratorError as error:  # then nothing reads the host's slots any more
+            _log.warning("%s", _failed(self._device.device, error))
+        for flights in self._flights:
+            flights.clear()
+        for start in range(0, self._pinned_bytes, self._piece_bytes):
+            _runtime().cudaHostUnregister(self._host.flat.data_ptr() + start)
 
-    def _start(self, copy: Copy, stream: torch.cuda.Stream) -> None:
-        free = self._device.free[copy.target]
+    def _flight(self, copy: Copy) -> _Flight:
+        return _Flight(copy, deque(self._pieces(copy)))
+
+    def _queue(self, flight: _Flight, stream: torch.cuda.Stream, chunks: int) -> None:
+        """The next `chunks` of a flight, on `stream`, which is the current one."""
+        free = self._device.free[flight.copy.target]
         if free is not None:
             stream.wait_event(free)
         begin, done = _event(timing=True), _event(timing=True)
         begin.record(stream)
-        for source, target in self._pieces(copy):
-            if self._staging is not None:
-                source = self._stage(source, self._staging)
+        for _ in range(chunks):
+            source, target = flight.left.popleft()
+            staging = self._staging
+            if staging is not None and source.is_pinned():
+                staging = None
+            if staging is not None:
+                source = self._stage(source, staging)
             target.copy_(source, non_blocking=True)
-            if self._staging is not None:
+            if staging is not None:
                 self._staged.append(_event())
                 self._staged[-1].record(stream)
             self._chunks += 1
         done.record(stream)
-        self._under_way.append((copy, begin, done))
+        flight.under_way.append((begin, done))
 
     def _pieces(self, copy: Copy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Chunks of the host slot and of the device slot, uint8."""
+        """Chunks of the host slot and of the device slot, uint8; none lies in two pieces."""
         here, there = copy.source * self._host.slot_bytes, copy.target * self._device.slot_bytes
-        for at in range(0, copy.size_bytes, CHUNK_BYTES):
-            end = min(at + CHUNK_BYTES, copy.size_bytes)
+        at = 0
+        while at < copy.size_bytes:
+            piece_end = ((here + at) // self._piece_bytes + 1) * self._piece_bytes - here
+            end = min(at + CHUNK_BYTES, copy.size_bytes, piece_end)
             yield (
                 self._host.flat[here + at : here + end],
                 self._device.flat[there + at : there + end],
             )
+            at = end
 
     def _stage(self, source: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
         """`source` in pinned memory; waits while all of that is on its way."""
@@ -194,39 +296,55 @@ def cuda(device: torch.device, pack: Pack, plan: TierPlan) -> Wiring:
     return wire
 
 
-def _pin(host: SlotArena, device: torch.device) -> tuple[Pinning, torch.Tensor | None]:
-    """Pins as much as the system allows, and says so where that is not all.
+def _register(flat: torch.Tensor, piece_bytes: int) -> int:
+    """Pins memory piece by piece, until one is refused; how many bytes of it, from the first.
 
     Registered, not allocated by torch, whose pinned blocks are powers of two: a budget of 33 GiB
     would take 64.
     """
-    size_bytes = host.flat.numel()
-    code = int(_runtime().cudaHostRegister(host.flat.data_ptr(), size_bytes, 0))
-    if code == 0:
-        assert host.flat.is_pinned(), "registered memory is pinned"
-        return Pinning.WHOLE, None
-    _forget_error(device)
-    refused = f"CUDA refused to pin the host tier's {human_bytes(size_bytes)} (error {code})"
+    size_bytes = flat.numel()
+    for start in range(0, size_bytes, piece_bytes):
+        length = min(piece_bytes, size_bytes - start)
+        if int(_runtime().cudaHostRegister(flat.data_ptr() + start, length, 0)):
+            return start
+        assert flat[start : start + 1].is_pinned(), "registered memory is pinned"
+    return size_bytes
+
+
+def _staging(size_bytes: int, pinned_bytes: int) -> torch.Tensor | None:
+    """[places, CHUNK_BYTES] for what of the host tier was refused; None where that is, too."""
+    refused = (
+        f"CUDA pinned {human_bytes(pinned_bytes)} of the host tier's {human_bytes(size_bytes)}"
+        " and refused to pin more"
+    )
+    advice = "lower --host-memory or raise the limit of locked memory"
     try:
         staging = torch.empty(
             (STAGING_BYTES // CHUNK_BYTES, CHUNK_BYTES), dtype=torch.uint8, pin_memory=True
         )
     except RuntimeError as error:
         _log.warning(
-            "%s, and a staging pool, too: experts cross from pageable memory, several times"
-            " slower (%s); lower --host-memory or raise the limit of locked memory",
+            "%s, and a staging pool, too: the other experts cross from pageable memory, several"
+            " times slower (%s); %s",
             refused,
             error,
+            advice,
         )
-        return Pinning.NONE, None
+        return None
     assert staging.is_pinned(), "torch pinned the staging pool"
     _log.warning(
-        "%s: experts cross through a pinned pool of %s, which costs the computing thread a copy"
-        " of each; lower --host-memory or raise the limit of locked memory",
+        "%s: the other experts cross through a pinned pool of %s, which costs the computing thread"
+        " a copy of each; %s",
         refused,
         human_bytes(STAGING_BYTES),
+        advice,
     )
-    return Pinning.STAGING, staging
+    return staging
+
+
+def _failed(device: torch.device, error: torch.AcceleratorError) -> DeviceFailed:
+    first_line = str(error).partition("\n")[0]
+    return DeviceFailed(f"{device} failed: {first_line}; start again, and see the driver's log")
 
 
 def _event(*, timing: bool = False) -> torch.cuda.Event:

@@ -10,6 +10,7 @@ from .device import (
     TorchThreads,
     choose,
     index_on,
+    planned_card,
     set_threads,
 )
 from .errors import (
@@ -96,6 +97,7 @@ __all__ = [
     "choose",
     "control_groups",
     "index_on",
+    "planned_card",
     "round_up_tokens",
     "set_threads",
 ]

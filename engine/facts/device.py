@@ -17,6 +17,7 @@ from moestro.cache import STAGING_BYTES, Pack, TierPlan, Wiring, cuda, human_byt
 from .config import EngineConfig
 from .errors import StartError
 from .threads import Threads, choose_threads, cpu_limits
+from .units import GIB
 
 NAMES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -44,6 +45,27 @@ class Device:
     room: Room | None = None  # of its own; None: it computes in the host's memory
     wire: Callable[[Pack, TierPlan], Wiring] | None = None  # how experts get there, if it has room
     staging_bytes: int = 0  # of the host tier, that `wire` may need
+
+
+UNSEEN_BYTES = GIB
+"""Of a card that is not here: its driver's context, and a desktop. An assumption."""
+
+
+def planned_card(memory_bytes: int) -> Device:
+    """A GPU that need not be here, to plan for: nothing can compute on it.
+
+    Raises StartError where it would hold nothing at all.
+    """
+    free_bytes = memory_bytes - UNSEEN_BYTES
+    if free_bytes <= 0:
+        raise StartError(
+            f"--device-memory {human_bytes(memory_bytes)}: a card's driver alone takes about"
+            f" {human_bytes(UNSEEN_BYTES)}; say how much memory the card has, such as 12GiB"
+        )
+    room = Room("the card that is planned for", free_bytes, memory_bytes)
+    why = f"a card of {human_bytes(memory_bytes)}, planned for"
+    place = torch.device("cuda", 0)
+    return Device(place, torch.bfloat16, why, room, staging_bytes=STAGING_BYTES)
 
 
 CPU = Device(torch.device("cpu"), torch.float32, "--device cpu")

@@ -8,15 +8,17 @@ from .mixed import (
     as_tile,
     encode_layer,
     expert_codec,
+    keeps_grids,
     mix_by_trace,
     order_of,
     pack_layer,
 )
 from .named import FORMATS, codec_of, in_tiles
-from .tiled import tile_format
+from .tiled import Codes, grid_format, tile_format
 
 __all__ = [
     "Codec",
+    "Codes",
     "ExpertsModule",
     "FORMATS",
     "Fine",
@@ -27,8 +29,10 @@ __all__ = [
     "codec_of",
     "encode_layer",
     "expert_codec",
+    "grid_format",
     "in_tiles",
     "is_experts_module",
+    "keeps_grids",
     "mix_by_trace",
     "multiply_fine",
     "order_of",

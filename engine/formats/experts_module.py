@@ -1,8 +1,11 @@
 """What one experts module of a model is, from its flags and shapes alone."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+from moestro.engine.kernels import TileFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,11 @@ class ExpertsModule:
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the same as its class keeps them
     source_keys: tuple[str, ...]
     transposed: bool  # matrices are [in, out], not [out, in]
+    grids: Mapping[str, TileFormat] = field(default_factory=dict)
+    """How each matrix lies in the files, where tiles can hold all of them exactly; else empty."""
+    orders: Mapping[str, int] = field(default_factory=dict)
+    """Matrices of `grids` whose inputs lie in an order of their own: of how many parts each is."""
+    no_grid: str = ""  # why, where the files are quantized
 
     @property
     def expert_bytes(self) -> int:

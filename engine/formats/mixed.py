@@ -26,6 +26,7 @@ from moestro.engine.kernels import ROWS, TILE16, TileMatrix
 from .experts_module import ExpertsModule
 from .matrices import Codec, Layout, Source, Span
 from .named import FORMATS, codec_of
+from .tiled import Codes, TileCodec
 
 MIXED = "mixed:"
 FILE_FORMAT = 1
@@ -285,14 +286,32 @@ def pack_layer(codec: Codec, entry: ExpertsModule) -> PackLayer:
     """How the experts of a module lie in the pack."""
     if isinstance(codec, MixedCodec):
         return codec.pack_layer(entry)
-    layout = BlobLayout.of(codec.layout(entry.tensors, entry.transposed))
+    if isinstance(codec, TileCodec):
+        layout = BlobLayout.of(codec.layout_of(entry))
+    else:
+        layout = BlobLayout.of(codec.layout(entry.tensors, entry.transposed))
     return PackLayer(entry.path, entry.num_experts, layout)
 
 
+def keeps_grids(codec: Codec, entry: ExpertsModule) -> bool:
+    """Whether the matrices of a module are put into the pack as the files have them quantized."""
+    return isinstance(codec, TileCodec) and codec.keeps(entry)
+
+
 def encode_layer(
-    codec: Codec, entry: ExpertsModule, tensors: Mapping[str, torch.Tensor]
+    codec: Codec,
+    entry: ExpertsModule,
+    tensors: Mapping[str, torch.Tensor],
+    codes: Mapping[str, Codes] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """What `PackWriter.add_layer` takes for `pack_layer` of the same."""
+    """What `PackWriter.add_layer` takes for `pack_layer` of the same.
+
+    `codes` has the matrices, and `tensors` the rest, where the codec keeps the module's grids.
+    """
+    if codes is not None:
+        assert isinstance(codec, TileCodec)
+        rest = codec.encode(tensors, entry.transposed)
+        return [rest | codec.encode_codes(codes, entry.grids)]
     if isinstance(codec, MixedCodec):
         return codec.encode_kinds(entry, tensors)
     return [codec.encode(tensors, entry.transposed)]

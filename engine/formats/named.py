@@ -10,10 +10,10 @@ from .matrices import Codec, Int8Codec, NativeCodec
 from .nf4 import Nf4Codec
 from .tiled import TileCodec
 
-FORMATS = ("native", "int8", "int4", "mxfp4", "nf4")
-CPU_ONLY = {"int4", "mxfp4"}  # no kernel of a GPU takes the bytes in their order
-TILED = ("native", "int8", "int4", "mxfp4")
-TILES_ALONE = {"mxfp4"}  # torch has no product with it
+FORMATS = ("native", "int8", "int4", "mxfp4", "fp8", "nf4")
+CPU_ONLY = {"int4", "mxfp4", "fp8"}  # no kernel of a GPU takes the bytes in their order
+TILED = ("native", "int8", "int4", "mxfp4", "fp8")
+TILES_ALONE = {"mxfp4", "fp8"}  # torch has no product with them
 
 
 def codec_of(

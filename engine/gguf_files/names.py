@@ -28,12 +28,14 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from moestro.engine.facts import ModelRefused
-from moestro.engine.quantized import Decoded
+from moestro.engine.quantized import Decoded, Grid
 
+from .blocks import FORMS, BlockPart
 from .stored import Stored
 
 Parts = Mapping[str, torch.Tensor]
 Found = dict[str, Decoded]  # by the model's name
+NO_EXPERTS = "its experts are not stacked"
 STACKED = 3  # dimensions of a tensor with all experts of a layer
 
 
@@ -156,7 +158,27 @@ def _decoded(
     dtype = torch.float32
     if len(first.shape) > 1:
         dtype = reduce(torch.promote_types, [tensor.dtype for tensor in group.values()])
-    return Decoded(tuple(wanted), dtype, group, decode, leading=len(first.shape) == STACKED)
+    leading = len(first.shape) == STACKED
+    grid = _grid(group, tuple(wanted), decode) if leading else NO_EXPERTS
+    return Decoded(tuple(wanted), dtype, group, decode, leading, grid)
+
+
+def _grid(group: Mapping[str, Stored], wanted: tuple[int, ...], decode: Any) -> Grid | str:
+    """Of stacked experts: each part goes the way that the decoded numbers go."""
+    kinds = {tensor.kind for tensor in group.values()}
+    form = FORMS.get(next(iter(kinds)))
+    if form is None or len(kinds) > 1 or any(t.shape[-1] != wanted[-1] for t in group.values()):
+        return (
+            f"numbers of {' and '.join(sorted(kind.name for kind in kinds))} are no int4 of tiles"
+        )
+
+    def part(name: str, dtype: torch.dtype) -> Decoded:
+        parts = {key: BlockPart(tensor, name) for key, tensor in group.items()}
+        width = next(iter(parts.values())).get_shape()[-1]
+        return Decoded((*wanted[:-1], width), dtype, parts, decode, leading=True)
+
+    zeros = part("zeros", torch.float16) if form.zero == "float" else None
+    return Grid(form, part("codes", torch.uint8), part("scales", torch.float16), zeros)
 
 
 def _same_sizes(first: Stored, wanted: torch.Size, parts: int) -> bool:

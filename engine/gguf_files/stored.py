@@ -70,15 +70,19 @@ class Stored:
 
     def __getitem__(self, rows: Any) -> torch.Tensor:
         """float32; `rows` is `...` or a slice of the first dimension."""
+        values = gguf.dequantize(self.stored_rows(rows), self.kind)
+        whole = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+        return whole if len(self.shape) > 1 else whole[rows]
+
+    def stored_rows(self, rows: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The bytes as they lie, [..., bytes of a row]; of a tensor of one dimension all of it."""
         first, last, _ = rows.indices(self.shape[0]) if isinstance(rows, slice) else (0, None, 1)
         last = self.shape[0] if last is None else last
         shape = (last - first, *self.shape[1:]) if len(self.shape) > 1 else (self.shape[0],)
         each = prod(self.shape[1:-1]) * self._row_bytes if len(self.shape) > 1 else 0
         length = prod(shape[:-1]) * self._row_bytes
         data = self._file.read(self.entry.offset_bytes + first * each, length)
-        values = gguf.dequantize(data.reshape(*shape[:-1], self._row_bytes), self.kind)
-        whole = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(shape)
-        return whole if len(self.shape) > 1 else whole[rows]
+        return data.reshape(*shape[:-1], self._row_bytes)
 
 
 def stored(entries: tuple[Entry, ...], path: Path) -> dict[str, Stored]:

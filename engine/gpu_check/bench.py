@@ -57,6 +57,7 @@ class Sizes:
     samples: int = 20
     model_bytes: int = 6 * GIB  # experts of one random model in bf16
     most_layers: int = 4
+    checked_formats: tuple[str, ...] = ("native", "int8", "nf4")  # for correctness
     formats: tuple[str, ...] = ("native", "int8")  # of real widths
     shares: tuple[float, ...] = (1.0, 0.5, 0.2)  # of the experts in slots of the device
     prompt_tokens: int = 64
@@ -109,9 +110,9 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def tidy(self) -> None:
-        """Gives back what the last check had. After a lost GPU this fails as all else does."""
-        gc.collect()
+        """Gives back what the last check had on the device."""
         if not self.imagined:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def config(

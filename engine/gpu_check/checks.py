@@ -9,7 +9,7 @@ from pathlib import Path
 import transformers as hf
 
 from .bench import FULL, QUICK, Bench, Opener, Sizes
-from .correctness import FORMATS, correctness
+from .correctness import correctness
 from .environment import environment, find_device
 from .found import Check, Outcome, run_checks
 from .link import arbitration, link
@@ -65,7 +65,7 @@ def _checks(bench: Bench) -> list[Check]:
         Check("copies side by side", partial(arbitration, bench), cannot),
         *(
             Check(f"correctness, {name}", partial(correctness, bench, expert_format=name))
-            for name in FORMATS
+            for name in bench.sizes.checked_formats
         ),
         Check("sampling", partial(sampling, bench)),
         *(

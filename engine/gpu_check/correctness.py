@@ -20,7 +20,6 @@ from .geometry import Geometry
 from .random_model import write_model
 from .stream import forced, greedy
 
-FORMATS = ("native", "int8", "nf4")
 # Few near ties of the router, which rounding would turn: its weights are large.
 SMALL = Geometry("small", "qwen3_moe", 256, 128, 8, 2, 4, 2, 64, 2, std=0.1, router_std=1.0)
 PROMPT = tuple(range(40, 64))

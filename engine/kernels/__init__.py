@@ -2,9 +2,9 @@
 
 from .blocks import BLOCK, CUT, keep_inputs, keep_outputs
 from .layer import LayerParts, LayerStep, StepRoom
-from .layout import ROWS, TILE16, TileFormat
+from .layout import ROWS, TILE16, UNIT, WIDEST_GROUP, TileFormat
 from .library import MISSING, chosen, instruction_sets, library, set_pool_threads
-from .pack import encode
+from .pack import encode, pack_codes
 from .products import (
     Activation,
     Routed,
@@ -53,6 +53,8 @@ __all__ = [
     "TileExpert",
     "TileFormat",
     "TileMatrix",
+    "UNIT",
+    "WIDEST_GROUP",
     "attend",
     "attend_stored",
     "chosen",
@@ -67,6 +69,7 @@ __all__ = [
     "linear",
     "multiply_experts",
     "normalize",
+    "pack_codes",
     "route",
     "set_pool_threads",
     "tile_attention",

@@ -77,6 +77,16 @@ def pack_fp8(stored: torch.Tensor, scales: torch.Tensor, form: TileFormat) -> to
     return torch.cat([found, by_tile(scales.to(getattr(torch, form.scale)))], dim=2).flatten(1)
 
 
+def pack_codes(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, form: TileFormat
+) -> torch.Tensor:
+    """uint8 [N, K], of an int4 or fp8 that is quantized already, with [N, G] -> tiles."""
+    if form.kind == "int4":
+        return pack_int4(codes, scales, zeros, form)
+    assert form.kind == "fp8" and zeros is None
+    return pack_fp8(codes, scales, form)
+
+
 def encode(weight: torch.Tensor, form: TileFormat) -> torch.Tensor:
     """[N, K] of floats -> uint8 [T, tile_bytes], rounded as the format needs."""
     if form.kind in ("float32", "bfloat16", "float16"):

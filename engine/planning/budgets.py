@@ -47,13 +47,21 @@ PACKING_COPIES = 2.5  # of one layer, while transformers converts it: 2.3 seen
 BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 
 
-def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = False) -> MemoryPlan:
-    """With `packing`, the pack has to be built first. Raises BudgetTooSmall with the arithmetic.
+def plan_memory(
+    config: EngineConfig,
+    blueprint: Blueprint,
+    *,
+    packing: bool = False,
+    machine: HostMemory | None = None,
+) -> MemoryPlan:
+    """With `packing`, the pack has to be built first; `machine`: another one's memory than this's.
+
+    Raises BudgetTooSmall with the arithmetic.
 
     How long steps are moves the last bits of long prompts, so it is chosen as if all of the limit
     were free: it is the same at every start. The budgets are then what is available now.
     """
-    spec, limit = blueprint.spec, memory_limit()
+    spec, limit = blueprint.spec, memory_limit() if machine is None else machine.limit
     demand = _demand(config, blueprint, spec, packing)
     own_bytes = demand.interpreter_bytes + _files_bytes(config, spec, packing=False)
 
@@ -70,7 +78,7 @@ def plan_memory(config: EngineConfig, blueprint: Blueprint, *, packing: bool = F
     else:
         slots_bytes = None if config.link is None else config.device_memory_bytes
         chosen = plan_best_steps(plan, slots_bytes)
-    now = HostMemory(limit, memory_available() + own_bytes)
+    now = machine or HostMemory(limit, memory_available() + own_bytes)
     settled = planned(chosen.demand.step_tokens, now)
     reason = chosen.step_reason
     if settled.experts_bytes < chosen.experts_bytes:

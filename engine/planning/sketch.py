@@ -20,6 +20,7 @@ from moestro.engine.weights import (
     json_object,
     read_config,
     read_quantization,
+    said_form,
     weight_files,
 )
 
@@ -45,6 +46,7 @@ class _Shape:
 
     dtype_name: str
     shape: tuple[int, ...]
+    grid: object  # as Checkpoint.grid_form gives it
 
     def get_dtype(self) -> str:
         return self.dtype_name
@@ -93,10 +95,13 @@ class Sketch(Checkpoint):
         numbers = sum(tensor.numel() for tensor in tensors.values())
         dtype_name = self._stored.dtype_name or self._stored_dtype(numbers)
         wide = PLAIN_NAMES[torch.float32]
+        said = str(self._said_dtype or torch.bfloat16).removeprefix("torch.")
+        grid = "" if self.quantization is None else said_form(self.quantization, said)
         self._slices = {
             name: _Shape(
                 wide if any(part in name for part in self._stored.wide) else dtype_name,
                 tuple(tensor.shape),
+                grid,
             )
             for name, tensor in tensors.items()
         }

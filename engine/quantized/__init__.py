@@ -2,6 +2,17 @@
 
 from .checkpoint import METHODS, plain_slices, refuse_method
 from .config import Quantization, quantization_of
-from .slices import Decoded
+from .grids import form_by_config
+from .slices import Decoded, Grid, GridForm
 
-__all__ = ["Decoded", "METHODS", "Quantization", "plain_slices", "quantization_of", "refuse_method"]
+__all__ = [
+    "Decoded",
+    "Grid",
+    "GridForm",
+    "METHODS",
+    "Quantization",
+    "form_by_config",
+    "plain_slices",
+    "quantization_of",
+    "refuse_method",
+]

@@ -14,7 +14,8 @@ import torch
 from .arithmetic import group_of_input, grouped, unpacked
 from .config import Quantization
 from .float8 import FLOATS, float8_slice
-from .slices import Decoded, Slices
+from .grids import ACT_ORDER, FLOAT_NAMES
+from .slices import INT4, Decode, Decoded, Grid, GridForm, Slices
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
@@ -101,7 +102,39 @@ def _packed(
         return _scaled(numbers, tensors, bits)
 
     used = {kind: part for kind, part in parts.items() if kind not in (SHAPE, ".weight")}
-    return Decoded((outputs, inputs), dtype, used, decode)
+    grid = _grid((outputs, inputs), bits, used)
+    return Decoded((outputs, inputs), dtype, used, decode, grid=grid)
+
+
+def _grid(shape: tuple[int, int], bits: int, parts: Slices) -> Grid | str:
+    outputs, inputs = shape
+    groups = parts[SCALE].get_shape()[1]
+    scale = FLOAT_NAMES.get(parts[SCALE].get_dtype())
+    if bits != 4:
+        return f"its numbers have {bits} bits"
+    if GROUPS in parts:
+        return ACT_ORDER
+    if scale is None or inputs % groups:
+        return f"its scales are {parts[SCALE].get_dtype()}, {groups} a row"
+
+    def codes(tensors: Parts) -> torch.Tensor:
+        return unpacked(tensors[PACKED], 4, dim=1)[:, :inputs]
+
+    def zeros(tensors: Parts) -> torch.Tensor:
+        found = tensors[ZERO]
+        packed = found.dtype == torch.int32
+        numbers = unpacked(found, 4, dim=0)[:outputs] if packed else found.to(torch.int32) + 8
+        return numbers.expand(outputs, -1)
+
+    def one(kind: str, width: int, dtype: torch.dtype, decode: Decode) -> Decoded:
+        return Decoded((outputs, width), dtype, {kind: parts[kind]}, decode)
+
+    return Grid(
+        GridForm(INT4, inputs // groups, scale, "integer" if ZERO in parts else "none"),
+        one(PACKED, inputs, torch.uint8, codes),
+        one(SCALE, groups, getattr(torch, scale), lambda t: t[SCALE].expand(outputs, -1)),
+        one(ZERO, groups, torch.uint8, zeros) if ZERO in parts else None,
+    )
 
 
 def _scaled(numbers: torch.Tensor, tensors: Parts, bits: int) -> torch.Tensor:

@@ -10,9 +10,9 @@ from math import ceil
 
 import torch
 
-from .arithmetic import block_scaled, fp4_blocks
+from .arithmetic import block_scaled, fp4_blocks, scale_values
 from .config import Quantization
-from .slices import Decoded, Slices
+from .slices import FP8, Decoded, Grid, GridForm, Slices
 
 FLOATS = ("F8_E4M3",)
 SCALE = "_scale_inv"
@@ -81,7 +81,29 @@ def float8_slice(
         return block_scaled(numbers, parts["scale"].reshape(wanted[-2:]), (rows, columns))
 
     parts = {"weight": slices[key], "scale": slices[scale_key]}
-    return Decoded(shape, dtype, parts, decode, leading=len(shape) == 3)
+    leading = len(shape) == 3
+    grid = _grid(shape, (rows, columns), parts)
+    return Decoded(shape, dtype, parts, decode, leading=leading, grid=grid)
+
+
+def _grid(shape: tuple[int, ...], block: tuple[int, int], parts: Slices) -> Grid:
+    """A scale of each output and block of inputs: its block's."""
+    rows, columns = block
+    outputs, inputs = shape[-2:]
+    groups, leading = ceil(inputs / columns), len(shape) == 3
+
+    def scales(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        each = scale_values(tensors["scale"]).reshape(-1, groups)
+        return each.repeat_interleave(rows, dim=0)[:outputs]
+
+    def codes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return tensors["weight"].view(torch.uint8)
+
+    return Grid(
+        GridForm(FP8, 0 if columns == inputs else columns, "float32"),
+        Decoded(shape, torch.uint8, {"weight": parts["weight"]}, codes, leading),
+        Decoded((*shape[:-1], groups), torch.float32, {"scale": parts["scale"]}, scales, leading),
+    )
 
 
 def mxfp4_slices(

@@ -6,13 +6,15 @@ first format, X.scales [G, O], X.g_idx [I]. AWQ (Lin et al., 2023), layout "gemm
 [I, O / 8] and X.qzeros [G, O / 8], eight outputs a word in the order below, X.scales [G, O].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
 from .arithmetic import group_of_input, grouped, unpacked
 from .config import Quantization
-from .slices import Decoded, Slice, Slices
+from .grids import FLOAT_NAMES, gptq_form
+from .slices import INT4, Decode, Decoded, Grid, GridForm, Slice, Slices
 
 PACKED, ZEROS, SCALES, GROUPS = ".qweight", ".qzeros", ".scales", ".g_idx"
 GPTQ_BITS = (2, 4, 8)
@@ -43,9 +45,78 @@ def gptq_slices(
         def decode(tensors: Parts, bits: int = bits) -> torch.Tensor:
             return _gptq(tensors, bits, less)
 
-        found[f"{name}.weight"] = Decoded((outputs, inputs), dtype, parts, decode)
+        grid = _gptq_grid(name, parts, less, quantization)
+        found[f"{name}.weight"] = Decoded((outputs, inputs), dtype, parts, decode, grid=grid)
         taken |= {f"{name}{part}" for part in parts}
     return found, taken
+
+
+def _gptq_grid(
+    name: str, parts: Mapping[str, Slice], less: int, quantization: Quantization
+) -> Grid | str:
+    form = gptq_form(quantization, FLOAT_NAMES.get(parts[SCALES].get_dtype(), ""))
+    if isinstance(form, str):
+        return form
+
+    form = replace(form, ordered=form.ordered and GROUPS in parts)
+
+    def check() -> None:
+        if GROUPS not in parts:
+            return
+        found = parts[GROUPS][...].long()
+        wanted = group_of_input(len(found), parts[SCALES].get_shape()[0])
+        if form.ordered and not torch.equal(found.sort().values, wanted):
+            raise quantization.misfit(f"{name}{GROUPS}", f"has groups not of {form.group} inputs")
+        if not form.ordered and not torch.equal(found, wanted):
+            raise quantization.misfit(
+                f"{name}{GROUPS}", "is not in order, which desc_act false says it is"
+            )
+
+    return _grid(
+        form,
+        parts,
+        codes=lambda tensors: unpacked(tensors[PACKED], 4, dim=0).T,
+        zeros=lambda tensors: unpacked(tensors[ZEROS], 4, dim=1).T + less,
+        check=check,
+    )
+
+
+def _grid(
+    form: GridForm,
+    parts: Mapping[str, Slice],
+    *,
+    codes: Decode,
+    zeros: Decode,
+    check: Callable[[], None] = lambda: None,
+) -> Grid | str:
+    """Of parts that have inputs first."""
+    groups, outputs = parts[SCALES].get_shape()
+    inputs = _inputs(parts, outputs)
+    if form.scale not in FLOAT_NAMES.values():
+        return f"its scales are {parts[SCALES].get_dtype()}"
+
+    def one(kind: str, shape: tuple[int, ...], dtype: torch.dtype, decode: Decode) -> Decoded:
+        return Decoded(shape, dtype, {kind: parts[kind]}, decode)
+
+    scale = getattr(torch, form.scale)
+    return Grid(
+        form,
+        one(PACKED, (outputs, inputs), torch.uint8, codes),
+        one(SCALES, (outputs, groups), scale, lambda tensors: tensors[SCALES].T),
+        one(ZEROS, (outputs, groups), torch.uint8, zeros),
+        one(GROUPS, (1, inputs), torch.int32, _sorted_inputs) if form.ordered else None,
+        check,
+    )
+
+
+def _sorted_inputs(tensors: Parts) -> torch.Tensor:
+    return tensors[GROUPS].argsort(stable=True)[None]
+
+
+def _inputs(parts: Mapping[str, Slice], outputs: int) -> int:
+    """Of a matrix whose numbers have 4 bits."""
+    rows, columns = parts[PACKED].get_shape()
+    return int(rows * columns * 8 // outputs)
 
 
 def _gptq(tensors: Parts, bits: int, less: int) -> torch.Tensor:
@@ -76,7 +147,14 @@ def awq_slices(
         groups = 1 if size == -1 else -(-inputs // size)
         _check(name, parts[SCALES], (groups, words * 8), quantization)
         _check(name, parts[ZEROS], (groups, words), quantization)
-        found[f"{name}.weight"] = Decoded((words * 8, inputs), dtype, parts, _awq)
+        scale = FLOAT_NAMES.get(parts[SCALES].get_dtype(), "")
+        grid = _grid(
+            GridForm(INT4, max(0, size), scale, "integer"),
+            parts,
+            codes=lambda tensors: _in_order(tensors[PACKED]).T,
+            zeros=lambda tensors: _in_order(tensors[ZEROS]).T,
+        )
+        found[f"{name}.weight"] = Decoded((words * 8, inputs), dtype, parts, _awq, grid=grid)
         taken |= {f"{name}{part}" for part in parts}
     return found, taken
 

@@ -1,13 +1,13 @@
 """A checkpoint's tensors: found, complete, loaded; the dense part in compact form."""
 
 from .checkpoint import PLAIN_DTYPES, Checkpoint
-from .config import read_config, read_quantization, refusing
+from .config import read_config, read_quantization, refusing, warn_disagreement
+from .conversion import said_form
 from .damage import is_there, json_object, refuse_stand_in
 from .dense import DENSE_FORMATS, Replacement, load_dense, replacements, saved_bytes
 from .dense_file import DenseFile
 from .linears import CompactLinear, Int8Weights, LastRows, Shared, Sides, TileLinear, beside
 from .manifest import MANIFEST_NAME, Manifest
-from .nested_config import warn_disagreement
 from .routers import ROUTERS_NAME, RouterFacts, name_routers
 from .weight_files import INDEX_NAME, gguf_source, weight_files
 
@@ -39,6 +39,7 @@ __all__ = [
     "refuse_stand_in",
     "refusing",
     "replacements",
+    "said_form",
     "saved_bytes",
     "warn_disagreement",
     "weight_files",

@@ -7,8 +7,7 @@ Knows no request, no budget and no pack.
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -27,15 +25,15 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moestro.cache import human_bytes
 from moestro.engine.facts import ModelRefused
-from moestro.engine.formats import ExpertsModule, is_experts_module
+from moestro.engine.formats import Codes, ExpertsModule, is_experts_module
 from moestro.engine.gguf_files import GgufSource
-from moestro.engine.quantized import Quantization, plain_slices
+from moestro.engine.quantized import Grid, GridForm, Quantization, plain_slices
 
 from .completeness import Renamed, refuse_missing
-from .config import read_config, read_quantization, refusing
-from .damage import few, one_line, readable
-from .linears import CompactLinear, StoredEmbedding, TileLinear
-from .nested_config import warn_disagreements
+from .config import read_config, read_quantization, refusing, warn_disagreements
+from .conversion import arranged, conversions, meta_parameter, only_orders, parts_of, with_grids
+from .damage import few, one_line, readable, reading
+from .linears import placeholders
 from .routers import RouterFacts
 from .tying import same_numbers, tied_twice, untie, warn_untied
 from .weight_files import fingerprint, gguf_source, open_weights, weight_files
@@ -120,7 +118,7 @@ class Checkpoint:
 
     def split_keys(self, model: PreTrainedModel) -> tuple[list[ExpertsModule], list[str]]:
         """Experts modules in the order the model holds them, and the keys of everything else."""
-        mapping = _conversions(model)
+        mapping = conversions(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         meta = model.state_dict()
@@ -200,7 +198,7 @@ class Checkpoint:
         """Keys that say again what another one says. Models built from now on tie the rest."""
         spare: set[str] = set()
         for name, key, source in tied_twice(model, targets):
-            with readable(self._file_of_key[key]), _damaged(self.folder):
+            with readable(self._file_of_key[key]), reading(self.folder):
                 same = same_numbers(self._slices[key], self._slices[source])
             if same:
                 spare.add(key)
@@ -223,13 +221,26 @@ class Checkpoint:
             dtype = reduce(torch.promote_types, dtypes) if dtypes else parameter.dtype
             tensors[name] = (dtype, tuple(parameter.shape))
         keys = tuple(key for group in sources.values() for key in group)
-        empty = {name: _meta_parameter(shape, dtype) for name, (dtype, shape) in tensors.items()}
-        arranged = {
-            name: (each.dtype, tuple(each.shape)) for name, each in _arranged(module, empty).items()
+        empty = {name: meta_parameter(shape, dtype) for name, (dtype, shape) in tensors.items()}
+        as_seen = {
+            name: (each.dtype, tuple(each.shape)) for name, each in arranged(module, empty).items()
         }
-        num_experts = next(iter(arranged.values()))[1][0]
+        num_experts = next(iter(as_seen.values()))[1][0]
         transposed = bool(module.is_transposed)
-        return ExpertsModule(path, num_experts, arranged, tensors, keys, transposed)
+        entry = ExpertsModule(path, num_experts, as_seen, tensors, keys, transposed)
+        if self.quantization is None and self.gguf is None:
+            return entry
+        forms = {
+            target.removeprefix(f"{path}."): [self.grid_form(key) for key in group]
+            for target, group in sources.items()
+        }
+        return with_grids(entry, model, forms)
+
+    def grid_form(self, key: str) -> GridForm | str:
+        """How the numbers of one tensor lie in the files, or why no tile can hold them so."""
+        none = "not all of them are quantized"
+        grid: Grid | GridForm | str = getattr(self._slices[key], "grid", none)
+        return grid.form if isinstance(grid, Grid) else grid
 
     def dense_bytes(self, keys: list[str], itemsize_bytes: int) -> int:
         """Bytes of the tensors `keys` when each number takes `itemsize_bytes`."""
@@ -242,26 +253,64 @@ class Checkpoint:
 
         `model` stays without weights. Raises ModelRefused where the file does not fit the model.
         """
-        module = model.get_submodule(entry.path)
+        slices = {key: self._slices[key] for key in entry.source_keys}
+        loaded = self._load_parameters(model, entry.path, entry.stored, slices)
+        return arranged(model.get_submodule(entry.path), loaded)
+
+    def load_codes(
+        self, model: PreTrainedModel, entry: ExpertsModule
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Codes]]:
+        """The same of a module with `grids`: its matrices are not decoded, the rest is as above.
+
+        Codes, scales and zeros go the same way through transformers' conversion, which joins and
+        stacks outputs.
+        """
+        slices = {key: self._slices[key] for key in entry.source_keys}
+        each = ((key, getattr(part, "grid", None)) for key, part in slices.items())
+        grids = {key: grid for key, grid in each if isinstance(grid, Grid)}
+        for grid in grids.values():
+            grid.check()
+        codes, scales, zeros, each_order = (
+            self._load_parameters(model, entry.path, wanted, parts) if wanted else {}
+            for wanted, parts in parts_of(entry, grids)
+        )
+        orders = only_orders(self.folder, entry, each_order)
+        rest = {name: each for name, each in entry.stored.items() if name not in entry.grids}
+        plain = {key: part for key, part in slices.items() if key not in grids}
+        others = self._load_parameters(model, entry.path, rest, plain) if rest else {}
+        return others, {
+            name: Codes(codes[name], scales[name], zeros.get(name), orders.get(name))
+            for name in entry.grids
+        }
+
+    def _load_parameters(
+        self,
+        model: PreTrainedModel,
+        path: str,
+        wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        slices: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        """Parameters of the module at `path`, of those dtypes and shapes, out of `slices`."""
+        module = model.get_submodule(path)
         # A conversion may fill other experts' parameters from the same tensors.
         metas = [
             (each, dict(each.named_parameters(recurse=False)))
             for each in model.modules()
             if is_experts_module(each)
         ]
-        for name, (dtype, shape) in entry.stored.items():
-            module.register_parameter(name, _meta_parameter(shape, dtype))
+        for name, (dtype, shape) in wanted.items():
+            module.register_parameter(name, meta_parameter(shape, dtype))
         try:
-            self._load(model, list(entry.source_keys), torch.device("cpu"))
-            loaded = {name: getattr(module, name).detach() for name in entry.stored}
+            self._load(model, slices, torch.device("cpu"))
+            loaded = {name: getattr(module, name).detach() for name in wanted}
         finally:
             for each, parameters in metas:
                 for name, parameter in parameters.items():
                     each.register_parameter(name, parameter)
         for name, tensor in loaded.items():
             if tensor.is_meta:
-                raise ModelRefused(f"{self.folder}: {entry.path}.{name} is missing in the files")
-        return _arranged(module, loaded)
+                raise ModelRefused(f"{self.folder}: {path}.{name} is missing in the files")
+        return loaded
 
     def load_dense(
         self,
@@ -279,23 +328,22 @@ class Checkpoint:
         missing, unexpected = set(model.state_dict()), set()
         groups = _by_layer(keys)
         for done, group in enumerate(groups, start=1):
-            info = self._load(model, group, device)
+            info = self._load(model, {key: self._slices[key] for key in group}, device)
             missing &= info.missing_keys
             unexpected |= info.unexpected_keys
             after_group(done, len(groups))
         info.missing_keys, info.unexpected_keys = missing & set(model.state_dict()), unexpected
-        with _placeholders(model):
+        with placeholders(model):
             model._finalize_model_loading(model, _load_config(model, device), info)
         if info.missing_keys:
             raise ModelRefused(
                 f"{self.folder}: tensors are missing in the files: {few(info.missing_keys)}"
             )
 
-    def _load(self, model: PreTrainedModel, keys: list[str], device: torch.device) -> Any:
+    def _load(self, model: PreTrainedModel, slices: dict[str, Any], device: torch.device) -> Any:
         load_config = _load_config(model, device)
-        subset = {key: self._slices[key] for key in keys}
         try:
-            info, _ = convert_and_load_state_dict_in_model(model, subset, load_config)
+            info, _ = convert_and_load_state_dict_in_model(model, slices, load_config)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ModelRefused(f"{self.folder}: {one_line(error)}") from error
         if info.mismatched_keys:
@@ -319,57 +367,12 @@ def drop_experts(model: PreTrainedModel) -> None:
             module._is_hf_initialized = True  # type: ignore[assignment]  # nothing left to init
 
 
-@contextmanager
-def _placeholders(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, what became of a module or stayed in the pack has tensors that count as initialized.
-
-    Classes initialize children of theirs by name, and some of those are others now.
-    """
-    done = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-    done._is_hf_initialized = True  # type: ignore[attr-defined]
-    held: list[tuple[torch.nn.Module, str]] = []
-    for module in model.modules():
-        names = module.__dict__.get("moestro_dropped", ())
-        if isinstance(module, CompactLinear | TileLinear | StoredEmbedding):
-            names = ("weight",)
-        held += [(module, name) for name in names]
-    for module, name in held:
-        module.__dict__[name] = done
-    try:
-        yield
-    finally:
-        for module, name in held:
-            del module.__dict__[name]
-
-
-def _arranged(
-    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """As the experts interface has them, of a class that keeps them in another way."""
-    arrange = module.__dict__.get("moestro_arrange", dict)
-    return {name: tensor.contiguous() for name, tensor in arrange(tensors).items()}
-
-
-def _conversions(model: PreTrainedModel) -> list[Any]:
-    """From the names in the files to those of `model`."""
-    return [*get_model_conversion_mapping(model), *model.__dict__.get("moestro_renamings", ())]
-
-
 def _load_config(model: PreTrainedModel, device: torch.device) -> LoadStateDictConfig:
     return LoadStateDictConfig(
         device_map={"": device},
         dtype_plan=model._get_dtype_plan(model.dtype),
-        weight_mapping=_conversions(model),
+        weight_mapping=conversions(model),
     )
-
-
-@contextmanager
-def _damaged(folder: Path) -> Iterator[None]:
-    """What safetensors says when it reads a tensor of a file that has changed meanwhile."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ModelRefused(f"{folder}: {one_line(error)}") from error
 
 
 def _stored_bytes(part: Any) -> int:
@@ -387,8 +390,3 @@ def _by_layer(keys: list[str]) -> list[list[str]]:
         place = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
         found.setdefault(".".join(parts[: place + 1]), []).append(key)
     return list(found.values())
-
-
-def _meta_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:
-    empty = torch.empty(shape, dtype=dtype, device="meta")
-    return torch.nn.Parameter(empty, requires_grad=False)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moestro.engine.facts import ModelNotFound, ModelRefused
 from moestro.engine.quantized import Quantization, quantization_of, refuse_method
 
-from .damage import COPY_AGAIN, is_dangling, one_line, read_json, readable
+from .damage import COPY_AGAIN, is_dangling, json_object, one_line, read_json, readable
 from .routers import stock_config
 from .weight_files import gguf_source
 
@@ -150,3 +150,32 @@ def _named(error: Exception) -> str:
     line = one_line(error)
     plain = isinstance(error, (KeyError, AssertionError, AttributeError, ArithmeticError))
     return f"{type(error).__name__}: {line}" if plain else line
+
+
+def warn_disagreements(folder: Path, model: PreTrainedModel) -> None:
+    """What a config.json says twice, outside and inside its text_config, and not the same.
+
+    Stock transformers decides which one counts, by the model's class; the log says which it was.
+    One line for each value. `model` is as transformers has built it, nothing untied yet."""
+    raw = json_object(folder / "config.json", "a config")
+    inner = raw.get("text_config")
+    if not isinstance(inner, dict):
+        return
+    used = {
+        "tie_word_embeddings": bool(model.all_tied_weights_keys),
+        "vocab_size": model.config.get_text_config().vocab_size,
+    }
+    for name, value in used.items():
+        if name in raw and name in inner and raw[name] != inner[name]:
+            warn_disagreement(folder, name, raw[name], inner[name], value)
+
+
+def warn_disagreement(folder: Path, name: str, outer: object, inner: object, used: object) -> None:
+    log.warning(
+        "%s: config.json has %s %r, and in its text_config %r; %r counts, as in transformers",
+        folder,
+        name,
+        outer,
+        inner,
+        used,
+    )

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moestro.engine.facts import ModelNotFound, ModelRefused
 
 MAX_CAUSE_CHARS = 300
@@ -130,3 +132,12 @@ def few(keys: Any) -> str:
     names = sorted(keys)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """What safetensors says when it reads a tensor of a file that has changed meanwhile."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelRefused(f"{folder}: {one_line(error)}") from error

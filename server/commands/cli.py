@@ -52,14 +52,9 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
-        code = READER_GONE
-        _drop_output()
+        code = READER_GONE  # the interpreter's last flush shall not fail for the same reason again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code or 0)
-
-
-def _drop_output() -> None:
-    """So that the interpreter's last flush does not fail for the same reason again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str) -> int:
@@ -195,7 +190,8 @@ def _serve(settings: "Settings", listener: "socket.socket") -> int:
 def plan(
     model: flags.Model,
     device: flags.Device = None,
-    device_memory: flags.DeviceMemory = None,
+    device_memory: flags.CardMemory = None,
+    link: flags.Link = None,
     host_memory: flags.HostMemory = None,
     kv_memory: flags.KvMemory = None,
     expert_format: flags.ExpertFormat = None,
@@ -217,6 +213,7 @@ def plan(
       moestro plan ./my-moe --host-memory 8GiB
       moestro plan ./only-config-json --json --disk-speed 3GB
       moestro plan org/name             (fetches config and index, no weights)
+      moestro plan org/name --device cuda --device-memory 12GiB   (no GPU needed)
     \b
     A folder with config.json is enough; the weight index and the headers of weight files are used
     where they are. Memory is what `moestro serve` prints with the same flags. Speeds are bounds
@@ -226,12 +223,12 @@ def plan(
     --json prints one object of model, memory, experts, link, compute, decode, prefill, changes:
     sizes in bytes (…_bytes), times in seconds (…_s), speeds per second (tokens_per_s).
     """
-    given = said(locals(), "disk_speed", "trace", "as_json")
+    given = said(locals(), "disk_speed", "link", "trace", "as_json")
     settings = settings_of(given)
     with _command_imports():
         from .plan import run_plan
 
-    run_plan(settings, disk_speed, trace, as_json)
+    run_plan(settings, disk_speed, link, trace, as_json)
 
 
 @app.command("gpu-check", help=flags.GPU_CHECK_HELP)

@@ -54,6 +54,23 @@ DeviceMemory = Annotated[
         " [default: what is free there]",
     ),
 ]
+CardMemory = Annotated[
+    str | None,
+    Option(
+        "--device-memory",
+        metavar="SIZE",
+        help="With --device cuda: of the card to plan for, which need not be here, such as 12GiB."
+        " [default: what is free on the one that is]",
+    ),
+]
+Link = Annotated[
+    str | None,
+    Option(
+        "--link",
+        metavar="SIZE",
+        help="With --device cuda: bytes per second into the card. [default: 25GB/s, PCIe 4 x16]",
+    ),
+]
 EmulateLink = Annotated[
     str | None,
     Option(
@@ -86,8 +103,9 @@ ExpertFormat = Annotated[
         metavar="FORMAT",
         help="How experts are kept: native (bytes as in the checkpoint), int8 (one byte a weight,"
         " W8A8), int4 (half a byte, in groups of 64; CPU only), mxfp4 (half a byte, in groups of"
-        " 32, which takes over gpt-oss's files exactly; CPU only), nf4 (half a byte, for CUDA:"
-        " slow on a CPU; needs moestro[nf4]) or mixed:FILE (each as FILE says; see"
+        " 32, which takes over gpt-oss's files exactly; CPU only), fp8 (one byte, e4m3 in groups of"
+        " 128; CPU only), nf4 (half a byte, for CUDA: slow on a CPU; needs moestro[nf4]; int4 and"
+        " fp8 keep what a checkpoint has in them as it is) or mixed:FILE (each as FILE says; see"
         " `moestro trace mix`). [default: native]",
     ),
 ]

@@ -12,10 +12,9 @@ import typer
 from rich.console import Console
 from typer import Option
 
-from moestro.server.facts import Refused
+from moestro.server.facts import Refused, size_words
 
 from . import flags
-from .output import size_words
 from .parameters import places_of
 
 if TYPE_CHECKING:

@@ -57,11 +57,3 @@ def outlive_readers() -> None:
 def _outliving(stream: TextIO | None) -> TextIO:
     """None is what Python makes of a descriptor that was closed from the start."""
     return Path(os.devnull).open("w") if stream is None else lossy(stream)
-
-
-def size_words(count_bytes: float) -> str:
-    """For people: `1.5 GiB`."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if count_bytes >= unit:
-            return f"{count_bytes / unit:.4g} {name}"
-    return f"{count_bytes:.0f} B"

@@ -1,27 +1,4 @@
-"""`moestro plan`: what serving would take and give, as text or as one JSON object.
-
-The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
-
-    model    family, layers, experts_per_layer, experts_per_token, expert_bytes (one, as kept),
-             expert_format, dense_format, stored_dtype, weights ("files", or "absent": the shapes
-             are those of config.json)
-    memory   interpreter, dense, workspace, experts, kv, packing (each with _bytes; what only the
-             first start takes beyond the others), their total_bytes, limit_bytes, limit, kv_tokens,
-             max_model_len_tokens, max_step_tokens (which the workspace is for), max_step_reason
-    experts  slots, total, slots_per_layer (average), resident_share
-    link     scattered_bytes_per_s (one expert a read, decode), ordered_bytes_per_s (neighbours
-             together, prefill), source
-    compute  threads, products (the instruction set that they use, or "torch": no library here)
-    decode, prefill
-             tokens (of one step), routing ("uniform" or "trace"), low and high: each with
-             hit_rate, link_bytes (read in one step), link_s, compute_s, tokens_per_s (a bound),
-             limit ("disk" or "compute")
-    formats  null where nothing is native or torch computes; else token_bytes (weights that one
-             token is multiplied with), and smaller: a list of others that read less, each with
-             expert_format, dense_format, token_bytes, ratio, demo_perplexity (the demo model's,
-             over its own in native)
-    changes  list of flags ("" where none helps) and effect
-"""
+"""`moestro plan`: what serving would take and give; server/plans has the words."""
 
 import json
 from collections.abc import Iterator
@@ -29,47 +6,48 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import typer
 from rich.console import Console
 
-from moestro.engine import (
-    DEMO_PERPLEXITY,
-    Bound,
-    Forecast,
-    Gains,
-    Outlook,
-    StartError,
-    StoredWeights,
-    changes,
-    plan_model,
-)
+from moestro.engine import StartError, StoredWeights, card_of, plan_card, plan_model
 from moestro.server.facts import Refused, Settings, parse_size
+from moestro.server.plans import card_lines, card_object, cpu_lines, cpu_object
 
 from .console import progress_view, set_up_logging
-from .output import size_words
-
-ROUTING = {
-    "uniform": "if every expert is equally likely (skewed routing finds more)",
-    "trace": "in the trace: as the cache decides, and with perfect foresight",
-}
 
 
-def run_plan(settings: Settings, disk_speed: str | None, trace: Path | None, as_json: bool) -> None:
+def run_plan(
+    settings: Settings, disk_speed: str | None, link: str | None, trace: Path | None, as_json: bool
+) -> None:
     """Prints the plan on stdout. Raises Refused where serving would be refused."""
     set_up_logging(Console(stderr=True))
-    speed = _speed(disk_speed)
+    speed, link_speed = _speed("--disk-speed", disk_speed), _speed("--link", link)
     try:
         with _model(settings) as (folder, stored):
             config = replace(settings.to_engine_config(), model_path=folder)
-            forecast = plan_model(config, speed, trace, stored)
+            card = card_of(config)
+            _check_flags(card is not None, link, trace)
+            if card is not None:
+                on_card = plan_card(config, card, link_speed, speed, stored)
+                found, words = card_object(on_card), card_lines(on_card)
+            else:
+                forecast = plan_model(config, speed, trace, stored)
+                found, words = cpu_object(forecast), cpu_lines(forecast)
     except StartError as error:
         raise Refused(str(error)) from error
-    if as_json:
-        typer.echo(json.dumps(as_object(forecast), indent=2))
-    else:
-        typer.echo("\n".join(lines(forecast)))
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(words))
+
+
+def _check_flags(on_card: bool, link: str | None, trace: Path | None) -> None:
+    """Raises Refused for what would change nothing."""
+    if link is not None and not on_card:
+        raise Refused(
+            "--link: it is into a card, and this plan is for the CPU; --device cuda"
+            " --device-memory 12GiB plans for one"
+        )
+    if trace is not None and on_card:
+        raise Refused("--trace: hit rates of a card are for uniform routing so far; leave it out")
 
 
 @contextmanager
@@ -108,185 +86,13 @@ def _demo(cache_dir: Path) -> Iterator[tuple[Path, StoredWeights | None]]:
         yield Path(made), sketch_demo(Path(made))
 
 
-def _speed(text: str | None) -> float | None:
+def _speed(flag: str, text: str | None) -> float | None:
     if text is None:
         return None
     try:
         speed = parse_size(text.strip().removesuffix("/s"))
     except ValueError as error:
-        raise Refused(f"--disk-speed: {error}, per second") from error
+        raise Refused(f"{flag}: {error}, per second") from error
     if not isinstance(speed, int) or speed <= 0:
-        raise Refused(f"--disk-speed: {text!r} is not above 0")
+        raise Refused(f"{flag}: {text!r} is not above 0")
     return speed
-
-
-def as_object(forecast: Forecast) -> dict[str, Any]:
-    """The object that the head of this file describes."""
-    plan, work = forecast.plan, forecast.work
-    layer = work.layers[0]
-    return {
-        "model": {
-            "family": forecast.family,
-            "layers": len(work.layers),
-            "experts_per_layer": layer.num_experts,
-            "experts_per_token": layer.experts_per_token,
-            "expert_bytes": forecast.slot_bytes,
-            "expert_format": forecast.expert_format,
-            "dense_format": forecast.dense_format,
-            "stored_dtype": forecast.stored_dtype,
-            "weights": "files" if forecast.has_weights else "absent",
-            "lane": forecast.lane.lane.value,
-            "lane_reason": forecast.lane.reason,
-        },
-        "memory": {f"{name}_bytes": count for name, count in plan.parts().items()}
-        | {
-            "total_bytes": plan.total_bytes,
-            "limit_bytes": plan.limit_bytes,
-            "limit": plan.limit_name,
-            "kv_tokens": plan.kv_tokens,
-            "max_model_len_tokens": forecast.context_tokens,
-            "max_step_tokens": plan.demand.step_tokens,
-            "max_step_reason": plan.step_reason,
-        },
-        "experts": {
-            "slots": forecast.slots,
-            "total": work.total_experts,
-            "slots_per_layer": forecast.slots / len(work.layers),
-            "resident_share": forecast.resident_share,
-        },
-        "link": {
-            "scattered_bytes_per_s": forecast.link.scattered_bytes_per_s,
-            "ordered_bytes_per_s": forecast.link.ordered_bytes_per_s,
-            "source": forecast.link.source,
-        },
-        "compute": {
-            "threads": forecast.compute.threads,
-            "products": forecast.compute.products,
-        },
-        "decode": _outlook_object(forecast.decode, forecast.decode_routing),
-        "prefill": _outlook_object(forecast.prefill, forecast.prefill_routing),
-        "formats": _gains_object(forecast.gains),
-        "changes": [{"flags": one.flags, "effect": one.effect} for one in changes(forecast)],
-    }
-
-
-def _gains_object(gains: Gains | None) -> dict[str, Any] | None:
-    if gains is None:
-        return None
-    smaller = [
-        {
-            "expert_format": one.expert_format,
-            "dense_format": one.dense_format,
-            "token_bytes": one.token_bytes,
-            "ratio": gains.ratio(one),
-            "demo_perplexity": DEMO_PERPLEXITY[one.formats],
-        }
-        for one in gains.smaller
-    ]
-    return {"token_bytes": gains.now.token_bytes, "smaller": smaller}
-
-
-def _outlook_object(outlook: Outlook, routing: str) -> dict[str, Any]:
-    ends = {"low": _bound_object(outlook.low), "high": _bound_object(outlook.high)}
-    return {"tokens": outlook.low.tokens, "routing": routing, **ends}
-
-
-def _bound_object(bound: Bound) -> dict[str, Any]:
-    return {
-        "hit_rate": bound.hit_rate,
-        "link_bytes": bound.link_bytes,
-        "link_s": bound.link_s,
-        "compute_s": bound.compute_s,
-        "tokens_per_s": bound.tokens_per_s,
-        "limit": bound.limit,
-    }
-
-
-def lines(forecast: Forecast) -> list[str]:
-    """The text for people."""
-    return [
-        *_model_lines(forecast),
-        forecast.lane.line,
-        *forecast.plan.lines(),
-        *([forecast.gains.line()] if forecast.gains else []),
-        "",
-        *_speed_lines(forecast),
-        "",
-        *_change_lines(forecast),
-    ]
-
-
-def _model_lines(forecast: Forecast) -> list[str]:
-    work = forecast.work
-    layer = work.layers[0]
-    found = [
-        f"{forecast.family}: {len(work.layers)} layers of {layer.num_experts} experts of"
-        f" {size_words(forecast.slot_bytes)} ({forecast.expert_format}), {layer.experts_per_token}"
-        " per token"
-    ]
-    if not forecast.has_weights:
-        found.append(
-            f"the weights are not here: shapes are those of config.json, stored as"
-            f" {forecast.stored_dtype}"
-        )
-    return found
-
-
-def _speed_lines(forecast: Forecast) -> list[str]:
-    work, link = forecast.work, forecast.link
-    per_layer = forecast.slots / len(work.layers)
-    found = [
-        f"in RAM      {forecast.slots} of {work.total_experts} experts"
-        f" ({100 * forecast.resident_share:.1f} %), {per_layer:.1f} of"
-        f" {work.layers[0].num_experts} per layer on average",
-    ]
-    if not forecast.holds_all:
-        found.append(
-            f"disk        {_rate(link.scattered_bytes_per_s)} expert by expert,"
-            f" {_rate(link.ordered_bytes_per_s)} in order ({link.source})"
-        )
-    return [
-        *found,
-        f"products    {forecast.compute.products}",
-        *_outlook_lines("decode", forecast.decode, forecast.decode_routing),
-        *_outlook_lines("prefill", forecast.prefill, forecast.prefill_routing),
-        f"These are bounds, not promises: what the disk and {forecast.compute.threads} thread(s)"
-        " allow when nothing",
-        "else takes time (no attention over long contexts, no fixed cost per layer).",
-    ]
-
-
-def _outlook_lines(name: str, outlook: Outlook, routing: str) -> list[str]:
-    low, high = outlook.low, outlook.high
-    speed = _between(f"{low.tokens_per_s:.3g}", f"{high.tokens_per_s:.3g}")
-    limit = low.limit if low.limit == high.limit else f"{low.limit} or {high.limit}"
-    rates = _between(f"{100 * low.hit_rate:.0f}", f"{100 * high.hit_rate:.0f}")
-    sizes = _between(size_words(high.link_bytes), size_words(low.link_bytes))
-    times = _between(_time(high.link_s), _time(low.link_s))
-    unit = "token" if low.tokens == 1 else f"{low.tokens} tokens"
-    return [
-        f"{name:<11} at most {speed} tokens/s, limited by {limit}",
-        f"            per {unit}: {sizes} read in {times}, computed in {_time(low.compute_s)}",
-        f"            {rates} % hits {ROUTING[routing]}",
-    ]
-
-
-def _change_lines(forecast: Forecast) -> list[str]:
-    found = changes(forecast)
-    if not found:
-        return ["all experts and the whole context fit: more memory changes nothing"]
-    return ["what would change it"] + [
-        f"  {one.flags + ': ' if one.flags else ''}{one.effect}" for one in found
-    ]
-
-
-def _between(low: str, high: str) -> str:
-    return low if low == high else f"{low} to {high}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
-def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e6:.0f} MB/s"

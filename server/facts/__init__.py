@@ -11,6 +11,7 @@ from .settings import (
     misspelt_variables,
     parse_size,
 )
+from .size_words import size_words
 
 __all__ = [
     "EXPERT_FORMATS",
@@ -23,4 +24,5 @@ __all__ = [
     "misspelt_variables",
     "parse_size",
     "refusal_line",
+    "size_words",
 ]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 ENV_PREFIX = "MOESTRO_"
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
-EXPERT_FORMATS = ("native", "int8", "int4", "mxfp4", "nf4")
+EXPERT_FORMATS = ("native", "int8", "int4", "mxfp4", "fp8", "nf4")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 _SIZE_FORM = "a size above 0 such as 16MiB, 2GiB, 500MB or a number of bytes"

@@ -3,6 +3,7 @@
 import re
 import socket
 
+_HOME = re.compile(r"(?<![\w.:/])/(?:home|Users)/[^/\s\"'<>|,;:)]+")
 # An absolute path of two parts or more: its last part stays.
 _PATH = re.compile(r"(?<![\w.:/~])~?/(?:[^/\s\"'<>|]+/)+([^/\s\"'<>|,;:)]*)")
 _LEAST_HOST_CHARS = 3  # a shorter name would be found inside of words
@@ -10,7 +11,7 @@ _LEAST_HOST_CHARS = 3  # a shorter name would be found inside of words
 
 def scrubbed(text: str) -> str:
     """Folders of paths and the host's name left out."""
-    found = _PATH.sub(r"…/\1", text)
+    found = _PATH.sub(r"…/\1", _HOME.sub("~", text))
     host = socket.gethostname()
     if len(host) < _LEAST_HOST_CHARS:
         return found

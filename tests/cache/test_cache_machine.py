@@ -5,6 +5,7 @@ own note of which slot's bytes are whose, kept apart from the cache.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,9 +21,12 @@ from hypothesis.stateful import (
     rule,
 )
 
+from cuda_rig import SLOW, OnGpu
+from fake_cuda_facts import Gpu
 from moestro.cache import (
     ComputeBelow,
     DecayedFrequency,
+    HostMode,
     Lease,
     Lru,
     NextUse,
@@ -35,7 +39,7 @@ from moestro.cache import (
     Routed,
 )
 from rigs import KINDS, Kind, OneTier, Rig, TwoTiers
-from tiny_packs import assert_is, build_tiny, mixed_spec, tiny_spec
+from tiny_packs import build_tiny, mixed_spec, tiny_spec
 
 LAYERS = st.integers(0, 2)
 EXPERTS = st.lists(st.integers(0, 5), unique=True, max_size=6)
@@ -114,7 +118,7 @@ class CacheMachine(RuleBasedStateMachine):
         except ReadFailed:
             self.leave()
         else:
-            assert_is(tensors, self.spec, self.layer, expert)
+            self.rig.look(tensors, self.layer, expert)
             assert expert not in self.yielded
             self.yielded.append(expert)
 
@@ -134,7 +138,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         assert known and self.lease is None and self.cache.plan.holds_all
         for expert, tensors in zip(experts, views, strict=True):
-            assert_is(tensors, self.spec, layer, expert)
+            self.rig.look(tensors, layer, expert)
         self.requested += len(experts)
         self.hits += len(experts)
 
@@ -172,8 +176,8 @@ class CacheMachine(RuleBasedStateMachine):
         return {key for slot in table.pinned if (key := table.keys[slot]) is not None}
 
     def teardown(self) -> None:
-        if hasattr(self, "cache"):
-            self.cache.close()
+        if hasattr(self, "rig"):
+            self.rig.close()
 
 
 def machine_of(spec: PackSpec, kind: Kind) -> type[CacheMachine]:
@@ -194,6 +198,28 @@ def machine_of(spec: PackSpec, kind: Kind) -> type[CacheMachine]:
             host_slots = data.draw(st.sampled_from([1, 2, 3, 6, 12]))
             host_policy = data.draw(POLICIES)()
             return TwoTiers(pack, slots, host_slots, kind, policy, host_policy, choose)
+
+    return Machine
+
+
+def machine_on_gpu(spec: PackSpec, mode: HostMode, gpu: Gpu) -> type[CacheMachine]:
+    """The same over an imagined GPU: no byte is read while it may be written, or before it is."""
+    given = spec
+
+    class Machine(CacheMachine):
+        spec = given
+
+        def make(
+            self,
+            pack: Pack,
+            slots: int,
+            policy: Policy,
+            choose: Callable[[int], int],
+            data: st.DataObject,
+        ) -> Rig:
+            host_slots = data.draw(st.sampled_from([1, 2, 3, 6, 12]))
+            host_policy = data.draw(POLICIES)()
+            return OnGpu(pack, slots, host_slots, mode, policy, host_policy, choose, gpu)
 
     return Machine
 
@@ -225,3 +251,8 @@ TestInclusive = case(machine_of(SPEC, KINDS["inclusive"]), 100)
 TestInclusiveMixed = case(machine_of(MIXED, KINDS["inclusive"]), 30)
 TestExclusive = case(machine_of(SPEC, KINDS["exclusive"]), 100)
 TestExclusiveMixed = case(machine_of(MIXED, KINDS["exclusive"]), 30)
+TestGpuWhole = case(machine_on_gpu(SPEC, HostMode.WHOLE, SLOW), 12)
+TestGpuInclusive = case(machine_on_gpu(SPEC, HostMode.INCLUSIVE, SLOW), 25)
+TestGpuInclusiveMixed = case(machine_on_gpu(MIXED, HostMode.INCLUSIVE, SLOW), 10)
+TestGpuExclusive = case(machine_on_gpu(SPEC, HostMode.EXCLUSIVE, SLOW), 25)
+TestGpuStaged = case(machine_on_gpu(SPEC, HostMode.INCLUSIVE, replace(SLOW, register_bytes=0)), 10)

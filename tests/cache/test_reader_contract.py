@@ -5,6 +5,7 @@ Real files, real threads, real clocks; nothing here asks how long anything took.
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fake_cuda import FakeCuda
+from fake_cuda_facts import Gpu
+from fake_cuda_torch import installed
 from manual_reader import ManualReader
 from moestro.cache import (
     Completion,
@@ -37,7 +41,18 @@ from tiny_packs import assert_is, build_tiny, tiny_spec
 
 SPEC = tiny_spec(6, 6, 6)
 FAST = LinkSpec(1e10, 1e-6)
-Open = Callable[[Pack], ExpertCache]
+Open = Callable[[Pack], AbstractContextManager[ExpertCache]]
+
+
+def closing(make: Callable[[Pack], ExpertCache]) -> Open:
+    @contextmanager
+    def opened(pack: Pack) -> Iterator[ExpertCache]:
+        cache = make(pack)
+        yield cache
+        cache.close()
+        cache.close()
+
+    return opened
 
 
 def slots(count: int):
@@ -45,19 +60,22 @@ def slots(count: int):
 
 
 def one_tier(threads: int) -> Open:
-    return lambda pack: ExpertCache(pack, slots(18), reader=DirectReader(pack, threads))
+    return closing(lambda pack: ExpertCache(pack, slots(18), reader=DirectReader(pack, threads)))
 
 
-def queued(pack: Pack) -> ExpertCache:
-    try:
-        return ExpertCache(pack, slots(18), reader=QueuedReader(pack, ReadQueue(3)))
-    except OSError as error:
-        pack.close()
-        pytest.skip(f"no queue of the kernel's here: {error}")
+def queued() -> Open:
+    def opened(pack: Pack) -> ExpertCache:
+        try:
+            return ExpertCache(pack, slots(18), reader=QueuedReader(pack, ReadQueue(3)))
+        except OSError as error:
+            pack.close()
+            pytest.skip(f"no queue of the kernel's here: {error}")
+
+    return closing(opened)
 
 
-def fake(pack: Pack) -> ExpertCache:
-    return ExpertCache(pack, slots(18), reader=ManualReader(pack))
+def fake() -> Open:
+    return closing(lambda pack: ExpertCache(pack, slots(18), reader=ManualReader(pack)))
 
 
 def tiers(mode: HostMode, host_slots: int, *, shown: bool = False) -> Open:
@@ -70,12 +88,21 @@ def tiers(mode: HostMode, host_slots: int, *, shown: bool = False) -> Open:
         return arena, EmulatedLink(FAST, moving(host, arena))
 
     plan = TierPlan(slots(host_slots), slots(18), mode)
-    return lambda pack: two_tiers(pack, plan, wire)
+    return closing(lambda pack: two_tiers(pack, plan, wire))
 
 
 def on_gpu(mode: HostMode, host_slots: int) -> Open:
     plan = TierPlan(slots(host_slots), slots(18), mode)
-    return lambda pack: two_tiers(pack, plan, cuda(torch.device("cuda", 0), pack, plan))
+    return closing(lambda pack: two_tiers(pack, plan, cuda(torch.device("cuda", 0), pack, plan)))
+
+
+def on_imagined_gpu(mode: HostMode, host_slots: int, gpu: Gpu) -> Open:
+    @contextmanager
+    def opened(pack: Pack) -> Iterator[ExpertCache]:
+        with installed(FakeCuda(gpu)), on_gpu(mode, host_slots)(pack) as cache:
+            yield cache
+
+    return opened
 
 
 GPU = (
@@ -85,13 +112,19 @@ GPU = (
 READERS = {
     "pack": one_tier(1),
     "pack, three threads": one_tier(3),
-    "pack, the kernel's queue": queued,
-    "fake": fake,
+    "pack, the kernel's queue": queued(),
+    "fake": fake(),
     "whole, moved": tiers(HostMode.WHOLE, 18),
     "whole, shown": tiers(HostMode.WHOLE, 18, shown=True),
     "inclusive": tiers(HostMode.INCLUSIVE, 4),
     "inclusive, one slot": tiers(HostMode.INCLUSIVE, 1),
     "exclusive": tiers(HostMode.EXCLUSIVE, 4),
+    "imagined gpu, whole": on_imagined_gpu(HostMode.WHOLE, 18, Gpu()),
+    "imagined gpu, exclusive": on_imagined_gpu(HostMode.EXCLUSIVE, 4, Gpu()),
+    "imagined gpu, staged": on_imagined_gpu(HostMode.INCLUSIVE, 4, Gpu(register_bytes=0)),
+    "imagined gpu, pageable": on_imagined_gpu(
+        HostMode.INCLUSIVE, 4, Gpu(register_bytes=0, pinned_bytes=0)
+    ),
 }
 GPU_READERS = {
     "gpu, whole": on_gpu(HostMode.WHOLE, 18),
@@ -114,10 +147,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def cache(request: pytest.FixtureRequest, path: Path) -> Iterator[ExpertCache]:
     make: Open = request.param
-    cache = make(build_tiny(path, SPEC))
-    yield cache
-    cache.close()
-    cache.close()
+    with make(build_tiny(path, SPEC)) as cache:
+        yield cache
 
 
 def ask(
@@ -239,11 +270,9 @@ def nothing_read(reader: QueuedReader) -> Callable[[int, float | None], list[tup
     ],
 )
 def test_closing_with_work_under_way(path: Path, make: Open) -> None:
-    cache = make(build_tiny(path, SPEC))
-    first, second = ask(cache, 0, range(6), range(6)), ask(cache, 1, range(6), range(6, 12))
-    cache._loader._reader.submit([first, second])
-    cache.close()
-    cache.close()
+    with make(build_tiny(path, SPEC)) as cache:
+        first, second = ask(cache, 0, range(6), range(6)), ask(cache, 1, range(6), range(6, 12))
+        cache._loader._reader.submit([first, second])
 
 
 def test_how_long_a_slot_takes_is_known(cache: ExpertCache) -> None:

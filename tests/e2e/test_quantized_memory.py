@@ -74,9 +74,20 @@ def add(
     shard[f"{name}.weight_scale_inv"] = torch.rand(blocks, generator=draw) * 0.05
 
 
-def test_packing_fp8_takes_one_layer_beside_the_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("expert_format", ["native", "fp8"])
+def test_packing_fp8_takes_one_layer_beside_the_plan(expert_format: str, tmp_path: Path) -> None:
+    """Decoded, and kept as it is."""
     write_fp8(tmp_path / "model")
-    flags = ("--host-memory", "16MiB", "--kv-memory", "16MiB", "--threads", "1")
+    flags = (
+        "--expert-format",
+        expert_format,
+        "--host-memory",
+        "16MiB",
+        "--kv-memory",
+        "16MiB",
+        "--threads",
+        "1",
+    )
     with serving(tmp_path / "model", *flags, "--cache-dir", str(tmp_path / "cache")) as server:
         assert server.complete("Once upon a time", max_tokens=4).status_code == 200
         found = samples(server.metrics())
@@ -85,6 +96,9 @@ def test_packing_fp8_takes_one_layer_beside_the_plan(tmp_path: Path) -> None:
         )
         peak, log = server.peak_rss_bytes, server.log
     assert "weights: fp8, decoded to bfloat16" in log
+    assert ("fp8 grid (groups of 128, float32 scales), kept as it is" in log) == (
+        expert_format == "fp8"
+    )
     # the plan holds the largest layer as it is loaded, and far less than all of them
     assert peak <= 1.05 * planned
     assert planned * 0.05 < LAYER_BYTES < LAYERS * LAYER_BYTES / 4

@@ -5,10 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from engine_kit import KIB, MIB, opened
-from moestro.engine import BudgetTooSmall, EngineConfig, Forecast, ModelRefused, plan_model
+from imagined import imagined
+from moestro.engine import (
+    BudgetTooSmall,
+    EngineConfig,
+    Forecast,
+    HostMemory,
+    ModelRefused,
+    card_of,
+    plan_card,
+    plan_model,
+)
+from moestro.engine.facts.units import GIB
+from moestro.engine.planning import inspect, plan_memory
 
 
 def plan(folder: Path, cache_dir: Path, **settings: Any) -> Forecast:
@@ -72,3 +85,29 @@ def test_a_dense_model_is_refused_without_its_weights_too(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
     with pytest.raises(ModelRefused, match="no experts .* 'llama'"):
         plan(tmp_path, tmp_path)
+
+
+def test_a_card_s_plan_is_that_of_a_start_on_one(folder: Path, tmp_path: Path) -> None:
+    """The imagined device of a start has as much free memory as the planned card."""
+    free_bytes = 2 << 30
+    config = EngineConfig(folder, tmp_path, device="cuda", device_memory_bytes=free_bytes + GIB)
+    card = card_of(config)
+    assert card is not None and card.room is not None and card.room.free_bytes == free_bytes
+    found = plan_card(config, card, disk_bytes_per_s=1e9)
+    device = imagined(torch.bfloat16, free_bytes, card.staging_bytes)(config)
+    started = plan_memory(
+        EngineConfig(folder, tmp_path, expert_format="native"), inspect(config, device)
+    )
+    assert found.plan.experts_bytes == started.experts_bytes
+    assert found.plan.kv_bytes == started.kv_bytes
+    assert found.plan.demand.dense_bytes == started.demand.dense_bytes
+
+
+def test_another_machine_s_memory_can_be_planned_with(folder: Path, tmp_path: Path) -> None:
+    config = EngineConfig(folder, tmp_path, device="auto", device_memory_bytes=2 << 30)
+    card = card_of(config)
+    assert card is not None
+    machine = HostMemory((3 << 30, "a small machine"))
+    found = plan_card(config, card, disk_bytes_per_s=1e9, machine=machine)
+    assert found.plan.host is not None
+    assert (found.plan.host.limit_bytes, found.plan.host.limit_name) == machine.limit

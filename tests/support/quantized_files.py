@@ -164,8 +164,8 @@ def float_quantized(matrix: Array) -> Made:
     return float8(matrix, (1, matrix.shape[1]), "_scale")
 
 
-def _groups(kind: str, bits: int, form: str) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": kind}
+def _groups(kind: str, bits: int, form: str, **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, **more}
     group = {"targets": ["Linear"], "weights": weights}
     return {
         "quant_method": "compressed-tensors",
@@ -188,9 +188,12 @@ KINDS = {
     "nf4": Kind(lambda m: bytes4(m, nested=False), _BNB),
     "nf4 nested": Kind(lambda m: bytes4(m, nested=True), _BNB),
     "int8 of bitsandbytes": Kind(bytes8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
-    "packed int4": Kind(pack_quantized, _groups("int", 4, "pack-quantized")),
+    "packed int4": Kind(
+        pack_quantized, _groups("int", 4, "pack-quantized", group_size=GROUP, symmetric=True)
+    ),
     "packed int4 with zeros": Kind(
-        lambda m: pack_quantized(m, zeros=True), _groups("int", 4, "pack-quantized")
+        lambda m: pack_quantized(m, zeros=True),
+        _groups("int", 4, "pack-quantized", group_size=GROUP, symmetric=False),
     ),
     "packed int8": Kind(lambda m: pack_quantized(m, bits=8), _groups("int", 8, "pack-quantized")),
     "int8 rows": Kind(int_quantized, _groups("int", 8, "int-quantized")),

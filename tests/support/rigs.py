@@ -4,9 +4,11 @@
 notes, kept apart from the cache's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import torch
 
 from manual_reader import GARBAGE, ManualReader
 from moestro.cache import (
@@ -25,6 +27,7 @@ from moestro.cache import (
 )
 from moestro.cache.tiers.slots import AliasArena, Arena, SlotArena
 from moestro.cache.tiers.wiring import moving, showing
+from tiny_packs import assert_is
 
 Key = tuple[int, int]
 SPEC = LinkSpec(bandwidth_bytes_per_s=4096.0, latency_s=0.25)  # a small expert takes 1.25 s
@@ -60,8 +63,25 @@ class Rig(Protocol):
     def end(self, choice: int) -> None:
         """Something under way ends, or goes on."""
 
+    def look(self, tensors: Mapping[str, torch.Tensor], layer: int, expert: int) -> None:
+        """Computes with what a lease has lent: raises AssertionError where it is not the expert."""
 
-class OneTier:
+    def close(self) -> None: ...
+
+
+class _OnTheHost:
+    """Computes when it is asked."""
+
+    cache: ExpertCache
+
+    def look(self, tensors: Mapping[str, torch.Tensor], layer: int, expert: int) -> None:
+        assert_is(tensors, self.cache.spec, layer, expert)
+
+    def close(self) -> None:
+        self.cache.close()
+
+
+class OneTier(_OnTheHost):
     """RAM slots <- pack."""
 
     def __init__(
@@ -125,7 +145,7 @@ class Notes:
                 self.holds[each] = self.landed.pop(each)
 
 
-class TwoTiers:
+class TwoTiers(_OnTheHost):
     """Device slots <- host slots <- pack, with a clock for the link."""
 
     def __init__(

@@ -12,9 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from engine_kit import logits_of
 from gguf_models import END, TEMPLATE, TOKENS, write_gguf
 from moestro.engine import EngineConfig
+from moestro.engine.forecasts import own_grid_line
+from moestro.engine.formats import encode_layer
 from moestro.engine.planning import inspect
 from moestro.engine.text import Tokenizer
 from moestro.engine.weights import Checkpoint
+from tile_reference import decode
 
 PROMPT = list(range(20, 50))
 WIDE: dict[str, Any] = {"hidden": 256, "inner": 256}
@@ -154,3 +157,42 @@ def test_a_changed_file_is_another_model(tmp_path: Path) -> None:
     last = max(tmp_path.glob("*.gguf"))
     last.write_bytes(last.read_bytes() + b"\0")
     assert Checkpoint(first).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "zero"),
+    [
+        ("qwen3moe", Kind.Q4_0, "none"),
+        ("qwen3moe", Kind.Q4_1, "float"),
+        pytest.param("minimax-m2", Kind.Q4_0, "none", marks=pytest.mark.slow),
+        pytest.param("qwen35moe", Kind.Q4_1, "float", marks=pytest.mark.slow),
+        pytest.param("qwen2moe", Kind.Q4_1, "float", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_of_int4_are_kept_as_they_are(
+    architecture: str, kind: Kind, zero: str, tmp_path: Path
+) -> None:
+    """In int4, each weight is what the gguf library decodes, to the bit."""
+    path = write_gguf(tmp_path / "tiny-model.gguf", architecture, kind)
+    config = EngineConfig(path, tmp_path / "cache", expert_format="int4")
+    blueprint = inspect(config)
+    entry, model = blueprint.experts[-1], blueprint.build_model()
+    rest, codes = blueprint.checkpoint.load_codes(model, entry)
+    (packed,) = encode_layer(blueprint.codec, entry, rest, codes)
+    for name, whole in blueprint.checkpoint.load_experts(model, entry).items():
+        form = entry.grids[name]
+        assert (form.kind, form.scale, form.zero) == ("int4", "float16", zero)
+        assert whole.dtype is torch.float32
+        for expert, wanted in enumerate(whole):
+            assert torch.equal(decode(packed[name][expert], form, *wanted.shape), wanted)
+    found, native = (logits(path, tmp_path / "cache", expert_format=f) for f in ("int4", "native"))
+    assert 0 < (found - native).abs().max() < 0.05 * native.abs().max()
+    line = own_grid_line(config, blueprint)
+    assert line is not None and line.endswith("kept as it is")
+
+
+def test_blocks_of_other_kinds_are_decoded(tmp_path: Path) -> None:
+    path = written("qwen2moe Q8_0", tmp_path)
+    blueprint = inspect(EngineConfig(path, tmp_path, expert_format="int4"))
+    assert not blueprint.experts[0].grids and "Q8_0" in blueprint.experts[0].no_grid
+    assert own_grid_line(EngineConfig(path, tmp_path), blueprint) is None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from engine_kit import opened
@@ -78,7 +79,7 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
     parts = {name: part for name, part in found.items() if name != "changes"}
     assert {name: " ".join(sorted(part)) for name, part in parts.items()} == {
         "model": "dense_format expert_bytes expert_format experts_per_layer experts_per_token"
-        " family lane lane_reason layers stored_dtype weights",
+        " family lane lane_reason layers quantized stored_dtype weights",
         "memory": "dense_bytes experts_bytes interpreter_bytes kv_bytes kv_tokens limit"
         " limit_bytes max_model_len_tokens max_step_reason max_step_tokens packing_bytes"
         " total_bytes workspace_bytes",
@@ -189,3 +190,51 @@ def test_the_demo_is_planned_before_it_is_fetched(plan: Command, tmp_path: Path)
     assert (model["layers"], model["experts_per_layer"], model["experts_per_token"]) == (30, 24, 12)
     assert (model["stored_dtype"], model["weights"]) == ("float16", "absent")
     assert not (tmp_path / "cache" / "models").exists()
+
+
+CARD = ("--device", "cuda", "--device-memory", "3GiB", "--disk-speed", "1GB")
+
+
+def test_a_card_need_not_be_here(plan: Command, folder: Path) -> None:
+    code, out, err = plan(folder, *CARD)
+    assert (code, err) == (0, "")
+    assert "of 2 GiB (free of 3 GiB on the card that is planned for)" in out
+    assert "on the card 32 of 32 experts (100 %)" in out
+    assert "25 GB/s (PCIe 4 x16, assumed: --link)" in out
+    assert "decode      not limited by link or disk: every expert is on the card" in out
+    assert "not measured on a GPU" in out
+
+
+def test_the_object_of_a_card(plan: Command, folder: Path) -> None:
+    code, out, err = plan(folder, *CARD, "--link", "1GB", "--json", "--kv-memory", "1MiB")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["measured_on_a_gpu"] is False
+    assert found["link"] == {"bytes_per_s": 1e9, "source": "--link"}
+    assert found["experts"]["slots"] == found["experts"]["total"] == 32
+    assert found["decode"]["low"]["tokens_per_s"] is None
+    parts = [name for name in found["memory"] if name.startswith("device_")]
+    assert found["memory"]["total_bytes"] == sum(found["memory"][name] for name in parts)
+    formats = {row["expert_format"] for row in found["formats"]}
+    assert formats == {"int8", "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--device", "cuda"), "say how much memory it has: --device-memory 12GiB"),
+        (("--device", "cuda", "--device-memory", "500MiB"), "a card's driver alone takes about"),
+        (("--link", "25GB"), "--link: it is into a card, and this plan is for the CPU"),
+        (("--device-memory", "12GiB"), "device cpu has no memory of its own"),
+        ((*CARD, "--trace", "trace.jsonl"), "--trace: hit rates of a card"),
+        ((*CARD, "--expert-format", "int4"), "is for the CPU's kernels alone; on cuda use nf4"),
+    ],
+)
+def test_what_a_card_cannot_be_planned_with(
+    plan: Command, folder: Path, arguments: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    if "--device-memory" not in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    code, out, err = plan(folder, *arguments)
+    assert code != 0 and not out
+    assert words in " ".join(err.split())

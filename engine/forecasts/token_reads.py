@@ -5,9 +5,9 @@ from transformers import PreTrainedModel
 
 from moestro.engine.facts import EngineConfig
 from moestro.engine.formats import Codec, codec_of, in_tiles, pack_layer
+from moestro.engine.planning import Blueprint
 from moestro.engine.weights import replacements, saved_bytes
 
-from .blueprint import Blueprint
 from .gains import DEMO_PERPLEXITY, NATIVE, Gains, Reading, gains_over
 
 

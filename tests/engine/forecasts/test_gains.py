@@ -1,7 +1,7 @@
 """What smaller formats gain and cost, as one line; and where there is nothing to say."""
 
 from moestro.engine.facts.units import MIB
-from moestro.engine.planning.gains import DEMO_PERPLEXITY, Reading, gains_over
+from moestro.engine.forecasts.gains import DEMO_PERPLEXITY, Reading, gains_over
 
 NOW = Reading("native", "native", 500 * MIB)
 INT8 = Reading("int8", "int8", 250 * MIB)

@@ -9,9 +9,9 @@ import torch
 import tiny
 from engine_kit import opened
 from moestro.engine import EngineConfig
+from moestro.engine.forecasts.gains import Gains
+from moestro.engine.forecasts.token_reads import gains_of
 from moestro.engine.planning.blueprint import inspect
-from moestro.engine.planning.gains import Gains
-from moestro.engine.planning.token_reads import gains_of
 
 LAYERS, CHOSEN, PAGE = 4, 2, 4096
 ATTENTION = ((64, 64), (64, 64), (32, 64), (32, 64))  # q, o, k, v

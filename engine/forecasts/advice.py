@@ -6,9 +6,9 @@ from itertools import product
 
 from moestro.cache import human_bytes
 from moestro.engine.facts import GIB, MIB, BudgetTooSmall, EngineConfig, round_up_tokens
+from moestro.engine.planning import Demand, MemoryPlan
 
 from .forecast import Forecast
-from .memory import Demand, MemoryPlan
 
 KIB = 1024
 

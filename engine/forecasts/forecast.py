@@ -17,9 +17,9 @@ from math import pow
 from typing import Literal
 
 from moestro.engine.facts import LaneChoice
+from moestro.engine.planning import MemoryPlan
 
 from .gains import Gains
-from .memory import MemoryPlan
 
 Routing = Literal["uniform", "trace"]  # what hit rates are predicted from
 Rates = tuple[float, float]  # low and high predicted share of experts asked for that are found
@@ -188,6 +188,7 @@ class Forecast:
     lane: LaneChoice
     gains: Gains | None  # of smaller formats, where something is native and there are some
     traced: Traced | None = None
+    quantized: str | None = None  # what becomes of the experts of a quantized checkpoint
 
     @property
     def holds_all(self) -> bool:

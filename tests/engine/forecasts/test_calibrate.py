@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moestro.engine import StartError
+from moestro.engine.forecasts.calibrate import Matrices, measure_link, measure_multiply
 from moestro.engine.formats.named import FORMATS, codec_of
-from moestro.engine.planning.calibrate import Matrices, measure_link, measure_multiply
 
 
 def test_the_disk_is_measured_where_the_cache_will_be(tmp_path: Path) -> None:

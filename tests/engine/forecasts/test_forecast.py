@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 
-from moestro.engine.planning.forecast import (
+from moestro.engine.forecasts.forecast import (
     ComputeSpeed,
     LinkSpeed,
     MoeLayer,

@@ -7,8 +7,8 @@ import pytest
 from moestro.engine import BudgetTooSmall, EngineConfig
 from moestro.engine.facts import Lane, LaneChoice
 from moestro.engine.facts.units import MIB
-from moestro.engine.planning.advice import changes, flags_of, nearest_plan, size_flag
-from moestro.engine.planning.forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Work
+from moestro.engine.forecasts.advice import changes, flags_of, nearest_plan, size_flag
+from moestro.engine.forecasts.forecast import ComputeSpeed, Forecast, LinkSpeed, MoeLayer, Work
 from moestro.engine.planning.memory import Demand, MemoryPlan, settle
 
 DEMAND = Demand(

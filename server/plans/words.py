@@ -1,0 +1,39 @@
+"""Sizes, times and shares in words, and what every plan begins with."""
+
+from moestro.engine import CardForecast, Forecast
+from moestro.server.facts import size_words
+
+ROUTING = {
+    "uniform": "if every expert is equally likely (skewed routing finds more)",
+    "trace": "in the trace: as the cache decides, and with perfect foresight",
+}
+
+
+def between(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def time_words(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def rate_words(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e6:.0f} MB/s"
+
+
+def model_lines(forecast: Forecast | CardForecast) -> list[str]:
+    work = forecast.work
+    layer = work.layers[0]
+    found = [
+        f"{forecast.family}: {len(work.layers)} layers of {layer.num_experts} experts of"
+        f" {size_words(forecast.slot_bytes)} ({forecast.expert_format}), {layer.experts_per_token}"
+        " per token"
+    ]
+    if not forecast.has_weights:
+        found.append(
+            f"the weights are not here: shapes are those of config.json, stored as"
+            f" {forecast.stored_dtype}"
+        )
+    if forecast.quantized is not None:
+        found.append(forecast.quantized)
+    return found

@@ -1,0 +1,78 @@
+"""What the engine asks of a GPU, asked of an imagined one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from engine_kit import opened, run_logits
+from fake_cuda import FakeCuda
+from fake_cuda_facts import Gpu
+from fake_cuda_torch import installed
+from imagined import imagined
+from moestro.engine import EngineConfig, StartError
+from moestro.engine.facts.device import HostCopy, choose, index_on
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    with installed(FakeCuda(Gpu(memory_bytes=1 << 30, copy_bytes_per_s=1e6))) as cuda:
+        yield cuda
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "auto"])
+def test_a_gpu_is_found_with_its_memory(tmp_path: Path, cuda: FakeCuda, name: str) -> None:
+    torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
+    found = choose(EngineConfig(tmp_path, tmp_path, device=name))
+    assert (found.place, found.compute_dtype) == (cuda.device, torch.bfloat16)
+    assert found.room is not None and found.room.name == "an imagined GPU, cuda:0"
+    assert (found.room.free_bytes, found.room.total_bytes) == ((1 << 30) - (1 << 20), 1 << 30)
+    assert found.wire is not None and found.staging_bytes > 0
+
+
+def test_a_gpu_that_is_not_there_or_does_not_answer_is_refused(
+    tmp_path: Path, cuda: FakeCuda
+) -> None:
+    with pytest.raises(StartError, match="there are 1 CUDA devices"):
+        choose(EngineConfig(tmp_path, tmp_path, device="cuda:1"))
+    cuda.stick_in(0)
+    with pytest.raises(StartError, match="--device cuda: CUDA error: illegal address"):
+        choose(EngineConfig(tmp_path, tmp_path, device="cuda"))
+
+
+def test_indices_cross_without_a_wait_and_in_order(cuda: FakeCuda) -> None:
+    begun_s = cuda.timeline.now_s
+    places = index_on([3, 1, 2], cuda.device)
+    assert places.device == cuda.device
+    assert cuda.timeline.now_s - begun_s < 24 / 1e6  # not even the copy has had its time
+    assert (places + 1).tolist() == [4, 2, 3]
+    assert index_on([], cuda.device).shape == (0,)
+
+
+def test_numbers_come_to_the_host_when_their_event_has(cuda: FakeCuda) -> None:
+    numbers = torch.arange(6, device="cuda").view(2, 3)
+    asked = HostCopy(numbers)
+    cuda.kernel("what is queued between", duration_s=60.0)
+    assert asked.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert cuda.timeline.now_s < 1.0
+
+
+def test_a_whole_engine_computes_there_what_it_computes_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every copy, wait and product of a prompt and of two tokens, under the race detector."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the modes are those of one thread
+    folder = tiny.build("mixtral", tmp_path / "model")
+    steps = [[(1, [5, 6, 7])], [(1, [8])], [(1, [9])]]
+    with (
+        installed(FakeCuda(Gpu(4 << 30))),
+        opened(folder, tmp_path / "there", device="cuda") as loaded,
+    ):
+        there = run_logits(loaded, steps).cpu()
+        stats = loaded.cache.stats()
+    assert stats.host is not None and stats.host.link.copies > 0
+    with opened(folder, tmp_path / "here", choose_device=imagined(torch.bfloat16)) as loaded:
+        here = run_logits(loaded, steps)
+    assert len(there) == len(steps) and torch.equal(there, here)
