@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,7 @@ class Bench:
     scratch: Path  # for models and packs
     open_engine: Opener
     ends_s: float  # time.monotonic() from when on no check begins
+    clock: Callable[[], float] = time.perf_counter  # of what is measured on the device
 
     @property
     def imagined(self) -> bool:

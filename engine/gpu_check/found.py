@@ -79,10 +79,12 @@ def run_checks(
             outcome.why = check.cannot or "no time was left"
             continue
         outcome.status = Status.RUNNING
-        keep(outcomes)
         try:
+            keep(outcomes)
             _run(check, outcome)
         finally:
+            if outcome.status is Status.RUNNING:
+                outcome.status = Status.INTERRUPTED
             keep(outcomes)
         tidy()
     keep(outcomes)
@@ -101,8 +103,6 @@ def _run(check: Check, outcome: Outcome) -> None:
         log.exception("gpu-check: %s failed", check.name)
         outcome.status, outcome.traceback = Status.FAILED, traceback.format_exc()
     finally:
-        if outcome.status is Status.RUNNING:
-            outcome.status = Status.INTERRUPTED
         outcome.took_s = time.monotonic() - began_s
 
 

@@ -1,7 +1,6 @@
 """What the link between host and GPU carries, and who waits for whom on it."""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,23 +27,21 @@ def link(bench: Bench, found: Found) -> None:
             (f"to_gpu_{kind}", host, target),
             (f"from_gpu_{kind}", target, host),
         ):
-            rates = {f"{c / MIB:g} MiB": _rate(source, goal, c, bench.wait) for c in CHUNKS_BYTES}
+            rates = {f"{c / MIB:g} MiB": _rate(source, goal, c, bench) for c in CHUNKS_BYTES}
             found.facts[f"{name}_bytes_per_s"] = rates
             shown = ", ".join(f"{chunk} {rate / 1e9:.1f}" for chunk, rate in rates.items())
             found.lines.append(f"{name.replace('_', ' ')}, GB/s by chunk: {shown}")
 
 
-def _rate(
-    source: torch.Tensor, target: torch.Tensor, chunk_bytes: int, wait: Callable[[], None]
-) -> float:
+def _rate(source: torch.Tensor, target: torch.Tensor, chunk_bytes: int, bench: Bench) -> float:
     """Bytes per second, the second time."""
     for _ in range(2):
-        wait()
-        began_s = time.perf_counter()
+        bench.wait()
+        began_s = bench.clock()
         for at in range(0, len(source), chunk_bytes):
             target[at : at + chunk_bytes].copy_(source[at : at + chunk_bytes], non_blocking=True)
-        wait()
-        took_s = time.perf_counter() - began_s
+        bench.wait()
+        took_s = bench.clock() - began_s
     return len(source) / took_s
 
 
@@ -53,7 +50,7 @@ def arbitration(bench: Bench, found: Found) -> None:
 
     stream, and of a demanded expert's first chunk behind a guessed expert.
     """
-    wires = _Wires(bench.device, bench.sizes.expert_copy_bytes)
+    wires = _Wires(bench.device, bench.sizes.expert_copy_bytes, bench.clock)
     small = torch.zeros(SMALL_NUMBERS, dtype=torch.long, pin_memory=True)
     chunk = torch.zeros(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
     found.facts["expert_copy_bytes"] = bench.sizes.expert_copy_bytes
@@ -80,8 +77,8 @@ def arbitration(bench: Bench, found: Found) -> None:
 class _Wires:
     """An expert in pinned memory, a place for it on the GPU, and a stream for the way."""
 
-    def __init__(self, device: torch.device, expert_bytes: int) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, expert_bytes: int, clock: Callable[[], float]) -> None:
+        self._device, self._clock = device, clock
         self._host = torch.zeros(expert_bytes, dtype=torch.uint8, pin_memory=True)
         self._target = torch.empty(expert_bytes, dtype=torch.uint8, device=device)
         self._stream = _stream(device)
@@ -99,20 +96,20 @@ class _Wires:
             torch.cuda.synchronize(self._device)
             if behind_expert:
                 self._send_expert()
-            began_s = time.perf_counter()
+            began_s = self._clock()
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
             stream.synchronize()
-            taken.append(time.perf_counter() - began_s)
+            taken.append(self._clock() - began_s)
         torch.cuda.synchronize(self._device)
         return statistics.median(taken)
 
     def _timed_expert(self) -> float:
         torch.cuda.synchronize(self._device)
-        began_s = time.perf_counter()
+        began_s = self._clock()
         self._send_expert()
         self._stream.synchronize()
-        return time.perf_counter() - began_s
+        return self._clock() - began_s
 
     def _send_expert(self) -> None:
         with torch.cuda.stream(self._stream):

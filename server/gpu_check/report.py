@@ -15,23 +15,26 @@ from .scrub import scrubbed
 SHOWN_WARNINGS = 3  # of a check, on the page
 
 
+INTERRUPTED = "interrupted"
+
+
 def status(outcomes: Sequence[Outcome]) -> str:
     found = {outcome.status for outcome in outcomes}
     if Status.INTERRUPTED in found:
-        return "interrupted"
+        return INTERRUPTED
     if found & {Status.WAITING, Status.RUNNING}:
         return "running"
     return "failed" if Status.FAILED in found else "passed"
 
 
-def as_object(checked: Checked) -> dict[str, Any]:
-    """The object that the head of this file describes."""
+def as_object(checked: Checked, state: str) -> dict[str, Any]:
+    """The object that the head of this file describes; `state` is its status."""
     return {
         "moestro": version("moestro"),
         "device": checked.device_name,
         "imagined": checked.imagined,
         "quick": checked.quick,
-        "status": status(checked.outcomes),
+        "status": state,
         "checks": {outcome.name: _check_object(outcome) for outcome in checked.outcomes},
     }
 
@@ -48,13 +51,13 @@ def _check_object(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def page(checked: Checked) -> str:
+def page(checked: Checked, state: str) -> str:
     """For people, and to be pasted into a report of a fault."""
     count = {one: sum(o.status is one for o in checked.outcomes) for one in Status}
     shown = ", ".join(f"{number} {one.value}" for one, number in count.items() if number)
     lines = [
         f"moestro {version('moestro')} gpu-check{' --quick' if checked.quick else ''},"
-        f" {checked.device_name}: {status(checked.outcomes)} ({shown})"
+        f" {checked.device_name}: {state} ({shown})"
     ]
     for outcome in checked.outcomes:
         lines += _check_lines(outcome, checked.device_name)

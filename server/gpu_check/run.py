@@ -14,7 +14,7 @@ import typer
 from moestro.engine import Checked, Opener, Sizes, StartError, Status, check_gpu, load
 from moestro.server.facts import Refused
 
-from .report import as_object, page, status
+from .report import INTERRUPTED, as_object, page, status
 
 REPORT_NAME = "gpu-check.json"
 DONE = (Status.PASSED, Status.FAILED, Status.INTERRUPTED)
@@ -40,11 +40,13 @@ def run_gpu_check(
         except StartError as error:
             raise Refused(str(error)) from error
         except (KeyboardInterrupt, SystemExit):
+            report.interrupt()
             typer.echo(f"\ngpu-check: interrupted; {report.kept}", err=True)
             raise
-    typer.echo(page(checked), nl=False)
+    state = status(checked.outcomes)
+    typer.echo(page(checked, state), nl=False)
     typer.echo(f"gpu-check: {report.kept}", err=True)
-    return 1 if status(checked.outcomes) == "failed" else 0
+    return 1 if state == "failed" else 0
 
 
 class _Report:
@@ -54,23 +56,31 @@ class _Report:
         self._path, self._text_path = path, path.with_suffix(".txt")
         self._said = set[tuple[str, Status]]()
         self._began_s = time.monotonic()
-        self._written = False
+        self._last: Checked | None = None  # that is in the files
 
     def __call__(self, checked: Checked) -> None:
         """Raises Refused where a file cannot be written."""
         self._say(checked)
-        try:
-            _replace(self._path, json.dumps(as_object(checked), indent=1) + "\n")
-            _replace(self._text_path, page(checked))
-        except OSError as error:
-            raise Refused(f"--out: cannot write {error.filename}: {error.strerror}") from error
-        self._written = True
+        self._write(checked, status(checked.outcomes))
+
+    def interrupt(self) -> None:
+        """Whenever it was, the files say so. Raises Refused where they cannot be written."""
+        if self._last is not None:
+            self._write(self._last, INTERRUPTED)
 
     @property
     def kept(self) -> str:
-        if not self._written:
+        if self._last is None:
             return "nothing was written yet"
         return f"what was found is in {self._path} and {self._text_path}"
+
+    def _write(self, checked: Checked, state: str) -> None:
+        try:
+            _replace(self._path, json.dumps(as_object(checked, state), indent=1) + "\n")
+            _replace(self._text_path, page(checked, state))
+        except OSError as error:
+            raise Refused(f"--out: cannot write {error.filename}: {error.strerror}") from error
+        self._last = checked
 
     def _say(self, checked: Checked) -> None:
         now_s = time.monotonic() - self._began_s

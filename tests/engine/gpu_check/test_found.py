@@ -110,3 +110,16 @@ def test_an_interruption_goes_on_and_is_kept(kind: type[BaseException]) -> None:
     with pytest.raises(kind):
         run_checks(checks, lambda: 1.0, kept, lambda: None)
     assert kept.states[-1] == [Status.PASSED, Status.INTERRUPTED, Status.WAITING]
+
+
+def test_an_interruption_while_the_report_is_written_is_one_of_the_check() -> None:
+    states: list[Status] = []
+
+    def keep(outcomes: Sequence[Outcome]) -> None:
+        states.append(outcomes[0].status)
+        if len(states) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_checks([Check("fine", fine)], lambda: 1.0, keep, lambda: None)
+    assert states == [Status.RUNNING, Status.INTERRUPTED]

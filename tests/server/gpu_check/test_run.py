@@ -1,15 +1,17 @@
 """`moestro gpu-check` on an imagined device of tiny widths: its files, whatever happens to it."""
 
 import json
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moestro.engine import EngineConfig, Geometry, ProgressFn, Sizes, load
+from moestro.engine import EngineConfig, Geometry, Opener, ProgressFn, Sizes, load
 from moestro.engine.loader import Loaded
 from moestro.server.commands.cli import main
 from moestro.server.facts import Refused
@@ -40,13 +42,13 @@ NAMES = [
 ]
 NEED_A_GPU = {"pinned memory", "link", "copies side by side"}
 
-Opener = Callable[[EngineConfig, ProgressFn], Loaded]
 
-
-def run(folder: Path, open_engine: Opener = load) -> tuple[int, dict[str, Any], str]:
+def run(
+    folder: Path, open_engine: Opener = load, sizes: Sizes = SIZES
+) -> tuple[int, dict[str, Any], str]:
     """Exit code, the object, the page."""
     out = folder / "report.json"
-    code = run_gpu_check("cpu", False, out, folder / "cache", open_engine, SIZES)
+    code = run_gpu_check("cpu", False, out, folder / "cache", open_engine, sizes)
     return code, json.loads(out.read_text("utf-8")), out.with_suffix(".txt").read_text("utf-8")
 
 
@@ -85,9 +87,8 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert correct["all_resident"]["tokens"] == correct["half_resident"]["tokens"]
     assert (correct["all_resident"]["slots"], correct["half_resident"]["slots"]) == (16, 8)
 
-    assert text.startswith(
-        "moestro 0.1.0 gpu-check, imagined: no GPU: passed (4 passed, 3 not run)"
-    )
+    head = f"moestro {found['moestro']} gpu-check, imagined: no GPU: passed (4 passed, 3 not run)"
+    assert text.startswith(head)
     assert "measured on imagined: no GPU" in text and "link: not run: no GPU" in text
     assert str(tmp_path) not in text + json.dumps(found)
     assert capsys.readouterr().out == text
@@ -123,7 +124,7 @@ def test_other_tokens_than_stock_are_a_problem(
         monkeypatch.setattr(lane, "run", lambda *given: right(*given) * 1.5)
         return loaded
 
-    code, found, text = run(tmp_path, wrong)
+    code, found, text = run(tmp_path, wrong, replace(SIZES, geometries=()))
     assert (code, found["checks"]["correctness, native"]["status"]) == (1, "failed")
     assert "PROBLEM: all resident: logits differ by 5.0e-01" in text
 
@@ -173,3 +174,39 @@ def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json.partial").mkdir()
     with pytest.raises(Refused, match="--out: cannot write .*Is a directory"):
         run(tmp_path)
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    report = str(folder / "report.json")
+    places = ("--cache-dir", str(folder / "cache"), "--out", report)
+    name = (sys.executable, "-m", "moestro.server", "gpu-check", "--device", "cpu")
+    return [*name, *places, *arguments]
+
+
+@pytest.mark.slow
+def test_real_widths_on_an_imagined_device(tmp_path: Path) -> None:
+    done = subprocess.run(command(tmp_path, "--quick"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    rows = found["checks"]["widths of Qwen3-30B-A3B"]["facts"]["rows"]
+    assert [row["share"] for row in rows] == [1.0, 0.5]
+    assert rows[0]["hit_share"] == 1 > rows[1]["hit_share"]
+    assert len(done.stdout.splitlines()) <= 70  # a page
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_a_whole_report(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    with subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "correctness, native: running" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        said = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "interrupted; what was found is in" in said
+    found = json.loads(report.read_text("utf-8"))
+    assert found["status"] == found["checks"]["correctness, native"]["status"] == "interrupted"
+    assert found["checks"]["environment"]["status"] == "passed"
+    assert list((tmp_path / "cache").iterdir()) == []
