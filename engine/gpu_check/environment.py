@@ -149,7 +149,7 @@ def _nvidia_smi(device: torch.device) -> dict[str, str] | None:
         return None
     command = [
         program,
-        f"--id={device.index or 0}",
+        f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}",
         f"--query-gpu={','.join(SMI_FIELDS)}",
         "--format=csv,noheader,nounits",
     ]
@@ -185,11 +185,11 @@ def _gpu_lines(facts: dict[str, Any]) -> list[str]:
     ]
     if smi is None:
         return [*lines, "driver and PCIe link: nvidia-smi did not answer"]
+    driver, gen, most_gen, width, most_width = (smi.get(name, "?") for name in SMI_FIELDS)
     return [
         *lines,
-        f"driver {smi.get('driver_version', '?')}, PCIe generation"
-        f" {smi.get('pcie.link.gen.current', '?')} of {smi.get('pcie.link.gen.max', '?')}, width"
-        f" {smi.get('pcie.link.width.current', '?')} of {smi.get('pcie.link.width.max', '?')}",
+        f"driver {driver}, PCIe generation {gen} at rest of {most_gen}, width {width} of"
+        f" {most_width}",
     ]
 
 

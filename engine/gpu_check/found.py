@@ -70,7 +70,8 @@ def run_checks(
 ) -> list[Outcome]:
     """One after another; `keep` is told before and after each, also when it is interrupted.
 
-    None begins once `left_s` is used up. `tidy` gives memory back after each.
+    None begins once `left_s` is used up. `tidy` gives back what the last one had, as a part of the
+    next: where it fails, that one does.
     """
     outcomes = [Outcome(check.name) for check in checks]
     for check, outcome in zip(checks, outcomes, strict=True):
@@ -81,20 +82,20 @@ def run_checks(
         outcome.status = Status.RUNNING
         try:
             keep(outcomes)
-            _run(check, outcome)
+            _run(check, outcome, tidy)
         finally:
             if outcome.status is Status.RUNNING:
                 outcome.status = Status.INTERRUPTED
             keep(outcomes)
-        tidy()
     keep(outcomes)
     return outcomes
 
 
-def _run(check: Check, outcome: Outcome) -> None:
+def _run(check: Check, outcome: Outcome, tidy: Callable[[], None]) -> None:
     began_s = time.monotonic()
     try:
         with _heard(outcome.warnings):
+            tidy()
             check.run(outcome.found)
         outcome.status = Status.FAILED if outcome.found.problems else Status.PASSED
     except CannotRun as reason:

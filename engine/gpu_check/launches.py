@@ -18,7 +18,7 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """Of some passes together; None where only a GPU could tell."""
+    """Of some passes together; None where only a GPU could tell, or the profiler saw none of it."""
 
     span_us: float
     operations: int  # of torch, not counting those inside others
@@ -53,7 +53,7 @@ def summary(events: Iterable[Any], *, on_gpu: bool) -> Profiled:
         for e in host
         if ATTENTION_MARK in e.name and e.name.startswith("aten::_")
     )
-    if not on_gpu:
+    if not on_gpu or not own:
         return Profiled(span_us, len(outer), None, None, None, None, None, dict(attention))
     copies = [e for e in own if e.name.startswith(("Memcpy", "Memset"))]
     kernels = [e for e in own if not e.name.startswith(("Memcpy", "Memset"))]

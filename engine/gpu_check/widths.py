@@ -42,9 +42,11 @@ def widths(bench: Bench, found: Found, real: Geometry) -> None:
                 if rows and bench.left_s() <= 0:
                     found.lines.append(f"{expert_format}, {share:.0%}: not run, no time was left")
                     continue
-                row = _measure(bench, shape, model, expert_format, share, known_bytes)
+                row: dict[str, Any] = {"expert_format": expert_format, "share": share}
                 rows.append(row)
+                _measure(bench, shape, model, row, known_bytes)
                 found.lines.append(_speed_line(row))
+                found.problems += broken_promises(row)
                 if known_bytes is None:
                     found.lines += _detail_lines(row, bench.imagined)
                 known_bytes = row["expert_bytes"]
@@ -86,25 +88,22 @@ def _measure(
     bench: Bench,
     shape: Geometry,
     model: Path,
-    expert_format: str,
-    share: float,
+    row: dict[str, Any],
     known_bytes: int | None,
-) -> dict[str, Any]:
-    """`known_bytes`: of an expert in this format, once a start has told."""
+) -> None:
+    """Into `row`, as it goes. `known_bytes`: of an expert in this format, once a start has told."""
     least = 2 * shape.experts_per_token  # of one token, while another is on its way
-    slots = max(round(share * shape.layers * shape.experts), least)
+    slots = max(round(row["share"] * shape.layers * shape.experts), least)
     # a slot has a head and is filled up: one in 64 covers it
     slot_bytes = shape.expert_bytes + shape.expert_bytes // 64 + MIB // 64
     host_bytes = shape.layers * shape.experts * slot_bytes + HOST_SLACK_BYTES
     device_bytes = slots * (known_bytes or slot_bytes)
-    config = bench.config(model, expert_format, device_bytes, host_bytes)
+    config = bench.config(model, row["expert_format"], device_bytes, host_bytes)
     if not bench.imagined:
         torch.cuda.reset_peak_memory_stats(bench.device)
     began_s = time.perf_counter()
     with bench.opened(config) as opened:
-        row: dict[str, Any] = {
-            "expert_format": expert_format,
-            "share": share,
+        row |= {
             "slots": opened.cache.plan.slots,
             "experts": opened.cache.plan.total_experts,
             "expert_bytes": opened.info.expert_bytes,
@@ -121,7 +120,7 @@ def _measure(
             _decode(running, WARM_TOKENS, draw)
             row |= _timed(bench, opened, running, draw)
             row |= _profiled(bench, opened, running, draw)
-        return row | {"memory": _memory(bench, opened)}
+        row["memory"] = _memory(bench, opened)
 
 
 def _decode(running: Stream, tokens: int, draw: torch.Generator) -> None:
@@ -204,21 +203,42 @@ def _speed_line(row: dict[str, Any]) -> str:
 
 
 def _detail_lines(row: dict[str, Any], imagined: bool) -> list[str]:
+    return [_profile_line(row)] if imagined else [_profile_line(row), _memory_line(row["memory"])]
+
+
+def _profile_line(row: dict[str, Any]) -> str:
+    operations = f"  operations {row['operations_per_layer']:.0f} a layer"
+    if row["launches_per_layer"] is None:
+        return f"{operations}; launches, GPU busy: not run (no GPU that the profiler sees)"
+    return (
+        f"{operations}, launches {row['launches_per_layer']:.0f}, copies"
+        f" {row['copies_per_layer']:.1f}, host {row['host_us_per_layer']:.0f} us, GPU busy"
+        f" {row['gpu_busy_share']:.0%}, attention {', '.join(row['attention']) or '?'}"
+    )
+
+
+def broken_promises(row: dict[str, Any]) -> list[str]:
+    """Where the GPU's memory was not enough as planned."""
     memory = row["memory"]
-    planned = memory["planned_bytes"]
-    if imagined:
-        return [f"  operations {row['operations_per_layer']:.0f} a layer, GPU: not run"]
-    on_device = sum(count for name, count in planned.items() if name.startswith("device"))
+    taken, planned = memory.get("peak_reserved_bytes", 0), _on_device(memory)
+    if taken <= planned:
+        return []
     return [
-        f"  launches {row['launches_per_layer']:.0f}, copies {row['copies_per_layer']:.1f}, host"
-        f" {row['host_us_per_layer']:.0f} us a layer, GPU busy {_share(row['gpu_busy_share'])},"
-        f" attention {', '.join(row['attention']) or '?'}",
-        f"  GPU memory reserved {human_bytes(memory['peak_reserved_bytes'])}, in use there"
-        f" {human_bytes(memory['device_used_bytes'])}, planned {human_bytes(on_device)}; RSS"
-        f" {human_bytes(memory['resident_set_bytes'])}, planned"
-        f" {human_bytes(sum(planned.values()) - on_device)}",
+        f"{row['expert_format']}, {row['slots']} slots: {human_bytes(taken)} of the GPU's memory"
+        f" were taken, {human_bytes(planned)} planned"
     ]
 
 
-def _share(share: float | None) -> str:
-    return "?" if share is None else f"{share:.0%}"
+def _on_device(memory: dict[str, Any]) -> int:
+    planned: dict[str, int] = memory["planned_bytes"]
+    return sum(count for name, count in planned.items() if name.startswith("device"))
+
+
+def _memory_line(memory: dict[str, Any]) -> str:
+    planned, on_device = memory["planned_bytes"], _on_device(memory)
+    return (
+        f"  GPU memory reserved {human_bytes(memory['peak_reserved_bytes'])}, in use there"
+        f" {human_bytes(memory['device_used_bytes'])}, planned {human_bytes(on_device)}; RSS"
+        f" {human_bytes(memory['resident_set_bytes'])}, planned"
+        f" {human_bytes(sum(planned.values()) - on_device)}"
+    )

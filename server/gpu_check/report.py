@@ -4,6 +4,7 @@ The object: moestro (version), device (of each figure), imagined, quick, status 
 failed, interrupted), checks (by name: status, took_s, why, facts, problems, warnings, traceback).
 """
 
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -44,11 +45,22 @@ def _check_object(outcome: Outcome) -> dict[str, Any]:
         "status": outcome.status.value,
         "took_s": round(outcome.took_s, 3),
         "why": scrubbed(outcome.why),
-        "facts": outcome.found.facts,
+        "facts": _plain(outcome.found.facts),
         "problems": [scrubbed(problem) for problem in outcome.found.problems],
         "warnings": [scrubbed(warning) for warning in outcome.warnings],
         "traceback": scrubbed(outcome.traceback).splitlines(),
     }
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: NaN and infinity, which a broken device may give, as words."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def page(checked: Checked, state: str) -> str:

@@ -76,7 +76,9 @@ class _Report:
 
     def _write(self, checked: Checked, state: str) -> None:
         try:
-            _replace(self._path, json.dumps(as_object(checked, state), indent=1) + "\n")
+            _replace(
+                self._path, json.dumps(as_object(checked, state), indent=1, allow_nan=False) + "\n"
+            )
             _replace(self._text_path, page(checked, state))
         except OSError as error:
             raise Refused(f"--out: cannot write {error.filename}: {error.strerror}") from error

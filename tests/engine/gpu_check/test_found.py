@@ -112,6 +112,16 @@ def test_an_interruption_goes_on_and_is_kept(kind: type[BaseException]) -> None:
     assert kept.states[-1] == [Status.PASSED, Status.INTERRUPTED, Status.WAITING]
 
 
+def test_a_device_that_gives_nothing_back_fails_the_checks_and_not_the_run() -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: illegal address")
+
+    checks = [Check("first", fine), Check("second", fine)]
+    found = run_checks(checks, lambda: 1.0, Kept(), lost)
+    assert [one.status for one in found] == [Status.FAILED, Status.FAILED]
+    assert "illegal address" in found[1].traceback
+
+
 def test_an_interruption_while_the_report_is_written_is_one_of_the_check() -> None:
     states: list[Status] = []
 

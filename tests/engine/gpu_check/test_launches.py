@@ -48,6 +48,12 @@ def test_busy_time_counts_overlaps_once() -> None:
     assert found.attention == {"_scaled_dot_product_flash_attention": 1}
 
 
+def test_a_profiler_that_saw_nothing_of_the_gpu_counts_nothing() -> None:
+    found = summary([Event("aten::mm", Range(0, 5))], on_gpu=True)
+    assert found.operations == 1
+    assert found.launches is found.copies is found.busy_share is found.waited_us is None
+
+
 def test_without_a_gpu_its_figures_are_none_and_operations_are_counted() -> None:
     weights = torch.ones(8, 8)
 

@@ -115,18 +115,22 @@ def test_a_planted_fault_leaves_the_other_checks(tmp_path: Path) -> None:
 def test_other_tokens_than_stock_are_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine that computes half as much again is found out."""
+    """An engine that computes half as much again is found out, and one of NaN."""
+    factors = iter([1.5, float("nan")])
 
     def wrong(config: EngineConfig, progress: ProgressFn) -> Loaded:
         loaded = load(config, progress)
         lane = loaded.engine.runner.lane
         right = lane.run
-        monkeypatch.setattr(lane, "run", lambda *given: right(*given) * 1.5)
+        factor = next(factors)
+        monkeypatch.setattr(lane, "run", lambda *given: right(*given) * factor)
         return loaded
 
     code, found, text = run(tmp_path, wrong, replace(SIZES, geometries=()))
     assert (code, found["checks"]["correctness, native"]["status"]) == (1, "failed")
     assert "PROBLEM: all resident: logits differ by 5.0e-01" in text
+    assert "PROBLEM: half resident: logits differ by nan" in text
+    assert found["checks"]["correctness, native"]["facts"]["half_resident"]["median"] == "nan"
 
 
 def test_ctrl_c_keeps_what_was_found_and_says_so(
