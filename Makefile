@@ -14,7 +14,7 @@ DEMO_FLAGS := --expert-format int8 --dense-format int8 --host-memory 20MiB
 export MOESTRO_TORCH
 export PYTHON
 
-.PHONY: help run setup dev test check test-fast test-slow families clients gpu-check bench bench-full study \
+.PHONY: help run setup dev test check test-fast test-slow families clients image-test gpu-check bench bench-full study cards \
 	study-quick clean
 
 help: ## this text
@@ -51,6 +51,9 @@ families: dev ## every model type with experts against stock (ARGS=--write write
 clients: dev ## openai, litellm, langchain, lm-eval and schemathesis against the demo model
 	@.venv/bin/pytest -m clients tests/clients $(PYTEST_ARGS)
 
+image-test: dev ## the CPU image built and used (root, buildah): not as root, openai client, SIGTERM
+	@scripts/image_test.sh
+
 gpu-check: dev ## `moestro gpu-check`, then the tests for an NVIDIA GPU (REPORT=file, ARGS="--quick")
 	@scripts/gpu_check.sh $(REPORT) $(ARGS)
 
@@ -65,6 +68,9 @@ study: dev ## splits, routers, recovery in one table: two core-hours (ARGS="--li
 
 study-quick: dev ## a sample of the study in 8 minutes, which fails if it is odd
 	@scripts/study.sh --quick
+
+cards: dev ## how many experts of published models a card would hold (ARGS=--write: deploy/CARDS.md)
+	@scripts/cards.sh $(ARGS)
 
 clean: ## remove .venv and everything built or cached in this folder (not the model cache)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -186,7 +186,7 @@ def fetched_models(cache_dir: Path) -> list[FetchedModel]:
     return [
         FetchedModel(
             folder,
-            _family(folder),
+            family_of(folder),
             sum(size_bytes for _, size_bytes, _ in _files(folder)),
             folder.stat().st_mtime,
         )
@@ -195,7 +195,8 @@ def fetched_models(cache_dir: Path) -> list[FetchedModel]:
     ]
 
 
-def _family(folder: Path) -> str:
+def family_of(folder: Path) -> str:
+    """By its config; "" where that does not tell."""
     try:
         found = json.loads((folder / "config.json").read_text("utf-8"))
         return str(found["model_type"])

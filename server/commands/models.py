@@ -1,4 +1,4 @@
-"""`moestro models`: what lies in the cache folder, and whether it would be served as it stands.
+"""`moestro models`: what lies in the caches, and whether it would be served as it stands.
 
 The engine is imported where it is asked for: the command line starts without torch.
 """
@@ -19,10 +19,12 @@ from .parameters import places_of
 
 if TYPE_CHECKING:
     from moestro.engine import FetchedModel, KeptModel
+    from moestro.server.hub import FetchedRepository
 
 models_app = typer.Typer(
     rich_markup_mode=None,
-    help="What the cache folder keeps: packs of experts, dense weights, fetched models.",
+    help="What the cache folder keeps (packs of experts, dense weights, fetched models), and what"
+    " was fetched into the hub's cache.",
 )
 
 Names = Annotated[
@@ -36,14 +38,15 @@ def models(
     cache_dir: flags.CacheDir = None,
     as_json: Annotated[bool, Option("--json", help="One JSON list on stdout.")] = False,
 ) -> None:
-    """List what the cache folder keeps: size, family, lane, source, last use, and the verdict of
+    """List what the cache folder keeps and what moestro fetched into the hub's: size, family, lane,
 
-    `moestro plan` on serving it now.
+    source, last use, and the verdict of `moestro plan` on serving it now.
 
     \b
     Examples:
       moestro models
       moestro models rm SmolLM2-135M-Instruct-MoE-d102a968
+      moestro models rm org/name        (its download, and not the packs made of it)
     """
     if context.invoked_subcommand is not None:
         return
@@ -77,7 +80,8 @@ def run_models(cache_dir: Path, as_json: bool) -> None:
 
     set_up_logging(Console(stderr=True, quiet=True))
     kept, fetched = kept_models(cache_dir), fetched_models(cache_dir)
-    rows = [_fetched_row(each) for each in fetched]
+    rows = [_hub_row(each, kept, cache_dir) for each in _repositories()]
+    rows += [_fetched_row(each) for each in fetched]
     rows += [_kept_row(each, cache_dir) for each in kept]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
@@ -88,7 +92,50 @@ def run_models(cache_dir: Path, as_json: bool) -> None:
     for row in rows:
         typer.echo(_text(row))
     total = sum(row["size_bytes"] for row in rows)
-    typer.echo(f"{size_words(total)} in {cache_dir}; `moestro models rm NAME` frees one")
+    typer.echo(f"{size_words(total)} in all; `moestro models rm NAME` frees one")
+
+
+def _hub_cache() -> Path:
+    """As the hub's library has read it (HF_HOME, HF_HUB_CACHE)."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _repositories() -> "list[FetchedRepository]":
+    from moestro.server.hub import fetched_repositories
+
+    return fetched_repositories(_hub_cache())
+
+
+def _in_use(found: "FetchedRepository", kept: "list[KeptModel]") -> bool:
+    """Served out of right now."""
+    return any(
+        each.in_use and each.model_path is not None and found.holds(each.model_path)
+        for each in kept
+    )
+
+
+def _hub_row(
+    found: "FetchedRepository", kept: "list[KeptModel]", cache_dir: Path
+) -> dict[str, Any]:
+    from moestro.engine import EngineConfig, family_of, verdict
+
+    newest = next(iter(found.snapshots), None)
+    return {
+        "name": str(found.name),
+        "kind": "hub",
+        "formats": [],
+        "size_bytes": found.size_bytes,
+        "family": "" if newest is None else family_of(newest),
+        "lane": "",
+        "source": str(found.folder),
+        "last_used_s": int(found.last_used_s),
+        "in_use": _in_use(found, kept),
+        "verdict": "a download that was cut; the next start goes on with it"
+        if newest is None
+        else verdict(EngineConfig(newest, cache_dir)),
+    }
 
 
 def _kept_row(kept: "KeptModel", cache_dir: Path) -> dict[str, Any]:
@@ -159,22 +206,30 @@ def run_remove(names: list[str], cache_dir: Path) -> None:
         remove,
         remove_fetched,
     )
+    from moestro.server.hub import FetchedRepository, remove_repository
 
     kept, fetched = kept_models(cache_dir), fetched_models(cache_dir)
-    known: dict[str, KeptModel | FetchedModel] = {each.name: each for each in fetched}
+    fetched_names = {str(each.name): each for each in _repositories()}
+    known: dict[str, KeptModel | FetchedModel | FetchedRepository] = {**fetched_names}
+    known |= {each.name: each for each in fetched}
     known |= {each.name: each for each in kept}
+    used = {each.name for each in kept if each.in_use}
+    used |= {name for name, each in fetched_names.items() if _in_use(each, kept)}
     for name in names:
         if name not in known:
             there = ", ".join(known) or "nothing"
             raise Refused(f"NAME: nothing called {name!r} is kept in {cache_dir}; there is {there}")
-        if any(each.name == name and each.in_use for each in kept):
+        if name in used:
             raise Refused(f"NAME: {name} is in use: stop the server that serves it first")
     for name in dict.fromkeys(names):
         chosen = known[name]
         try:
-            freed = (
-                remove(chosen) if isinstance(chosen, KeptModel) else remove_fetched(chosen, kept)
-            )
-        except StartError as error:
+            if isinstance(chosen, KeptModel):
+                freed = remove(chosen)
+            elif isinstance(chosen, FetchedRepository):
+                freed = remove_repository(_hub_cache(), chosen, time.sleep)
+            else:
+                freed = remove_fetched(chosen, kept)
+        except (StartError, OSError) as error:
             raise Refused(f"NAME: {error}") from error
         typer.echo(f"{name}: {size_words(freed)} freed")

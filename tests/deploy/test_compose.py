@@ -124,6 +124,18 @@ def test_the_demo_is_served_as_make_run_does(services: dict[str, Yaml]) -> None:
         assert settings.host_memory == 20 << 20
 
 
+def test_with_a_gpu_the_server_is_another_image_with_a_gpu(services: dict[str, Yaml]) -> None:
+    (name, server), *others = load(DEPLOY / "compose.gpu.yaml")["services"].items()
+    assert (name, others) == ("moestro", [])
+    assert server["image"] == f"{services['moestro']['image']}-cuda"
+    targets = (services["moestro"]["build"]["target"], server["build"]["target"])
+    assert targets == ("cpu", "cuda")
+    (device,) = server["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    settings = parse_serve([filled_in(word) for word in server["command"]])
+    assert (settings.host, settings.device, settings.expert_format) == ("0.0.0.0", "auto", "nf4")
+
+
 def test_prometheus_scrapes_the_server(services: dict[str, Yaml]) -> None:
     config = load(DEPLOY / "prometheus/prometheus.yml")
     (job,) = config["scrape_configs"]

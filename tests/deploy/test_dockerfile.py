@@ -33,16 +33,30 @@ def steps() -> list[Step]:
     return read_steps((REPO / "Dockerfile").read_text("utf-8"))
 
 
-@pytest.fixture(scope="module")
-def build_stage(steps: list[Step]) -> list[Step]:
-    starts = [number for number, step in enumerate(steps) if step.word == "FROM"]
-    return steps[starts[0] : starts[1]]
+Stages = dict[str, list[Step]]
 
 
 @pytest.fixture(scope="module")
-def last_stage(steps: list[Step]) -> list[Step]:
-    starts = [number for number, step in enumerate(steps) if step.word == "FROM"]
-    return steps[starts[-1] :]
+def stages(steps: list[Step]) -> Stages:
+    """By name, each with the steps of the stage that it goes on from."""
+    found: Stages = {}
+    for step in steps:
+        if step.word == "FROM":
+            base, _, name = step.rest.split()
+            current = found[name] = list(found.get(base, []))
+        elif found:
+            current.append(step)
+    return found
+
+
+@pytest.fixture(scope="module")
+def build_stage(stages: Stages) -> list[Step]:
+    return stages["build"]
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def last_stage(stages: Stages, request: pytest.FixtureRequest) -> list[Step]:
+    return stages[str(request.param)]
 
 
 def one(stage: list[Step], word: str) -> str:
@@ -59,7 +73,32 @@ def test_the_base_image_is_an_argument_with_a_tag(steps: list[Step]) -> None:
     assert steps[0].word == "ARG"
     assert re.fullmatch(r"BASE_IMAGE=[\w./-]+:[\w.-]+", steps[0].rest)
     bases = [step.rest.split()[0] for step in steps if step.word == "FROM"]
-    assert bases == ["${BASE_IMAGE}"] * 2
+    assert bases == ["${BASE_IMAGE}", "build", "${BASE_IMAGE}", "runtime", "runtime"]
+
+
+def test_the_image_that_is_built_unless_another_is_named_uses_a_gpu(
+    steps: list[Step], stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [step.rest for step in steps if step.word == "FROM"][-1].endswith(" AS cuda")
+    variables = environment(stages["cuda"])
+    assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert variables["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    for image, device in (("cuda", "auto"), ("cpu", "cpu")):
+        for name, value in environment(stages[image]).items():
+            if name.startswith("MOESTRO_"):
+                monkeypatch.setenv(name, value)
+        assert parse_serve(["serve", "demo"]).device == device
+        monkeypatch.delenv("MOESTRO_DEVICE", raising=False)
+
+
+def test_its_torch_must_know_cuda_and_bitsandbytes_comes_along(stages: Stages) -> None:
+    check, install = (run for run in run_steps(stages["build-cuda"])[-2:])
+    program = shlex.split(check)[-1]
+    ast.parse(program)
+    assert "torch.version.cuda" in program
+    program = shlex.split(install.partition(" > ")[0])[-1]
+    ast.parse(program)
+    assert '["nf4"]' in program and "--requirement" in install
 
 
 def test_no_index_is_named(steps: list[Step]) -> None:
@@ -76,6 +115,7 @@ def test_it_runs_as_a_numbered_user_that_owns_only_the_data(last_stage: list[Ste
     words = [step.word for step in last_stage]
     assert words.index("USER") > words.index("RUN")
     assert words.index("USER") > words.index("COPY")
+    assert words[-1] == "USER"
 
 
 def test_python_in_the_image(last_stage: list[Step]) -> None:
@@ -141,7 +181,7 @@ def test_the_compiler_is_in_the_build_stage_alone(
     assert "gcc libc6-dev" in command
     assert not [run for run in run_steps(last_stage) if "apt-get" in run or "gcc" in run]
     (copied,) = (step.rest for step in last_stage if step.word == "COPY")
-    assert copied == "--from=build /opt/moestro /opt/moestro"
+    assert re.fullmatch(r"--from=build(-cuda)? /opt/moestro /opt/moestro", copied)
 
 
 def test_a_base_that_has_a_compiler_gets_none(build_stage: list[Step], tmp_path: Path) -> None:

@@ -29,6 +29,25 @@ def logging_as_before() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def repository(hub_cache: Path) -> Path:
+    """As the store leaves one: a model, and one that another program fetched."""
+    repository = hub_cache / "models--org--tiny"
+    tiny.build("mixtral", repository / "snapshots" / ("0" * 40))
+    tiny.build("mixtral", hub_cache / "models--other--programs" / "snapshots" / ("1" * 40))
+    lock = hub_cache / ".locks" / "models--org--tiny" / "moestro.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    return repository
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """Packs of a model that is there, of one that is gone, and a fetched one."""
@@ -91,3 +110,44 @@ def test_the_command_line_reaches_it(cache: Path) -> None:
         [*command, "rm", "fetched", *flag], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("fetched: ") and done.stdout.rstrip().endswith("freed")
+
+
+def test_what_was_fetched_from_the_hub_is_listed_and_freed(
+    tmp_path: Path,
+    repository: Path,
+    hub_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cache = tmp_path / "cache"
+    run_models(cache, as_json=False)
+    said = capsys.readouterr().out
+    assert "org/tiny (hub): mixtral, " in said and "32 of 32 experts resident" in said
+    assert "other/programs" not in said
+    (snapshot,) = (repository / "snapshots").iterdir()
+    lock = use_folder(EngineConfig(snapshot, cache), "mixtral", "packed")
+    with pytest.raises(Refused, match="org/tiny is in use: stop the server"):
+        run_remove(["org/tiny"], cache)
+    lock.close()
+    run_remove(["org/tiny"], cache)
+    assert capsys.readouterr().out.startswith("org/tiny: ")
+    assert not repository.exists()
+    assert (hub_cache / "models--other--programs").exists()
+    run_models(cache, as_json=True)
+    assert [row["kind"] for row in json.loads(capsys.readouterr().out)] == ["packs"]
+
+
+def test_a_download_that_was_cut_is_listed_and_freed(
+    tmp_path: Path, hub_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blobs = hub_cache / "models--org--cut" / "blobs"
+    lock = hub_cache / ".locks" / "models--org--cut" / "moestro.lock"
+    for folder in (blobs, lock.parent):
+        folder.mkdir(parents=True)
+    lock.touch()
+    (blobs / "abc.moestro-partial").write_bytes(bytes(4096))
+    run_models(tmp_path / "cache", as_json=True)
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["size_bytes"]) == ("org/cut", 4096)
+    assert "a download that was cut" in row["verdict"]
+    run_remove(["org/cut"], tmp_path / "cache")
+    assert "4 KiB freed" in capsys.readouterr().out
