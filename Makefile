@@ -8,7 +8,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 PYTEST_ARGS ?=
-REPORT ?= gpu-report.json
+REPORT ?= gpu-check.json
 # Room for half of its experts, as int8 makes them.
 DEMO_FLAGS := --expert-format int8 --dense-format int8 --host-memory 20MiB
 export MOESTRO_TORCH
@@ -54,8 +54,8 @@ clients: dev ## openai, litellm, langchain, lm-eval and schemathesis against the
 image-test: dev ## the CPU image built and used (root, buildah): not as root, openai client, SIGTERM
 	@scripts/image_test.sh
 
-gpu-check: dev ## tests and benchmarks on an NVIDIA GPU, into one JSON (REPORT=file)
-	@scripts/gpu_check.sh $(REPORT)
+gpu-check: dev ## `moestro gpu-check`, then the tests for an NVIDIA GPU (REPORT=file, ARGS="--quick")
+	@scripts/gpu_check.sh $(REPORT) $(ARGS)
 
 bench: dev ## the benchmarks (ARGS="bench_engine" for one)
 	@scripts/bench.sh $(ARGS)

@@ -47,6 +47,7 @@ from moestro.engine.forecasts import (
     changes,
 )
 from moestro.engine.formats import FormatMap, mix_by_trace
+from moestro.engine.gpu_check import Checked, Geometry, Opener, Outcome, Sizes, Status, check_gpu
 from moestro.engine.planning import HostMemory, StoredWeights
 from moestro.engine.routers import load_routers
 from moestro.engine.step import (
@@ -79,6 +80,7 @@ from .kept_folders import (
     remove,
     remove_fetched,
 )
+from .loader import load
 from .planner import card_of, plan_card, plan_model, refuse_by_config, verdict
 from .tracing import (
     CEILING,
@@ -163,6 +165,14 @@ __all__ = [
     "TokenizerInfo",
     "Unavailable",
     "changes",
+    "Checked",
+    "Geometry",
+    "Opener",
+    "Outcome",
+    "Sizes",
+    "Status",
+    "check_gpu",
+    "load",
     "load_routers",
     "mix_by_trace",
     "name_routers",

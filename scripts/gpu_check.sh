@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# Runs what needs an NVIDIA GPU: the tests marked `gpu`, the engine's speed and the link's.
-#   scripts/gpu_check.sh [REPORT]      one JSON object, written to REPORT (gpu-report.json)
-# Exit status: 0 where all tests passed, 1 where one failed (the report says which), 3 where there is
-# no CUDA device and nothing was run.
+# What needs an NVIDIA GPU: `moestro gpu-check`, then the tests marked `gpu`.
+#   scripts/gpu_check.sh [REPORT [FLAG…]]   REPORT is gpu-check.json; flags are gpu-check's (--quick)
+# Exit status: 0 where all passed, 1 where something failed, 2 where there is no GPU and nothing was
+# run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec .venv/bin/python tests/bench/gpu_report.py "${1:-gpu-report.json}"
+report="${1:-gpu-check.json}"
+shift || true
+
+status=0
+.venv/bin/moestro gpu-check --out "$report" "$@" || status=$?
+((status <= 1)) || exit "$status"
+.venv/bin/pytest -m gpu || status=1
+exit "$status"

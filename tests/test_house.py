@@ -1,6 +1,7 @@
 """The house's rules about a single file, held over the source text."""
 
 import ast
+from collections import Counter
 
 from source_tree import REPO, Sources, imports, tree
 
@@ -96,3 +97,27 @@ def test_files_and_functions_are_short() -> None:
                         f"{Sources().where(path, node.lineno)} {node.name} has {length} lines"
                     )
     assert not long
+
+
+# A boundary behind which anything may fail, and why nobody may be taken down by it.
+BROAD_EXCEPTS = {
+    "engine/worker.py": 1,  # the engine's thread: the open requests are told, and it stops
+    "engine/step/core.py": 1,  # one sequence's choice of a token: the others go on
+    "engine/gpu_check/found.py": 1,  # one check of a GPU: the report keeps it and the others run
+}
+
+
+def test_anything_is_caught_at_named_boundaries_alone() -> None:
+    broad = {"Exception", "BaseException"}
+    found = Counter(
+        str(path.relative_to(REPO))
+        for path in Sources().of_rooms()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ExceptHandler)
+        and (
+            node.type is None
+            or broad
+            & {ast.unparse(part) for part in ast.walk(node.type) if isinstance(part, ast.Name)}
+        )
+    )
+    assert dict(found) == BROAD_EXCEPTS

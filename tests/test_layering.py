@@ -88,9 +88,10 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "forecasts": {"facts", "kernels", "formats", "weights", "planning", "lanes"},
         "text": {"facts", "weights", "gguf_files"},
         "step": {"facts", "selection", "model", "lanes", "text"},
+        "gpu_check": {"facts", "planning", "step"},
         "": {
             *("facts", "kernels", "formats", "weights", "selection", "model", "lanes"),
-            *("routers", "neurons", "planning", "forecasts", "text", "step"),
+            *("routers", "neurons", "planning", "forecasts", "text", "step", "gpu_check"),
         },
     },
     "factorize": {
@@ -110,8 +111,9 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "api.dialects": {"facts", "contract", "metrics", "parsing", "api"},
         "serving": {"facts", "contract", "metrics", "api", "api.dialects"},
         "hub": {"facts"},
+        "gpu_check": {"facts"},
         "plans": {"facts"},
-        "commands": {"facts", "serving", "hub", "plans"},
+        "commands": {"facts", "serving", "hub", "plans", "gpu_check"},
         "": {"commands"},
     },
 }

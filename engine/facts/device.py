@@ -1,4 +1,4 @@
-"""Where a model computes. Every line of the engine that needs CUDA is in this file.
+"""Where a model computes. Every line of the engine that needs CUDA to serve is in this file.
 
 The rest of the engine makes its tensors beside those it is given, so that a `Device` which is only
 imagined (tests/support/imagined.py) runs the same code on a CPU.

@@ -52,14 +52,9 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
-        code = READER_GONE
-        _drop_output()
+        code = READER_GONE  # the interpreter's last flush shall not fail for the same reason again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code or 0)
-
-
-def _drop_output() -> None:
-    """So that the interpreter's last flush does not fail for the same reason again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str) -> int:
@@ -234,6 +229,20 @@ def plan(
         from .plan import run_plan
 
     run_plan(settings, disk_speed, link, trace, as_json)
+
+
+@app.command("gpu-check", help=flags.GPU_CHECK_HELP)
+def gpu_check(
+    device: flags.CheckedDevice = "cuda",
+    quick: flags.Quick = False,
+    out: flags.ReportOut = None,
+    cache_dir: flags.CacheDir = None,
+) -> None:
+    places = places_of(cache_dir)
+    with _command_imports():
+        from moestro.server.gpu_check import run_gpu_check
+
+    raise typer.Exit(run_gpu_check(device, quick, out, places.cache_dir))
 
 
 app.add_typer(models_app, name="models")

@@ -270,6 +270,39 @@ Trace = Annotated[
 ]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of text.")]
 
+# Of `gpu-check`.
+GPU_CHECK_HELP = """Check and measure an NVIDIA GPU, into a report that can be sent to us.
+
+\b
+Examples:
+  moestro gpu-check --quick
+  docker run --rm --gpus all -v moestro-data:/data moestro gpu-check
+\b
+Correctness on small random models, how fast host memory is pinned and the link copies, and tokens a
+second on layers of real widths. The report is kept after each check, also when one fails or Ctrl-C
+ends it; it names no host, user or folder. Exit code 1 where a check failed, 2 without a GPU.
+"""
+CheckedDevice = Annotated[
+    str,
+    Option(
+        "--device",
+        metavar="DEVICE",
+        help="cuda, cuda:N, or cpu: one is imagined there, to see what a report looks like.",
+    ),
+]
+Quick = Annotated[bool, Option("--quick", help="Two minutes instead of ten.")]
+ReportOut = Annotated[
+    Path | None,
+    Option(
+        "--out",
+        parser=named_path,
+        metavar="FILE",
+        show_default=False,
+        help="The report; beside it, the same as text in FILE's name with .txt."
+        " [default: gpu-check.json here, or in the cache folder]",
+    ),
+]
+
 # Of `trace`.
 TraceOut = Annotated[
     Path, Argument(parser=named_path, metavar="OUT", help="The new trace file.", show_default=False)
