@@ -91,6 +91,7 @@ from pathlib import Path
 import tiny
 tiny.build("mixtral", Path(sys.argv[1]))
 ' "$FOLDER/model"
+chmod -R a+rX "$FOLDER/model" # whoever the container's user is
 if [[ ! -x "$FOLDER/client/bin/python" ]]; then
     "$PYTHON" -m venv "$FOLDER/client"
     "$FOLDER/client/bin/pip" install --quiet openai
