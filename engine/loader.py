@@ -272,6 +272,7 @@ def _assemble(
         context,
         blueprint.vocab_size,
         lambda: _discard(config.pack_path),
+        blueprint.device.fault,
     )
     manifest = blueprint.manifest
     info = ModelInfo(

@@ -46,6 +46,20 @@ class Device:
     wire: Callable[[Pack, TierPlan], Wiring] | None = None  # how experts get there, if it has room
     staging_bytes: int = 0  # of the host tier, that `wire` may need
 
+    def fault(self) -> str | None:
+        """Why nothing works there any more; None: it does.
+
+        Waits for all that is queued there: to be asked after an error that may be its.
+        """
+        if self.place.type != "cuda":
+            return None
+        try:
+            torch.cuda.synchronize(self.place)
+        except RuntimeError as error:
+            first_line = str(error).splitlines()[0]
+            return f"{self.place} failed: {first_line}; start again, and see the driver's log"
+        return None
+
 
 UNSEEN_BYTES = GIB
 """Of a card that is not here: its driver's context, and a desktop. An assumption."""
