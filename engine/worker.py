@@ -212,7 +212,10 @@ class EngineWorker:
             self._serve(self._loaded)
         except (StartError, EngineLost) as error:
             self._fail(error)
+        except CacheError as error:
+            self._fail(self._failure_behind(error))
         except Exception as error:  # the thread's boundary: nobody may wait for ever
+            log.exception("the engine's thread died")
             self._fail(self._failure_behind(error))
         finally:
             if self._loaded is not None:
@@ -221,7 +224,6 @@ class EngineWorker:
     def _failure_behind(self, error: Exception) -> EngineError:
         if self._loaded is None and isinstance(error, CacheError):
             return StartError(str(error))
-        log.exception("the engine's thread died")
         unexpected = f"unexpected {type(error).__name__}: {error}"
         if self._loaded is None:
             return StartError(unexpected)

@@ -205,6 +205,7 @@ def _apart(
         staging_bytes=staging,
         packing_bytes=demand.packing_bytes,
         files_bytes=demand.files_bytes,
+        pinned=blueprint.device.place.type == "cuda",
     )
     return replace(
         plan, host=settle_host(host, config.host_memory_bytes, memory.limit, memory.available_bytes)
