@@ -142,6 +142,41 @@ def index_on(values: Sequence[int], device: torch.device) -> torch.Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+class Indices:
+    """Like `index_on`, for the middle of a layer: to a GPU, nothing crosses.
+
+    What crosses waits in the copy engine for the experts that were queued before it, and what is
+    computed next would wait for it. So indices are put together there, out of a range.
+    """
+
+    LEAST_NUMBERS = 256
+
+    def __init__(self) -> None:
+        self._range: torch.Tensor | None = None  # int64, on the GPU
+
+    def on(self, values: Sequence[int], device: torch.device) -> torch.Tensor:
+        """int64 [n] on `device`, valid for reading."""
+        if device.type != "cuda" or not values:
+            return index_on(values, device)
+        most = max(values)
+        if self._range is None or len(self._range) <= most:
+            count = max(self.LEAST_NUMBERS, 1 << most.bit_length())
+            self._range = torch.arange(count, device=device)
+        runs = [self._range[start:end] for start, end in runs_of(values)]
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+def runs_of(values: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) of each run of neighbours, in order: 4 5 6 1 is (4, 7), (1, 2)."""
+    found: list[tuple[int, int]] = []
+    for value in values:
+        if found and found[-1][1] == value:
+            found[-1] = (found[-1][0], value + 1)
+        else:
+            found.append((value, value + 1))
+    return found
+
+
 class HostCopy:
     """Numbers on their way to the host: asked for now, read when the device has got so far.
 

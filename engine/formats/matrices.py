@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from moestro.engine.facts import index_on
-
 SCALE = "scale"  # a quantized matrix `x` has its scales beside it as `x.scale`
 LARGEST = 127.0
 SECOND_DIGIT = 254.0  # steps of the second digit in one of the first: half a step is 127
@@ -255,11 +253,9 @@ class Int8Codec:
 
 def per_row(each: Sequence[torch.Tensor], counts: Sequence[int] | None) -> torch.Tensor:
     """Tensors [N], each as often as its count says (None: once), one below the other -> [n, N]."""
-    stacked = torch.stack(tuple(each))
     if counts is None or max(counts) == 1:
-        return stacked
-    rows = sum(counts)
-    return stacked.repeat_interleave(index_on(counts, stacked.device), dim=0, output_size=rows)
+        return torch.stack(tuple(each))
+    return torch.cat([one.expand(count, -1) for one, count in zip(each, counts, strict=True)])
 
 
 def largest_of_rows(rows: torch.Tensor) -> torch.Tensor:

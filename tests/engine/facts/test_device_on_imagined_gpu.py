@@ -13,7 +13,7 @@ from fake_cuda_facts import Gpu
 from fake_cuda_torch import installed
 from imagined import imagined
 from moestro.engine import EngineConfig, StartError
-from moestro.engine.facts.device import HostCopy, choose, index_on
+from moestro.engine.facts.device import HostCopy, Indices, choose, index_on
 
 
 @pytest.fixture
@@ -49,6 +49,16 @@ def test_indices_cross_without_a_wait_and_in_order(cuda: FakeCuda) -> None:
     assert cuda.timeline.now_s - begun_s < 24 / 1e6  # not even the copy has had its time
     assert (places + 1).tolist() == [4, 2, 3]
     assert index_on([], cuda.device).shape == (0,)
+
+
+def test_indices_in_the_middle_of_a_layer_do_not_cross(cuda: FakeCuda) -> None:
+    indices, seen = Indices(), len(cuda.timeline.queued)
+    for values in ([5, 6, 7, 2, 2, 3], [4], list(range(300)), [1, 0]):
+        found = indices.on(values, cuda.device)
+        assert found.device == cuda.device and found.dtype == torch.int64
+        assert all(each.engine is not cuda.to_device for each in cuda.timeline.queued[seen:])
+        assert found.tolist() == values
+    assert indices.on([], cuda.device).shape == (0,)
 
 
 def test_numbers_come_to_the_host_when_their_event_has(cuda: FakeCuda) -> None:
