@@ -310,6 +310,7 @@ def _lane(blueprint: Blueprint, model: PreTrainedModel, pages: int, *, tiled: bo
             Thinner(model, None)
         return SequentialLane(model)
     lane = packed_lane(model, blueprint.topology, pages)
+    lane.cache.grouped_heads = blueprint.device.grouped_heads
     if tiled:
         compare_thin(lane.with_own_pages(2), blueprint.vocab_size)
     return lane

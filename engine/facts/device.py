@@ -45,6 +45,7 @@ class Device:
     room: Room | None = None  # of its own; None: it computes in the host's memory
     wire: Callable[[Pack, TierPlan], Wiring] | None = None  # how experts get there, if it has room
     staging_bytes: int = 0  # of the host tier, that `wire` may need
+    grouped_heads: bool = True  # its attention kernels take key heads that query heads share
 
     def fault(self) -> str | None:
         """Why nothing works there any more; None: it does.
@@ -121,6 +122,7 @@ def _cuda(name: str, why: str) -> Device:
         torch.cuda.set_device(place)
         free_bytes, total_bytes = torch.cuda.mem_get_info(place)
         model = torch.cuda.get_device_name(place)
+        grouped_heads = torch.cuda.get_device_capability(place) >= (8, 0)  # where flash runs
     except RuntimeError as error:
         raise StartError(f"--device {name}: {str(error).splitlines()[0]}") from error
     half = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -131,6 +133,7 @@ def _cuda(name: str, why: str) -> Device:
         Room(f"{model}, {place}", free_bytes, total_bytes),
         partial(cuda, place),
         STAGING_BYTES,
+        grouped_heads,
     )
 
 

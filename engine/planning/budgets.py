@@ -23,6 +23,7 @@ from moestro.engine.facts import (
     Room,
     round_up_tokens,
 )
+from moestro.engine.model import GPU_SINK_BLOCK_BYTES
 from moestro.engine.weights import saved_bytes
 
 from .blueprint import Blueprint, compact_modules, kept_dense
@@ -293,10 +294,27 @@ def _workspace_bytes(
     fixed = ALLOWANCE_BYTES + logits + widened + states
     if topology.lane.lane is Lane.SEQUENTIAL:  # a layer that is being joined with its new rows
         fixed += 2 * seen * demand.kv_bytes_per_token // topology.attention_layers
-    elif blueprint.device.room is not None:
-        fixed += _repeated_heads_bytes(blueprint, seen)
+    elif blueprint.device.place.type != "cpu":
+        fixed += _repeated_heads_bytes(blueprint, seen) + _sinks_bytes(blueprint, seen)
     fixed += _repeated_rows(config, blueprint) * per_token
-    return fixed + step_tokens * (per_token + (MASK_BYTES + _scores_bytes(blueprint)) * seen)
+    of_a_pair = _mask_bytes(blueprint) + _scores_bytes(blueprint)
+    return fixed + step_tokens * (per_token + of_a_pair * seen)
+
+
+def _mask_bytes(blueprint: Blueprint) -> int:
+    """Of a token and one that it may see; a GPU needs no mask for plain causality."""
+    topology = blueprint.topology
+    masked = topology.ruled_masks or topology.block_masks or topology.lane.lane is Lane.SEQUENTIAL
+    return MASK_BYTES if masked or blueprint.device.place.type == "cpu" else 0
+
+
+def _sinks_bytes(blueprint: Blueprint, context: int) -> int:
+    """Of scores that a GPU writes out a block at a time (attention.py): fp32, and as they come."""
+    if not any(key.endswith(".sinks") for key in blueprint.dense_keys):
+        return 0
+    text_config = blueprint.checkpoint.config.get_text_config()
+    row_bytes = 4 * int(text_config.num_attention_heads) * context
+    return SCORE_COPIES * max(GPU_SINK_BLOCK_BYTES, row_bytes)
 
 
 def _repeated_rows(config: EngineConfig, blueprint: Blueprint) -> int:
@@ -317,9 +335,14 @@ def _scores_bytes(blueprint: Blueprint) -> int:
 
 
 def _repeated_heads_bytes(blueprint: Blueprint, context: int) -> int:
-    """Keys and values of one sequence and layer, once for every query head (attention.py)."""
+    """Keys and values of one sequence and layer, once for every query head (attention.py).
+
+    Of what has masks, and of all where a device's kernels do not group heads.
+    """
     text_config, topology = blueprint.checkpoint.config.get_text_config(), blueprint.topology
     heads = int(getattr(text_config, "num_attention_heads", 1))
     key_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
+    if blueprint.device.grouped_heads and not (topology.ruled_masks or topology.block_masks):
+        return 0
     numbers = topology.kv_numbers_per_token // topology.attention_layers * heads // key_heads
     return numbers * blueprint.itemsize * context
