@@ -13,6 +13,7 @@ from .device import (
     index_on,
     planned_card,
     set_threads,
+    unused_gpu,
 )
 from .errors import (
     NO_SEQUENCE_EXPERTS,
@@ -106,4 +107,5 @@ __all__ = [
     "planned_card",
     "round_up_tokens",
     "set_threads",
+    "unused_gpu",
 ]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,18 +103,43 @@ def choose(config: EngineConfig) -> Device:
     return _cuda("cuda", "--device auto: CUDA is here")
 
 
+NVIDIA_FILES = ("dev/nvidia[0-9]*", "usr/lib/wsl/lib/libcuda.so.1")  # where a card is
+
+
+def unused_gpu(device: Device, root: Path = Path("/")) -> str | None:
+    """Why a card that the system shows is not computed on, and the cure; None: it is, or none is.
+
+    `root` is where dev and usr are.
+    """
+    if device.room is not None or not any(any(root.glob(each)) for each in NVIDIA_FILES):
+        return None
+    if torch.cuda.is_available():
+        return f"an NVIDIA GPU is here and not used ({device.why}): --device auto computes on it"
+    return f"an NVIDIA GPU is here and not used: {_no_cuda()}; {_cure()}"
+
+
 def _no_cuda() -> str:
-    built = "is built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
-    return f"torch {torch.__version__} {built}"
+    """In torch's own words, where it has any."""
+    built = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{built} is built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        return f"{built} for CUDA {torch.version.cuda}: {str(error).splitlines()[0]}"
+    return f"{built} sees no CUDA device"
+
+
+def _cure() -> str:
+    if torch.version.cuda is None:
+        return "install a torch for your GPU (make setup MOESTRO_TORCH=torch)"
+    return "update NVIDIA's driver, or install a torch for the CUDA that it has"
 
 
 def _cuda(name: str, why: str) -> Device:
     """A GPU, made the calling thread's own."""
     if not torch.cuda.is_available():
-        raise StartError(
-            f"--device {name}: {_no_cuda()}; use --device cpu, or install a torch for your GPU"
-            " (make setup MOESTRO_TORCH=torch)"
-        )
+        raise StartError(f"--device {name}: {_no_cuda()}; {_cure()}, or use --device cpu")
     index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
     if index >= count:
         raise StartError(f"--device {name}: there are {count} CUDA devices, cuda:0 is the first")

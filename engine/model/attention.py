@@ -233,8 +233,8 @@ def _attend(
     heads, new_tokens, length = rows.shape[1], rows.shape[2], keys.shape[1]
     if new_tokens == 1 and mask is None:
         # one row per head: the G heads that share a key head become its rows, no copy of K or V
-        grouped = rows.reshape(1, keys.shape[0], heads // keys.shape[0], rows.shape[3])
-        out = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scaling)
+        shared = rows.reshape(1, keys.shape[0], heads // keys.shape[0], rows.shape[3])
+        out = F.scaled_dot_product_attention(shared, keys[None], values[None], scale=scaling)
         return out.reshape(1, heads, 1, values.shape[2])
     flash = grouped and rows.shape[3] == values.shape[2] <= WIDEST_FLASH_HEAD
     if rows.device.type != "cpu" and (mask is not None or not flash):
