@@ -175,6 +175,15 @@ def matrices_of(
             yield name, tensor.transpose(1, 2) if transposed else tensor
 
 
+def to_encode(weight: torch.Tensor, device: str) -> torch.Tensor:
+    """One matrix of one expert in fp32, contiguous, on the kind of device that encodes it.
+
+    A GPU does it many times faster; of one matrix at a time it always has the memory.
+    """
+    there = weight if device == "cpu" else weight.contiguous().to(device)
+    return there.float().contiguous()
+
+
 Quantized = tuple[torch.Tensor, torch.Tensor]  # rows: int8 [n, K], fp32 [n, 1]
 Int8Matrix = tuple[torch.Tensor, torch.Tensor]  # int8 [K, N], fp32 [N]
 
@@ -185,8 +194,9 @@ class Int8Codec:
     name = "int8"
     tiled = False
 
-    def __init__(self, compute_dtype: torch.dtype = torch.float32) -> None:
-        self._dtype = compute_dtype
+    def __init__(self, compute_dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        """`device`: the kind that computes, which also encodes."""
+        self._dtype, self._device = compute_dtype, device
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
         found = biases_layout(tensors)
@@ -203,7 +213,7 @@ class Int8Codec:
             found[name] = torch.empty(matrix.shape, dtype=torch.int8)
             scales = torch.empty(matrix.shape[:2], dtype=torch.float32)
             for expert, weight in enumerate(matrix):  # one at a time: fp32 of a layer is large
-                values, scale = quantize_rows(weight.float())
+                values, scale = quantize_rows(to_encode(weight, self._device))
                 found[name][expert] = values
                 scales[expert] = scale[:, 0]
             found[f"{name}.{SCALE}"] = scales
