@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from moestro.engine.facts import ModelRefused
+
 SCALE = "scale"  # a quantized matrix `x` has its scales beside it as `x.scale`
 LARGEST = 127.0
 SECOND_DIGIT = 254.0  # steps of the second digit in one of the first: half a step is 127
@@ -86,25 +88,35 @@ class NativeMatrix(NamedTuple):
 class NativeCodec:
     """The checkpoint's bytes, widened to the compute dtype when they are used.
 
+    On a GPU a matrix of numbers that are not smaller is kept in the compute dtype: the same, once.
     A widened matrix lies in one reused buffer, valid until the next one is asked for.
     """
 
     name = "native"
     tiled = False
 
-    def __init__(self, compute_dtype: torch.dtype) -> None:
-        self._dtype = compute_dtype
+    def __init__(self, compute_dtype: torch.dtype, device: str = "cpu") -> None:
+        self._dtype, self._device = compute_dtype, device
         self._buffer = torch.empty(0, dtype=compute_dtype)
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
         return {
-            name: (dtype_name(dtype), tuple(shape[1:])) for name, (dtype, shape) in tensors.items()
+            name: (dtype_name(self._kept(dtype, shape)), tuple(shape[1:]))
+            for name, (dtype, shape) in tensors.items()
         }
 
     def encode(
         self, tensors: Mapping[str, torch.Tensor], transposed: bool
     ) -> dict[str, torch.Tensor]:
-        return dict(tensors)
+        return {
+            name: tensor.to(self._kept(tensor.dtype, tensor.shape))
+            for name, tensor in tensors.items()
+        }
+
+    def _kept(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.dtype:
+        """Of a tensor [E, ...]."""
+        is_own = self._device == "cpu" or len(shape) != 3 or dtype.itemsize < self._dtype.itemsize
+        return dtype if is_own else self._dtype
 
     def open(
         self, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool
@@ -201,6 +213,11 @@ class Int8Codec:
     def layout(self, tensors: Source, transposed: bool) -> Layout:
         found = biases_layout(tensors)
         for name, outputs, inputs in matrix_sides(tensors, transposed):
+            if self._device != "cpu" and (outputs % 8 or inputs % 8):
+                raise ModelRefused(
+                    f"--expert-format int8: {name} is {outputs} x {inputs}, and a GPU multiplies"
+                    " multiples of 8 alone; use native"
+                )
             found[name] = ("int8", (outputs, inputs))
             found[f"{name}.{SCALE}"] = ("float32", (outputs,))
         return found

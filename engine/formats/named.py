@@ -44,7 +44,7 @@ def codec_of(
         case "int8":
             return Int8Codec(compute_dtype, device)
         case _:
-            return NativeCodec(compute_dtype)
+            return NativeCodec(compute_dtype, device)
 
 
 def in_tiles(compute_dtype: torch.dtype, device: str = "cpu") -> bool:

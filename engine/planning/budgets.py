@@ -23,6 +23,7 @@ from moestro.engine.facts import (
     Room,
     round_up_tokens,
 )
+from moestro.engine.formats import MixedCodec
 from moestro.engine.model import GPU_SINK_BLOCK_BYTES
 from moestro.engine.weights import saved_bytes
 
@@ -282,11 +283,7 @@ def _workspace_bytes(
     )
     per_token = 4 * (max(blueprint.topology.experts_per_token) * hidden + 6 * hidden + 3 * width)
     logits = 4 * config.max_running * blueprint.vocab_size
-    widened = max(
-        4 * torch.Size(shape[1:]).numel()
-        for entry in blueprint.experts
-        for _, shape in entry.tensors.values()
-    )
+    widened = _widened_bytes(blueprint)
     kv_bytes = config.kv_memory_bytes or DEFAULT_KV_BYTES
     seen = min(demand.context_tokens, kv_bytes // demand.kv_bytes_per_token)
     topology = blueprint.topology
@@ -299,6 +296,25 @@ def _workspace_bytes(
     fixed += _repeated_rows(config, blueprint) * per_token
     of_a_pair = _mask_bytes(blueprint) + _scores_bytes(blueprint)
     return fixed + step_tokens * (per_token + of_a_pair * seen)
+
+
+def _widened_bytes(blueprint: Blueprint) -> int:
+    """One matrix of an expert in the numbers that it is computed with; on a GPU, where a format
+    has no product of its own for many rows, or is kept in smaller numbers.
+    """
+    matrices = [
+        (dtype, torch.Size(shape[1:]).numel())
+        for entry in blueprint.experts
+        for dtype, shape in entry.tensors.values()
+    ]
+    largest = max(count for _, count in matrices)
+    if blueprint.device.place.type == "cpu":
+        return 4 * largest
+    codec = blueprint.codec
+    names = {each.name for each in (codec.codecs if isinstance(codec, MixedCodec) else [codec])}
+    smaller = any(dtype.itemsize < blueprint.itemsize for dtype, _ in matrices)
+    widens = "nf4" in names or ("native" in names and smaller)
+    return blueprint.itemsize * largest if widens else 0
 
 
 def _mask_bytes(blueprint: Blueprint) -> int:

@@ -9,6 +9,7 @@ import torch
 from fake_cuda import FakeCuda
 from fake_cuda_facts import Gpu
 from fake_cuda_torch import installed
+from moestro.engine import ModelRefused
 from moestro.engine.formats import codec_of
 
 GPU = (
@@ -44,3 +45,26 @@ def test_a_gpu_gives_the_cpu_s_bytes(where: type, name: str, transposed: bool) -
     for key, tensor in here.items():
         assert there[key].device.type == "cpu" and there[key].dtype == tensor.dtype
         assert torch.equal(there[key], tensor), key
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_native_is_kept_there_as_it_is_computed_with(stored: torch.dtype) -> None:
+    """Turing computes in fp16: what is bf16 in the file would be converted at each use."""
+    expert = {"up_proj": torch.full((1, 8, 16), 0.1, dtype=stored)}
+    expert["up_proj_bias"] = torch.ones(1, 8)
+    source = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in expert.items()}
+    codec = codec_of("native", torch.float16, "cuda")
+    assert codec.layout(source, False) == {
+        "up_proj": ("float16", (8, 16)),
+        "up_proj_bias": ("float32", (8,)),
+    }
+    kept = codec.encode(expert, False)
+    assert torch.equal(kept["up_proj"], expert["up_proj"].half())
+    assert kept["up_proj_bias"] is expert["up_proj_bias"]
+
+
+def test_shapes_that_a_gpu_does_not_multiply_are_refused() -> None:
+    odd = {"up_proj": (torch.bfloat16, (4, 96, 60))}
+    with pytest.raises(ModelRefused, match="--expert-format int8: up_proj is 96 x 60"):
+        codec_of("int8", torch.bfloat16, "cuda").layout(odd, False)
+    codec_of("int8", torch.bfloat16, "cpu", rows=True).layout(odd, False)

@@ -19,7 +19,7 @@ from virtual_device import Operation
 SLOW = Gpu(4 << 30, copy_bytes_per_s=1e6, kernel_s=1e-7)  # an expert takes 25 ms to cross
 TOGETHER = [[(1, [5, 6, 7]), (2, [8, 9]), (3, [30])]]
 TOGETHER += [[(1, [10 + i]), (2, [50 + i]), (3, [90 + i])] for i in range(6)]
-SLOT_BYTES = 3 * 64 * 64 * 4
+SLOT_BYTES = 3 * 64 * 64 * 2
 DEVICE_SLOTS = 14  # of 32: some are there, some are not
 
 

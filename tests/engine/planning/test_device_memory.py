@@ -1,8 +1,16 @@
 """The host's tier beside a GPU: pinned, so bound by what others have left."""
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from moestro.engine import BudgetTooSmall
+import pytest
+import torch
+
+import tiny
+from moestro.engine import BudgetTooSmall, EngineConfig, StartError
+from moestro.engine.facts import planned_card
+from moestro.engine.planning import inspect, plan_memory
 from moestro.engine.planning.device_memory import (
     HOST_ALLOWANCE_BYTES,
     PINNED_RESERVE_BYTES,
@@ -64,3 +72,32 @@ def test_what_can_be_swapped_leaves_a_share_alone() -> None:
     fixed = GIB + HOST_ALLOWANCE_BYTES
     assert plan.experts_bytes == 8 * GIB - int(0.15 * 8 * GIB) - fixed
     assert not any("pinned" in line for line in plan.lines())
+
+
+def test_dense_int8_of_odd_shapes_is_refused_on_a_gpu(tmp_path: Path) -> None:
+    """260 ids are no multiple of 8; before anything is loaded."""
+    folder = tiny.build("mixtral", tmp_path / "model")
+    config = EngineConfig(folder, tmp_path, dense_format="int8", kv_memory_bytes=1 << 20)
+    with pytest.raises(StartError, match=r"--dense-format int8: lm_head is 260 x 64"):
+        plan_memory(config, inspect(config, planned_card(8 * GIB)))
+
+
+def test_a_gpu_s_workspace_has_no_room_for_what_is_not_done_there(tmp_path: Path) -> None:
+    """Matrices widened, masks and repeated heads of plain causality: none of them."""
+    folder = tiny.build("mixtral", tmp_path / "model", torch.bfloat16)
+
+    def workspace(context: int, **card: Any) -> int:
+        config = EngineConfig(
+            folder,
+            tmp_path,
+            kv_memory_bytes=1 << 22,
+            max_step_tokens=64,
+            max_model_len_tokens=context,
+        )
+        device = replace(planned_card(8 * GIB), **card)
+        return plan_memory(config, inspect(config, device)).demand.workspace_bytes
+
+    assert workspace(512) == workspace(128)
+    heads, width, longer = 4, 16, 512 - 128
+    turing = {"grouped_heads": False, "compute_dtype": torch.float16}
+    assert workspace(512, **turing) - workspace(128, **turing) == 2 * 2 * heads * width * longer
