@@ -62,7 +62,8 @@ def test_nothing_small_crosses_behind_experts_and_residents_do_not_wait_for_them
         if not copies:
             continue
         behind = queued[queued.index(copies[0]) :]
-        products = [x for x in behind if x.name in ("mm", "mv") and x.ends_s is not None]
+        products = [x for x in behind if x.name in ("mm", "mv")]
         first_miss_s = min(each.ends_s for each in copies if each.ends_s is not None)
-        overlapped += any(each.ends_s < first_miss_s for each in products)
+        ends_s = [each.ends_s for each in products if each.ends_s is not None]
+        overlapped += bool(ends_s) and min(ends_s) < first_miss_s
     assert overlapped > len(layers) / 4

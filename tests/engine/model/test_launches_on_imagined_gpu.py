@@ -19,9 +19,10 @@ from fake_cuda_torch import installed
 from virtual_device import Operation
 
 WIDTHS: dict[str, Any] = {**tiny.WIDTHS, "num_hidden_layers": 2}
+QWEN3: dict[str, Any] = {**WIDTHS, "head_dim": 16}
 LIKE: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(
-        **WIDTHS, head_dim=16, moe_intermediate_size=32, num_experts=128, num_experts_per_tok=8
+        **QWEN3, moe_intermediate_size=32, num_experts=128, num_experts_per_tok=8
     ),
     "mixtral": lambda: hf.MixtralConfig(**WIDTHS, num_local_experts=8, num_experts_per_tok=2),
 }

@@ -28,13 +28,15 @@ def test_it_ends_the_engine_with_the_reason_and_memory_that_ran_out_a_step(
         healthy = [each.ids for each in generate(engine, PROMPTS, GREEDY)]
         used_bytes, cuda.used_bytes = cuda.used_bytes, MEMORY_BYTES
         failed = generate(engine, PROMPTS, GREEDY)
-        assert {each.error for each in failed} == {STEP_FAILED} and engine.lost is None
+        assert {each.error for each in failed} == {STEP_FAILED} and not engine.lost
         assert engine.scheduler.kv_reserved_bytes == 0
         cuda.used_bytes = used_bytes
         assert [each.ids for each in generate(engine, PROMPTS, GREEDY)] == healthy
         cuda.stick_in(600)  # calls: in a later step
-        while engine.lost is None:
+        lost = None
+        while lost is None:
             failed = generate(engine, PROMPTS, GREEDY)
+            lost = engine.lost
         assert {each.error for each in failed} == {STEP_FAILED}
-        assert isinstance(engine.lost, DeviceLost)
-        assert "cuda:0 failed: CUDA error: illegal address; start again" in str(engine.lost)
+        assert isinstance(lost, DeviceLost)
+        assert "cuda:0 failed: CUDA error: illegal address; start again" in str(lost)

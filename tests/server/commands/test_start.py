@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shlex
+import socket
 
 import pytest
 
@@ -63,5 +64,6 @@ def test_a_gpu_s_allocator_is_set_before_the_big_imports(monkeypatch):
 
     monkeypatch.setattr(cli, "_big_imports", imports)
     monkeypatch.setattr(start, "run_server", lambda *_: 0)
-    cli._serve(Settings(model="demo", device="cuda"), None)
+    with socket.socket() as listener:
+        cli._serve(Settings(model="demo", device="cuda"), listener)
     assert found == ["expandable_segments:True"]
