@@ -52,6 +52,8 @@ def log_plan(config: EngineConfig, blueprint: Blueprint, plan: MemoryPlan) -> No
     """The sums, and what smaller formats would gain."""
     for line in plan.lines():
         log.info("%s", line)
+    if plan.host is not None and plan.host.warning is not None:
+        log.warning("%s", plan.host.warning)
     gains = gains_of(config, blueprint)
     if gains is not None:
         log.info("%s", gains.line())

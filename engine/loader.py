@@ -34,6 +34,7 @@ from moestro.engine.facts import (
     TorchThreads,
     choose,
     set_threads,
+    unused_gpu,
 )
 from moestro.engine.formats import ExpertsModule, in_tiles
 from moestro.engine.kernels import set_pool_threads
@@ -126,6 +127,8 @@ def load(
     check_choices(config)
     device = choose_device(config)
     check_device(config, device)
+    if (unused := unused_gpu(device)) is not None and config.link is None:
+        log.warning("%s", unused)
     threads = set_threads(config.threads)
     set_pool_threads(threads.count)
     phases = Phases(progress)
@@ -140,23 +143,35 @@ def load(
     log_plan(config, blueprint, plan)
     tokenizer = Tokenizer(config.model_path)
     warn_vocabulary(tokenizer, blueprint.vocab_size)
+    try:
+        return _loaded(config, blueprint, plan, tokenizer, threads.count, phases)
+    except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile
+        raise StartError(
+            f"--device {config.device}: less memory is free there than was planned with; lower"
+            f" --device-memory or --kv-memory ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _loaded(
+    config: EngineConfig,
+    blueprint: Blueprint,
+    plan: MemoryPlan,
+    tokenizer: Tokenizer,
+    threads: int,
+    phases: Phases,
+) -> Loaded:
+    """As planned. Raises as `load`, and torch.OutOfMemoryError."""
     with ExitStack() as undo:
         folder = use_folder(config, blueprint.family, blueprint.topology.lane.lane.value)
         undo.callback(folder.close)
-        try:
-            model, cache = load_weights(config, blueprint, plan, phases)
-        except torch.OutOfMemoryError as error:  # of a GPU that others have taken from meanwhile
-            raise StartError(
-                f"--device {config.device}: less memory is free there than was planned with; lower"
-                f" --device-memory or --kv-memory ({str(error).splitlines()[0]})"
-            ) from error
+        model, cache = load_weights(config, blueprint, plan, phases)
         undo.callback(cache.close)
         step = StepPhase()
-        prefetch = _prefetch(config, blueprint, model, cache, step, threads.count)
+        prefetch = _prefetch(config, blueprint, model, cache, step, threads)
         _bind(config, blueprint, model, cache, step, prefetch)
         phases.enter("check")
         step.phase = Phase.PREFILL  # what the check runs are prompts
-        tiled = in_tiles(device.compute_dtype, device.place.type)
+        tiled = in_tiles(blueprint.device.compute_dtype, blueprint.device.place.type)
         lane = _lane(blueprint, model, _limits(config, plan).pages, tiled=tiled)
         whole_prompts = not _check_once(config, blueprint, lane)
         if whole_prompts:
@@ -164,7 +179,7 @@ def load(
         phases.leave()
         # rows of scores take two copies, where the plan has room for one of each sequence's logits
         head_rows = max(1, config.max_running // 2)
-        torch_threads = TorchThreads(1 if tiled else threads.count, threads.count)
+        torch_threads = TorchThreads(1 if tiled else threads, threads)
         selection = sequence_experts(config, blueprint, lane, step)
         runner = Runner(lane, step, head_rows, torch_threads, selection)
         limits = replace(
@@ -272,6 +287,7 @@ def _assemble(
         context,
         blueprint.vocab_size,
         lambda: _discard(config.pack_path),
+        blueprint.device.fault,
     )
     manifest = blueprint.manifest
     info = ModelInfo(
@@ -309,6 +325,7 @@ def _lane(blueprint: Blueprint, model: PreTrainedModel, pages: int, *, tiled: bo
             Thinner(model, None)
         return SequentialLane(model)
     lane = packed_lane(model, blueprint.topology, pages)
+    lane.cache.grouped_heads = blueprint.device.grouped_heads
     if tiled:
         compare_thin(lane.with_own_pages(2), blueprint.vocab_size)
     return lane
@@ -328,7 +345,7 @@ def _check_once(config: EngineConfig, blueprint: Blueprint, lane: PassLane) -> b
         return kept == verdict.encode()
     exact = config.expert_format == config.dense_format == "native"
     coarse = not exact or blueprint.itemsize < 4
-    found = _check(lane, blueprint.vocab_size, coarse=coarse)
+    found = _check(lane, blueprint.vocab_size, blueprint.device.compute_dtype, coarse=coarse)
     try:
         record.write_text(verdict if found.continues else verdict + WHOLE_PROMPTS, "utf-8")
     except OSError as error:  # the next start checks again: slower, not wrong
@@ -336,9 +353,9 @@ def _check_once(config: EngineConfig, blueprint: Blueprint, lane: PassLane) -> b
     return found.continues
 
 
-def _check(lane: PassLane, vocab_size: int, *, coarse: bool) -> Verdict:
+def _check(lane: PassLane, vocab_size: int, compute_dtype: torch.dtype, *, coarse: bool) -> Verdict:
     own = lane.with_own_pages(3) if isinstance(lane, PackedLane) else lane
-    found = check_lane(own, vocab_size, coarse=coarse)
+    found = check_lane(own, vocab_size, compute_dtype, coarse=coarse)
     what = "in company, in chunks and alone" if found.continues else "in company and alone"
     log.info("self-check: %s agree (relative difference %.1e)", what, found.worst)
     return found

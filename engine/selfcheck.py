@@ -6,6 +6,7 @@ beside another sequence, shows that in a second. Some classes of transformers ca
 prompt in a second chunk: their prompts are computed whole.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,15 @@ from moestro.engine.facts import ModelRefused
 from moestro.engine.lanes import LanePart, PackedLane, PassLane, last_rows
 from moestro.engine.model import Thinner, experts_aside
 
+log = logging.getLogger("moestro.engine")
+
 # Of the largest logit. Float rounding stays a hundred times below the first; with int8 or in bf16,
 # rounding can turn a digit or a router's choice, while a state that leaks gives differences near 1.
 TOLERANCE = 1e-3
 COARSE_TOLERANCE = 0.1
+# In half precision through dozens of layers, with routers that choose among many: it is said, and
+# is no reason yet to refuse a good model.
+HALF_TOLERANCE = 0.5
 CHUNKS_FACTOR = 10  # a second chunk may differ by so much more than single tokens do
 LENGTH_TOKENS = 6
 SPLIT_TOKENS = 4
@@ -31,7 +37,13 @@ class Verdict:
     continues: bool  # a prompt may come in several chunks
 
 
-def check_lane(lane: PassLane, vocab_size: int, *, coarse: bool = False) -> Verdict:
+def check_lane(
+    lane: PassLane,
+    vocab_size: int,
+    compute_dtype: torch.dtype = torch.float32,
+    *,
+    coarse: bool = False,
+) -> Verdict:
     """`lane` has three pages. Raises ModelRefused where what differs is not rounding."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (2, LENGTH_TOKENS), generator=generator).tolist()
@@ -39,13 +51,21 @@ def check_lane(lane: PassLane, vocab_size: int, *, coarse: bool = False) -> Verd
     with torch.inference_mode():
         alone = _step(lane, [LanePart((0, 0), [0], first, 0)])[0]
         if not bool(torch.isfinite(alone).all()):
-            raise ModelRefused(
-                "the weights give logits that are not finite: damaged or NaN tensors"
-            )
+            raise ModelRefused(_not_finite(compute_dtype))
         chunked = _beside(lane, first, other, [SPLIT_TOKENS, LENGTH_TOKENS - SPLIT_TOKENS])
         single = _beside(lane, first, other, [SPLIT_TOKENS, 1, 1])
     worst, least = _difference(chunked, alone), _difference(single, alone)
     most = COARSE_TOLERANCE if coarse else TOLERANCE
+    if compute_dtype.itemsize < torch.float32.itemsize:
+        most = HALF_TOLERANCE
+        if min(worst, least) > COARSE_TOLERANCE:
+            log.warning(
+                "self-check: a sequence in company gives other logits than alone (relative"
+                " difference %.1e), more than rounding to %s does in most models: answers may"
+                " depend on who else is served",
+                worst,
+                str(compute_dtype).removeprefix("torch."),
+            )
     chunks_most = most
     if lane.keeps_states:
         chunks_most = min(most, max(TOLERANCE, CHUNKS_FACTOR * least))
@@ -58,6 +78,15 @@ def check_lane(lane: PassLane, vocab_size: int, *, coarse: bool = False) -> Verd
         f"models of type {kind!r} are not carried yet: a sequence in company gives other logits"
         f" than alone (relative difference {worst:.1e})"
     )
+
+
+def _not_finite(compute_dtype: torch.dtype) -> str:
+    if compute_dtype is torch.float16:
+        return (
+            "the weights give logits that are not finite: fp16 overflow, whose largest number is"
+            " 65504 (compute with --device cpu, or on a GPU with bf16), or damaged or NaN tensors"
+        )
+    return "the weights give logits that are not finite: damaged or NaN tensors"
 
 
 def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:

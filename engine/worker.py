@@ -22,12 +22,12 @@ from moestro.engine.facts import (
     EngineConfig,
     EngineError,
     EngineFailed,
+    EngineLost,
     EngineState,
     EngineStats,
     LoadCancelled,
     ModelInfo,
     NotReady,
-    PackLost,
     Progress,
     ProgressFn,
     StartError,
@@ -210,15 +210,24 @@ class EngineWorker:
             self.state = EngineState.READY
             self._settled.set()
             self._serve(self._loaded)
-        except (StartError, CacheError, PackLost) as error:
-            self._fail(error if isinstance(error, EngineError) else StartError(str(error)))
+        except (StartError, EngineLost) as error:
+            self._fail(error)
+        except CacheError as error:
+            self._fail(self._failure_behind(error))
         except Exception as error:  # the thread's boundary: nobody may wait for ever
             log.exception("the engine's thread died")
-            kind = StartError if self._loaded is None else EngineFailed
-            self._fail(kind(f"unexpected {type(error).__name__}: {error}"))
+            self._fail(self._failure_behind(error))
         finally:
             if self._loaded is not None:
                 self._loaded.close()
+
+    def _failure_behind(self, error: Exception) -> EngineError:
+        if self._loaded is None and isinstance(error, CacheError):
+            return StartError(str(error))
+        unexpected = f"unexpected {type(error).__name__}: {error}"
+        if self._loaded is None:
+            return StartError(unexpected)
+        return self._loaded.engine.loss_behind(error) or EngineFailed(unexpected)
 
     def _serve(self, loaded: Loaded) -> None:
         while not self._stopping.is_set():
@@ -228,7 +237,7 @@ class EngineWorker:
         self.state = EngineState.STOPPED
 
     def _turn(self, loaded: Loaded) -> None:
-        """Requests in, one step, events out. Raises PackLost."""
+        """Requests in, one step, events out. Raises EngineLost."""
         self._beat_s = time.monotonic()
         try:
             command = self._inbox.get(block=loaded.engine.idle, timeout=IDLE_BEAT_S)
@@ -239,8 +248,8 @@ class EngineWorker:
             pass
         if not self._stopping.is_set():
             self._deliver(loaded.engine.step())
-            if loaded.engine.pack_lost is not None:
-                raise loaded.engine.pack_lost
+            if loaded.engine.lost is not None:
+                raise loaded.engine.lost
 
     def _take_snapshot(self) -> None:
         assert self._loaded is not None
@@ -312,4 +321,5 @@ class EngineWorker:
 
 def _as_unavailable(failure: EngineError) -> Unavailable:
     """What a request is told of it; a new one each time, for it is raised."""
-    return PackLost(str(failure)) if isinstance(failure, PackLost) else EngineFailed(str(failure))
+    kind = type(failure) if isinstance(failure, EngineLost) else EngineFailed
+    return kind(str(failure))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,21 @@ class Device:
     room: Room | None = None  # of its own; None: it computes in the host's memory
     wire: Callable[[Pack, TierPlan], Wiring] | None = None  # how experts get there, if it has room
     staging_bytes: int = 0  # of the host tier, that `wire` may need
+    grouped_heads: bool = True  # its attention kernels take key heads that query heads share
+
+    def fault(self) -> str | None:
+        """Why nothing works there any more; None: it does.
+
+        Waits for all that is queued there: to be asked after an error that may be its.
+        """
+        if self.place.type != "cuda":
+            return None
+        try:
+            torch.cuda.synchronize(self.place)
+        except RuntimeError as error:
+            first_line = str(error).splitlines()[0]
+            return f"{self.place} failed: {first_line}; start again, and see the driver's log"
+        return None
 
 
 UNSEEN_BYTES = GIB
@@ -87,18 +103,43 @@ def choose(config: EngineConfig) -> Device:
     return _cuda("cuda", "--device auto: CUDA is here")
 
 
+NVIDIA_FILES = ("dev/nvidia[0-9]*", "usr/lib/wsl/lib/libcuda.so.1")  # where a card is
+
+
+def unused_gpu(device: Device, root: Path = Path("/")) -> str | None:
+    """Why a card that the system shows is not computed on, and the cure; None: it is, or none is.
+
+    `root` is where dev and usr are.
+    """
+    if device.room is not None or not any(any(root.glob(each)) for each in NVIDIA_FILES):
+        return None
+    if torch.cuda.is_available():
+        return f"an NVIDIA GPU is here and not used ({device.why}): --device auto computes on it"
+    return f"an NVIDIA GPU is here and not used: {_no_cuda()}; {_cure()}"
+
+
 def _no_cuda() -> str:
-    built = "is built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
-    return f"torch {torch.__version__} {built}"
+    """In torch's own words, where it has any."""
+    built = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{built} is built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        return f"{built} for CUDA {torch.version.cuda}: {str(error).splitlines()[0]}"
+    return f"{built} sees no CUDA device"
+
+
+def _cure() -> str:
+    if torch.version.cuda is None:
+        return "install a torch for your GPU (make setup MOESTRO_TORCH=torch)"
+    return "update NVIDIA's driver, or install a torch for the CUDA that it has"
 
 
 def _cuda(name: str, why: str) -> Device:
     """A GPU, made the calling thread's own."""
     if not torch.cuda.is_available():
-        raise StartError(
-            f"--device {name}: {_no_cuda()}; use --device cpu, or install a torch for your GPU"
-            " (make setup MOESTRO_TORCH=torch)"
-        )
+        raise StartError(f"--device {name}: {_no_cuda()}; {_cure()}, or use --device cpu")
     index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
     if index >= count:
         raise StartError(f"--device {name}: there are {count} CUDA devices, cuda:0 is the first")
@@ -107,6 +148,7 @@ def _cuda(name: str, why: str) -> Device:
         torch.cuda.set_device(place)
         free_bytes, total_bytes = torch.cuda.mem_get_info(place)
         model = torch.cuda.get_device_name(place)
+        grouped_heads = torch.cuda.get_device_capability(place) >= (8, 0)  # where flash runs
     except RuntimeError as error:
         raise StartError(f"--device {name}: {str(error).splitlines()[0]}") from error
     half = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -117,6 +159,7 @@ def _cuda(name: str, why: str) -> Device:
         Room(f"{model}, {place}", free_bytes, total_bytes),
         partial(cuda, place),
         STAGING_BYTES,
+        grouped_heads,
     )
 
 
@@ -126,6 +169,41 @@ def index_on(values: Sequence[int], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
     pinned = torch.tensor(values, dtype=torch.long, pin_memory=True)
     return pinned.to(device, non_blocking=True)
+
+
+class Indices:
+    """Like `index_on`, for the middle of a layer: to a GPU, nothing crosses.
+
+    What crosses waits in the copy engine for the experts that were queued before it, and what is
+    computed next would wait for it. So indices are put together there, out of a range.
+    """
+
+    LEAST_NUMBERS = 256
+
+    def __init__(self) -> None:
+        self._range: torch.Tensor | None = None  # int64, on the GPU
+
+    def on(self, values: Sequence[int], device: torch.device) -> torch.Tensor:
+        """int64 [n] on `device`, valid for reading."""
+        if device.type != "cuda" or not values:
+            return index_on(values, device)
+        most = max(values)
+        if self._range is None or len(self._range) <= most:
+            count = max(self.LEAST_NUMBERS, 1 << most.bit_length())
+            self._range = torch.arange(count, device=device)
+        runs = [self._range[start:end] for start, end in runs_of(values)]
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+def runs_of(values: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) of each run of neighbours, in order: 4 5 6 1 is (4, 7), (1, 2)."""
+    found: list[tuple[int, int]] = []
+    for value in values:
+        if found and found[-1][1] == value:
+            found[-1] = (found[-1][0], value + 1)
+        else:
+            found.append((value, value + 1))
+    return found
 
 
 class HostCopy:

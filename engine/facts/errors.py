@@ -16,7 +16,9 @@ EngineError
     ├── QueueFull         too many requests wait
     ├── Draining          shutting down, running work finishes
     └── EngineFailed      the engine thread died; restart the server
-        └── PackLost      because the file of the experts cannot be read any more
+        └── EngineLost    ended for good by what a new start may mend; so ends the process, too
+            ├── PackLost    the file of the experts cannot be read any more
+            └── DeviceLost  the GPU reports an error that stays, or is gone
 """
 
 NO_SEQUENCE_EXPERTS = "this model's routers do not let a sequence have experts of its own"
@@ -97,5 +99,13 @@ class EngineFailed(Unavailable):
     """Not worth a retry on this process."""
 
 
-class PackLost(EngineFailed):
+class EngineLost(EngineFailed):
+    """No step can succeed any more: whoever watches the process starts it again."""
+
+
+class PackLost(EngineLost):
     """The experts' file cannot be read any more: this engine has ended, a new start rebuilds it."""
+
+
+class DeviceLost(EngineLost):
+    """Nothing works any more on the device that computes, until the process is another one."""

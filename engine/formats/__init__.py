@@ -5,6 +5,7 @@ from .matrices import Codec, Fine, Span, multiply_fine, per_row, quantize_fine, 
 from .mixed import (
     MIXED,
     FormatMap,
+    MixedCodec,
     as_tile,
     encode_layer,
     expert_codec,
@@ -17,6 +18,7 @@ from .named import FORMATS, codec_of, in_tiles
 from .tiled import Codes, grid_format, tile_format
 
 __all__ = [
+    "MixedCodec",
     "Codec",
     "Codes",
     "ExpertsModule",

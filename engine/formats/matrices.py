@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from moestro.engine.facts import index_on
+from moestro.engine.facts import ModelRefused
 
 SCALE = "scale"  # a quantized matrix `x` has its scales beside it as `x.scale`
 LARGEST = 127.0
@@ -88,25 +88,35 @@ class NativeMatrix(NamedTuple):
 class NativeCodec:
     """The checkpoint's bytes, widened to the compute dtype when they are used.
 
+    On a GPU a matrix of numbers that are not smaller is kept in the compute dtype: the same, once.
     A widened matrix lies in one reused buffer, valid until the next one is asked for.
     """
 
     name = "native"
     tiled = False
 
-    def __init__(self, compute_dtype: torch.dtype) -> None:
-        self._dtype = compute_dtype
+    def __init__(self, compute_dtype: torch.dtype, device: str = "cpu") -> None:
+        self._dtype, self._device = compute_dtype, device
         self._buffer = torch.empty(0, dtype=compute_dtype)
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
         return {
-            name: (dtype_name(dtype), tuple(shape[1:])) for name, (dtype, shape) in tensors.items()
+            name: (dtype_name(self._kept(dtype, shape)), tuple(shape[1:]))
+            for name, (dtype, shape) in tensors.items()
         }
 
     def encode(
         self, tensors: Mapping[str, torch.Tensor], transposed: bool
     ) -> dict[str, torch.Tensor]:
-        return dict(tensors)
+        return {
+            name: tensor.to(self._kept(tensor.dtype, tensor.shape))
+            for name, tensor in tensors.items()
+        }
+
+    def _kept(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.dtype:
+        """Of a tensor [E, ...]."""
+        is_own = self._device == "cpu" or len(shape) != 3 or dtype.itemsize < self._dtype.itemsize
+        return dtype if is_own else self._dtype
 
     def open(
         self, tensors: Mapping[str, torch.Tensor], name: str, transposed: bool
@@ -177,6 +187,15 @@ def matrices_of(
             yield name, tensor.transpose(1, 2) if transposed else tensor
 
 
+def to_encode(weight: torch.Tensor, device: str) -> torch.Tensor:
+    """One matrix of one expert in fp32, contiguous, on the kind of device that encodes it.
+
+    A GPU does it many times faster; of one matrix at a time it always has the memory.
+    """
+    there = weight if device == "cpu" else weight.contiguous().to(device)
+    return there.float().contiguous()
+
+
 Quantized = tuple[torch.Tensor, torch.Tensor]  # rows: int8 [n, K], fp32 [n, 1]
 Int8Matrix = tuple[torch.Tensor, torch.Tensor]  # int8 [K, N], fp32 [N]
 
@@ -187,12 +206,18 @@ class Int8Codec:
     name = "int8"
     tiled = False
 
-    def __init__(self, compute_dtype: torch.dtype = torch.float32) -> None:
-        self._dtype = compute_dtype
+    def __init__(self, compute_dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        """`device`: the kind that computes, which also encodes."""
+        self._dtype, self._device = compute_dtype, device
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
         found = biases_layout(tensors)
         for name, outputs, inputs in matrix_sides(tensors, transposed):
+            if self._device != "cpu" and (outputs % 8 or inputs % 8):
+                raise ModelRefused(
+                    f"--expert-format int8: {name} is {outputs} x {inputs}, and a GPU multiplies"
+                    " multiples of 8 alone; use native"
+                )
             found[name] = ("int8", (outputs, inputs))
             found[f"{name}.{SCALE}"] = ("float32", (outputs,))
         return found
@@ -205,7 +230,7 @@ class Int8Codec:
             found[name] = torch.empty(matrix.shape, dtype=torch.int8)
             scales = torch.empty(matrix.shape[:2], dtype=torch.float32)
             for expert, weight in enumerate(matrix):  # one at a time: fp32 of a layer is large
-                values, scale = quantize_rows(weight.float())
+                values, scale = quantize_rows(to_encode(weight, self._device))
                 found[name][expert] = values
                 scales[expert] = scale[:, 0]
             found[f"{name}.{SCALE}"] = scales
@@ -255,11 +280,9 @@ class Int8Codec:
 
 def per_row(each: Sequence[torch.Tensor], counts: Sequence[int] | None) -> torch.Tensor:
     """Tensors [N], each as often as its count says (None: once), one below the other -> [n, N]."""
-    stacked = torch.stack(tuple(each))
     if counts is None or max(counts) == 1:
-        return stacked
-    rows = sum(counts)
-    return stacked.repeat_interleave(index_on(counts, stacked.device), dim=0, output_size=rows)
+        return torch.stack(tuple(each))
+    return torch.cat([one.expand(count, -1) for one, count in zip(each, counts, strict=True)])
 
 
 def largest_of_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from moestro.cache import BlobLayout, PackLayer, TraceInvalid, TraceReader
-from moestro.engine.facts import StartError, index_on
+from moestro.engine.facts import Indices, StartError
 from moestro.engine.kernels import ROWS, TILE16, TileMatrix
 
 from .experts_module import ExpertsModule
@@ -149,6 +149,7 @@ class MixedCodec:
 
     def __init__(self, formats: FormatMap, compute_dtype: torch.dtype, device: str = "cpu") -> None:
         self.formats = formats
+        self._indices = Indices()
         self._codecs = {name: codec_of(name, compute_dtype, device) for name in formats.formats}
         layouts = "-".join(sorted({each.name for each in self._codecs.values()}))
         self.name = f"mixed-{formats.digest}-{layouts}"
@@ -211,33 +212,31 @@ class MixedCodec:
             owns = [own for _, own in matrices]
             return codecs[0].multiply_each(rows.of(codecs[0]), spans, owns)
         below = list(accumulate((end - start for start, end in spans), initial=0))
-        outs, places = [], list[int]()
+        outs = dict[int, torch.Tensor]()  # by the number of the matrix
         for codec in codecs:
             mine = [number for number, (whose, _) in enumerate(matrices) if whose is codec]
             owns = [matrices[number][1] for number in mine]
             into = [row for number in mine for row in range(below[number], below[number + 1])]
-            counts = (below[number + 1] - below[number] for number in mine)
-            part = codec.take(rows.of(codec), index_on(into, rows.device))
+            counts = [below[number + 1] - below[number] for number in mine]
+            part = codec.take(rows.of(codec), self._indices.on(into, rows.device))
             spans_of_part = list(pairwise(accumulate(counts, initial=0)))
-            outs.append(codec.multiply_each(part, spans_of_part, owns))
-            places += into
-        joined = torch.cat(outs)
-        return torch.empty_like(joined).index_copy_(0, index_on(places, joined.device), joined)
+            products = codec.multiply_each(part, spans_of_part, owns)
+            outs |= zip(mine, torch.split(products, counts), strict=True)
+        return torch.cat([outs[number] for number in range(len(matrices))])
 
     def multiply_apart(self, rows: _Rows, matrices: Sequence[Matrix]) -> torch.Tensor:
         codecs = list(dict.fromkeys(codec for codec, _ in matrices))
-        outs, places = [], list[int]()
+        if len(codecs) == 1:
+            return codecs[0].multiply_apart(rows.of(codecs[0]), [own for _, own in matrices])
+        outs = dict[int, torch.Tensor]()  # by the number of the matrix
         for codec in codecs:
             mine = [number for number, (whose, _) in enumerate(matrices) if whose is codec]
             part = rows.of(codec)
-            if len(rows) > 1 and len(codecs) > 1:
-                part = codec.take(part, index_on(mine, rows.device))
-            outs.append(codec.multiply_apart(part, [matrices[number][1] for number in mine]))
-            places += mine
-        if len(codecs) == 1:
-            return outs[0]
-        joined = torch.cat(outs)
-        return torch.empty_like(joined).index_copy_(0, index_on(places, joined.device), joined)
+            if len(rows) > 1:
+                part = codec.take(part, self._indices.on(mine, rows.device))
+            products = codec.multiply_apart(part, [matrices[number][1] for number in mine])
+            outs |= zip(mine, torch.split(products, 1), strict=True)
+        return torch.cat([outs[number] for number in range(len(matrices))])
 
     def _layout(self, name: str, tensors: Source, transposed: bool) -> Layout:
         codec = self._codecs[name]

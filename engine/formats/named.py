@@ -38,13 +38,13 @@ def codec_of(
         )
     match name:
         case "nf4":
-            return Nf4Codec(compute_dtype)
+            return Nf4Codec(compute_dtype, device)
         case "int4":
             return Int4Codec()
         case "int8":
-            return Int8Codec(compute_dtype)
+            return Int8Codec(compute_dtype, device)
         case _:
-            return NativeCodec(compute_dtype)
+            return NativeCodec(compute_dtype, device)
 
 
 def in_tiles(compute_dtype: torch.dtype, device: str = "cpu") -> bool:

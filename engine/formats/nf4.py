@@ -16,7 +16,16 @@ import torch
 
 from moestro.engine.facts import ModelRefused, StartError
 
-from .matrices import Layout, Source, Span, biases, biases_layout, matrices_of, matrix_sides
+from .matrices import (
+    Layout,
+    Source,
+    Span,
+    biases,
+    biases_layout,
+    matrices_of,
+    matrix_sides,
+    to_encode,
+)
 
 ABSMAX, CODE = "absmax", "code"  # beside matrix `x`: fp32 [N, K/b] and fp32 [16]
 BLOCKS = (64, 32)
@@ -36,9 +45,12 @@ class Nf4Codec:
     name = "nf4"
     tiled = False
 
-    def __init__(self, compute_dtype: torch.dtype) -> None:
-        """Raises StartError where bitsandbytes is not installed."""
-        self._dtype = compute_dtype
+    def __init__(self, compute_dtype: torch.dtype, device: str = "cpu") -> None:
+        """`device`: the kind that computes, which also encodes.
+
+        Raises StartError where bitsandbytes is not installed.
+        """
+        self._dtype, self._device = compute_dtype, device
         self._library = _bitsandbytes()
 
     def layout(self, tensors: Source, transposed: bool) -> Layout:
@@ -107,9 +119,10 @@ class Nf4Codec:
         """[N, K] -> uint8 [N, K/2], fp32 [N, K/b], fp32 [16]."""
         outputs, inputs = weight.shape
         packed, state = self._library.functional.quantize_4bit(
-            weight.float().contiguous(), blocksize=_block(inputs), quant_type=KIND
+            to_encode(weight, self._device), blocksize=_block(inputs), quant_type=KIND
         )
-        return packed.view(outputs, -1), state.absmax.view(outputs, -1), state.code
+        three = packed.view(outputs, -1), state.absmax.view(outputs, -1), state.code
+        return three[0].cpu(), three[1].cpu(), three[2].cpu()
 
 
 def _block(inputs: int) -> int:

@@ -90,6 +90,7 @@ def _trace_row(model: PreTrainedModel, cache: PackedCache) -> Topology:
     return _facts(
         watch,
         expanded_layers=frozenset(cache.expanded_layers),
+        ruled_masks=cache.ruled,
         block_masks=cache.block_masks,
         kv_numbers_per_token=max(1, kv.numbers_per_token),
         attention_layers=max(1, len(kv.layers)),
@@ -115,6 +116,7 @@ def _trace_sequential(model: PreTrainedModel, reason: str) -> Topology:
     return _facts(
         watch,
         expanded_layers=frozenset(),
+        ruled_masks=False,
         block_masks=False,
         kv_numbers_per_token=per_token,
         attention_layers=max(1, len(getattr(cache, "layers", ()))),
@@ -145,6 +147,7 @@ def _facts(
     watch: Watch,
     *,
     expanded_layers: frozenset[int],
+    ruled_masks: bool,
     block_masks: bool,
     kv_numbers_per_token: int,
     attention_layers: int,
@@ -161,6 +164,7 @@ def _facts(
         experts_per_token=tuple(ids.shape[1] for _, _, ids in watch.runs),
         rows_are_tokens=all(ids.shape[0] == tokens for _, _, ids in watch.runs),
         expanded_layers=expanded_layers,
+        ruled_masks=ruled_masks,
         block_masks=block_masks,
         kv_numbers_per_token=kv_numbers_per_token,
         attention_layers=attention_layers,

@@ -1,6 +1,6 @@
 """The stock model with moestro's hooks: attention, KV, experts, and the guess ahead."""
 
-from .attention import UnknownKeyword, install
+from .attention import GPU_SINK_BLOCK_BYTES, UnknownKeyword, install
 from .expert_math import MathByFlags
 from .experts import OffloadedExperts, StepPhase, bind, experts_aside
 from .host_share import HostShare
@@ -14,6 +14,7 @@ from .thinner import Thinner
 from .topology import RouterPlace, Topology
 
 __all__ = [
+    "GPU_SINK_BLOCK_BYTES",
     "HostShare",
     "KVStore",
     "MathByFlags",

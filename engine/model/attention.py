@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 
@@ -21,7 +22,9 @@ from moestro.engine.kernels import attend_stored
 from .kv import PackedCache, Span
 
 NAME = "moestro"
-SINK_BLOCK_BYTES = 8 << 20  # of scores at a time, where they have to be written out
+SINK_BLOCK_BYTES = 8 << 20  # of scores at a time, where they have to be written out: of a cache
+GPU_SINK_BLOCK_BYTES = 256 << 20  # there each block costs a dozen launches
+WIDEST_FLASH_HEAD = 256  # numbers; the kernel that takes grouped heads takes no wider ones
 # Keywords that arrive at an attention function and change nothing here: the mask rule already
 # holds the window, the rest is bookkeeping of the caller.
 HARMLESS = frozenset(
@@ -110,6 +113,7 @@ def attention_hook(
         raise UnknownKeyword(f"an attention mask of type {type(attention_mask).__name__}")
     if indices is not None and not in_blocks:
         raise UnknownKeyword("attention keyword 'indices'")
+    cache.ruled |= isinstance(attention_mask, MaskRule)  # found while tracing, as below
     layer, returned = cache.written
     direct = key is returned
     if not direct and returned is not None:
@@ -135,12 +139,15 @@ def attention_hook(
         mask: torch.Tensor | None
         if isinstance(attention_mask, torch.Tensor):
             mask = _block(attention_mask, indices, span, slice(behind, offset))
+        elif (first := _first_seen(cache, attention_mask, index, span, rows.device)) is not None:
+            keys, values, mask = keys[:, first:], values[:, first:], None
         else:
             mask = _mask(cache, attention_mask, index, span, rows.device)
         if s_aux is not None:
             outputs.append(_attend_with_sinks(rows, keys, values, mask, scaling, s_aux))
         else:
-            outputs.append(_attend(rows, keys, values, mask, scaling))
+            grouped = cache.grouped_heads
+            outputs.append(_attend(rows, keys, values, mask, scaling, grouped=grouped))
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return packed.transpose(1, 2).contiguous(), None
 
@@ -163,15 +170,36 @@ def _block(
 def _mask(
     cache: PackedCache, rule: MaskRule | None, index: int, span: Span, device: torch.device
 ) -> torch.Tensor | None:
-    """None: every new token is one row that sees all, or plain causality from position 0."""
+    """None: every new token is one row that sees all, or plain causality.
+
+    On a CPU, of prompts from position 0 alone; a GPU's kernels know that of their later parts, too.
+    """
     start = span.kv.length_tokens
-    if rule is None and (span.tokens == 1 or start == 0):
+    if rule is None and (span.tokens == 1 or start == 0 or device.type != "cpu"):
         return None
     key = (id(rule) if rule is not None else 0, index)
     if key not in cache.masks:
         causal = rule or MaskRule(causal_mask_function)
         cache.masks[key] = causal.evaluate(start, span.tokens, device)
     return cache.masks[key]
+
+
+def _first_seen(
+    cache: PackedCache, rule: MaskRule | None, index: int, span: Span, device: torch.device
+) -> int | None:
+    """On a GPU, where one new token sees all keys from one on: which, in this pass.
+
+    Then no mask is needed, which would make kernels want a copy of all keys for each head. Told on
+    the host, for the device is not to be waited for.
+    """
+    if rule is None or span.tokens != 1 or device.type == "cpu":
+        return None
+    key = (id(rule), index)
+    if key not in cache.first_seen:
+        seen = rule.evaluate(span.kv.length_tokens, 1, torch.device("cpu"))[0]
+        first = len(seen) - int(seen.sum())
+        cache.first_seen[key] = first if bool(seen[first:].all()) else None
+    return cache.first_seen[key]
 
 
 def _attend_singles(
@@ -195,24 +223,32 @@ def _attend(
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float | None,
+    *,
+    grouped: bool = True,
 ) -> torch.Tensor:
-    """[1, H, n, D] x [Hk, S, D] -> [1, H, n, Dv]."""
-    heads, new_tokens = rows.shape[1], rows.shape[2]
+    """[1, H, n, D] x [Hk, S, D] -> [1, H, n, Dv]. Without a mask, new tokens are the last ones.
+
+    `grouped`: the device's kernels take key heads that query heads share.
+    """
+    heads, new_tokens, length = rows.shape[1], rows.shape[2], keys.shape[1]
     if new_tokens == 1 and mask is None:
         # one row per head: the G heads that share a key head become its rows, no copy of K or V
-        grouped = rows.reshape(1, keys.shape[0], heads // keys.shape[0], rows.shape[3])
-        out = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scaling)
+        shared = rows.reshape(1, keys.shape[0], heads // keys.shape[0], rows.shape[3])
+        out = F.scaled_dot_product_attention(shared, keys[None], values[None], scale=scaling)
         return out.reshape(1, heads, 1, values.shape[2])
-    if mask is not None and rows.device.type != "cpu":
-        # A GPU's kernels take a mask or grouped heads, not both: what takes both there writes out
-        # all scores. `_workspace_bytes` counts these copies.
+    flash = grouped and rows.shape[3] == values.shape[2] <= WIDEST_FLASH_HEAD
+    if rows.device.type != "cpu" and (mask is not None or not flash):
+        # Flash alone takes grouped heads there, and no mask: what takes both writes out all scores.
+        # `_workspace_bytes` counts these copies.
         keys, values = for_every_head(keys, heads), for_every_head(values, heads)
+    continues = mask is None and new_tokens < length
+    seen: Any = causal_lower_right(new_tokens, length) if continues else mask
     return F.scaled_dot_product_attention(
         rows,
         keys[None],
         values[None],
-        attn_mask=mask,
-        is_causal=mask is None,
+        attn_mask=seen,
+        is_causal=seen is None,
         scale=scaling,
         enable_gqa=heads != keys.shape[0],
     )
@@ -220,6 +256,8 @@ def _attend(
 
 def for_every_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """[Hk, S, D] -> [H, S, D], each key head as often as query heads share it."""
+    if rows.shape[0] == heads:
+        return rows
     return rows.repeat_interleave(heads // rows.shape[0], dim=0)
 
 
@@ -237,10 +275,12 @@ def _attend_with_sinks(
     """
     heads, new_tokens, length = rows.shape[1], rows.shape[2], keys.shape[1]
     if mask is None and new_tokens > 1:
-        mask = MaskRule(causal_mask_function).evaluate(0, new_tokens, rows.device)
+        causal = MaskRule(causal_mask_function)
+        mask = causal.evaluate(length - new_tokens, new_tokens, rows.device)
     scale = scaling if scaling is not None else rows.shape[-1] ** -0.5
     sink = sinks.float().view(keys.shape[0], -1, 1, 1)  # [Hk, G, 1, 1]
-    step = max(1, SINK_BLOCK_BYTES // (4 * heads * length))
+    block_bytes = SINK_BLOCK_BYTES if rows.device.type == "cpu" else GPU_SINK_BLOCK_BYTES
+    step = max(1, block_bytes // (4 * heads * length))
     blocks = []
     for start in range(0, new_tokens, step):
         part = rows[0, :, start : start + step] * scale  # [H, b, D]

@@ -16,7 +16,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.cache import ComputeBelow, ExpertCache, Phase, Routed
-from moestro.engine.facts import index_on
+from moestro.engine.facts import Indices
 from moestro.engine.kernels import Activation, combine
 from moestro.engine.kernels import Routed as RoutedRows
 from moestro.engine.selection import StepRows
@@ -90,6 +90,7 @@ class StepPhase:
     def __init__(self) -> None:
         self.phase = Phase.DECODE
         self.rows: StepRows | None = None  # of sequences that want experts of their own
+        self.indices = Indices()
 
 
 FEW_TOKENS = 16
@@ -244,12 +245,12 @@ class OffloadedExperts:
                 group_of = [who for _, who in group]
                 out = self._together(module, rows, hidden, k, places, group_of, own)
                 if energies is not None and own is not None:
-                    energies[index_on(flat, out.device)] = own
+                    energies[self.step.indices.on(flat, out.device)] = own
                 if flat == list(range(tokens * k)):
                     return out, wanted  # all at once and in order already
                 if results is None:
                     results = hidden.new_zeros((tokens * k, hidden.shape[1]))
-                results.index_copy_(0, index_on(flat, out.device), out)
+                results.index_copy_(0, self.step.indices.on(flat, out.device), out)
         if results is None:
             results = hidden.new_zeros((tokens * k, hidden.shape[1]))
         return results, wanted
@@ -270,7 +271,7 @@ class OffloadedExperts:
             return self.math.apart(module, rows, experts, energies)
         of_token = [place // k for some in places for place in some]
         below = accumulate((len(some) for some in places), initial=0)
-        chosen = self.math.codec.take(rows, index_on(of_token, hidden.device))
+        chosen = self.math.codec.take(rows, self.step.indices.on(of_token, hidden.device))
         return self.math.each(module, chosen, list(pairwise(below)), experts, energies)
 
     def _many_tokens(

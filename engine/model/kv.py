@@ -206,6 +206,9 @@ class PackedCache:
         self.spans: tuple[Span, ...] = ()
         self.written: tuple[int, torch.Tensor | None] = (-1, None)  # last layer and returned keys
         self.masks: dict[tuple[int, int], torch.Tensor] = {}  # (rule, span) -> mask of this pass
+        self.first_seen: dict[tuple[int, int], int | None] = {}  # (rule, span) -> of this pass
+        self.ruled = False  # some masks are rules of the model's own, not plain causality
+        self.grouped_heads = True  # the device's kernels take key heads that query heads share
         self.block_masks = False  # masks are tensors over the whole row: the model reads them
         self.forgets: list[Callable[[], None]] = []  # called when a pass begins
         self.attended_by_library: set[int] = set()
@@ -222,6 +225,7 @@ class PackedCache:
             start += tokens
         self.spans = tuple(spans)
         self.masks.clear()
+        self.first_seen.clear()
         self.singles = _single_tokens(self.spans)
         alone = self.singles is not None and len(self.singles.at) == len(self.spans)
         self.rows = self.singles.rows if alone and self.singles is not None else None
@@ -236,6 +240,7 @@ class PackedCache:
         self.spans = ()
         self.written = (-1, None)
         self.masks.clear()
+        self.first_seen.clear()
         self.singles = self.rows = None
 
     # What transformers calls -----------------------------------------------------------------

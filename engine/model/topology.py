@@ -36,6 +36,7 @@ class Topology:
     experts_per_token: tuple[int, ...]  # aligned
     rows_are_tokens: bool  # what experts modules read has one row for each token of the pass
     expanded_layers: frozenset[int]
+    ruled_masks: bool  # some masks are rules of the model's own, not plain causality
     block_masks: bool  # the model reads its masks: tensors over the whole row
     kv_numbers_per_token: int  # numbers (not bytes) that all layers keep for one token
     attention_layers: int

@@ -193,14 +193,31 @@ def _experts_per_token(
 def compact_modules(
     config: EngineConfig, blueprint: Blueprint, model: PreTrainedModel
 ) -> list[Replacement]:
-    """Modules of `model` that take fewer bytes than the compute dtype would."""
-    return replacements(
+    """Modules of `model` that take fewer bytes than the compute dtype would.
+
+    Raises StartError where they cannot be computed with on the device.
+    """
+    found = replacements(
         model,
         blueprint.topology.stock_paths,
         config.dense_format,
         blueprint.checkpoint,
         tiled=in_tiles(blueprint.device.compute_dtype, blueprint.device.place.type),
     )
+    if blueprint.device.place.type != "cpu":
+        _refuse_odd_shapes(model, [each.path for each in found if each.kind == "int8"])
+    return found
+
+
+def _refuse_odd_shapes(model: PreTrainedModel, paths: list[str]) -> None:
+    """Of int8 products on a GPU."""
+    for path in paths:
+        outputs, inputs = model.get_submodule(path).get_parameter("weight").shape
+        if outputs % 8 or inputs % 8:
+            raise StartError(
+                f"--dense-format int8: {path} is {outputs} x {inputs}, and a GPU multiplies"
+                " multiples of 8 alone; use --dense-format native"
+            )
 
 
 def kept_dense(config: EngineConfig, blueprint: Blueprint) -> DenseFile | None:

@@ -23,6 +23,8 @@ from moestro.engine.facts import (
     Room,
     round_up_tokens,
 )
+from moestro.engine.formats import MixedCodec
+from moestro.engine.model import GPU_SINK_BLOCK_BYTES
 from moestro.engine.weights import saved_bytes
 
 from .blueprint import Blueprint, compact_modules, kept_dense
@@ -205,6 +207,7 @@ def _apart(
         staging_bytes=staging,
         packing_bytes=demand.packing_bytes,
         files_bytes=demand.files_bytes,
+        pinned=blueprint.device.place.type == "cuda",
     )
     return replace(
         plan, host=settle_host(host, config.host_memory_bytes, memory.limit, memory.available_bytes)
@@ -280,11 +283,7 @@ def _workspace_bytes(
     )
     per_token = 4 * (max(blueprint.topology.experts_per_token) * hidden + 6 * hidden + 3 * width)
     logits = 4 * config.max_running * blueprint.vocab_size
-    widened = max(
-        4 * torch.Size(shape[1:]).numel()
-        for entry in blueprint.experts
-        for _, shape in entry.tensors.values()
-    )
+    widened = _widened_bytes(blueprint)
     kv_bytes = config.kv_memory_bytes or DEFAULT_KV_BYTES
     seen = min(demand.context_tokens, kv_bytes // demand.kv_bytes_per_token)
     topology = blueprint.topology
@@ -292,10 +291,46 @@ def _workspace_bytes(
     fixed = ALLOWANCE_BYTES + logits + widened + states
     if topology.lane.lane is Lane.SEQUENTIAL:  # a layer that is being joined with its new rows
         fixed += 2 * seen * demand.kv_bytes_per_token // topology.attention_layers
-    elif blueprint.device.room is not None:
-        fixed += _repeated_heads_bytes(blueprint, seen)
+    elif blueprint.device.place.type != "cpu":
+        fixed += _repeated_heads_bytes(blueprint, seen) + _sinks_bytes(blueprint, seen)
     fixed += _repeated_rows(config, blueprint) * per_token
-    return fixed + step_tokens * (per_token + (MASK_BYTES + _scores_bytes(blueprint)) * seen)
+    of_a_pair = _mask_bytes(blueprint) + _scores_bytes(blueprint)
+    return fixed + step_tokens * (per_token + of_a_pair * seen)
+
+
+def _widened_bytes(blueprint: Blueprint) -> int:
+    """One matrix of an expert in the numbers that it is computed with; on a GPU, where a format
+    has no product of its own for many rows, or is kept in smaller numbers.
+    """
+    matrices = [
+        (dtype, torch.Size(shape[1:]).numel())
+        for entry in blueprint.experts
+        for dtype, shape in entry.tensors.values()
+    ]
+    largest = max(count for _, count in matrices)
+    if blueprint.device.place.type == "cpu":
+        return 4 * largest
+    codec = blueprint.codec
+    names = {each.name for each in (codec.codecs if isinstance(codec, MixedCodec) else [codec])}
+    smaller = any(dtype.itemsize < blueprint.itemsize for dtype, _ in matrices)
+    widens = "nf4" in names or ("native" in names and smaller)
+    return blueprint.itemsize * largest if widens else 0
+
+
+def _mask_bytes(blueprint: Blueprint) -> int:
+    """Of a token and one that it may see; a GPU needs no mask for plain causality."""
+    topology = blueprint.topology
+    masked = topology.ruled_masks or topology.block_masks or topology.lane.lane is Lane.SEQUENTIAL
+    return MASK_BYTES if masked or blueprint.device.place.type == "cpu" else 0
+
+
+def _sinks_bytes(blueprint: Blueprint, context: int) -> int:
+    """Of scores that a GPU writes out a block at a time (attention.py): fp32, and as they come."""
+    if not any(key.endswith(".sinks") for key in blueprint.dense_keys):
+        return 0
+    text_config = blueprint.checkpoint.config.get_text_config()
+    row_bytes = 4 * int(text_config.num_attention_heads) * context
+    return SCORE_COPIES * max(GPU_SINK_BLOCK_BYTES, row_bytes)
 
 
 def _repeated_rows(config: EngineConfig, blueprint: Blueprint) -> int:
@@ -316,9 +351,14 @@ def _scores_bytes(blueprint: Blueprint) -> int:
 
 
 def _repeated_heads_bytes(blueprint: Blueprint, context: int) -> int:
-    """Keys and values of one sequence and layer, once for every query head (attention.py)."""
+    """Keys and values of one sequence and layer, once for every query head (attention.py).
+
+    Of what has masks, and of all where a device's kernels do not group heads.
+    """
     text_config, topology = blueprint.checkpoint.config.get_text_config(), blueprint.topology
     heads = int(getattr(text_config, "num_attention_heads", 1))
     key_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
+    if blueprint.device.grouped_heads and not (topology.ruled_masks or topology.block_masks):
+        return 0
     numbers = topology.kv_numbers_per_token // topology.attention_layers * heads // key_heads
     return numbers * blueprint.itemsize * context

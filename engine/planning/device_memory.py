@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from moestro.cache import human_bytes
-from moestro.engine.facts import MIB, BudgetTooSmall
+from moestro.engine.facts import GIB, MIB, BudgetTooSmall
 
 # Beyond what a formula can name: kernels loaded when first used, workspaces of matrix products,
 # what an allocator cannot join. Estimates: no GPU was here to measure them on.
 DEVICE_ALLOWANCE_BYTES = 512 * MIB
 HOST_ALLOWANCE_BYTES = 512 * MIB
 HOST_RESERVE_SHARE = 0.15
+PINNED_RESERVE_BYTES = 2 * GIB  # pinned memory is taken at once, and nothing swaps it out
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class HostDemand:
     staging_bytes: int
     packing_bytes: int  # taken at the start alone
     files_bytes: int = 0  # of cache and model, where their folders are memory (tmpfs)
+    pinned: bool = False  # the experts, for a GPU to fetch them by itself
 
     @property
     def fixed_bytes(self) -> int:
@@ -37,6 +39,7 @@ class HostPlan:
     experts_bytes: int  # slots and staging
     limit_bytes: int
     limit_name: str
+    available_bytes: int | None = None  # now, to this process; None: all of the limit
 
     @property
     def packing_excess_bytes(self) -> int:
@@ -58,6 +61,18 @@ class HostPlan:
             **({"host_files": self.demand.files_bytes} if self.demand.files_bytes else {}),
         }
 
+    @property
+    def warning(self) -> str | None:
+        """Of a tier that is pinned and takes more than others have left."""
+        available = self.available_bytes
+        if not self.demand.pinned or available is None or self.total_bytes <= available:
+            return None
+        return (
+            f"the host's part pins more memory than there is now: {human_bytes(self.total_bytes)},"
+            f" {human_bytes(available)} are available; nothing swaps pinned memory out, so the"
+            " system may end programs: lower --host-memory or close some"
+        )
+
     def lines(self) -> list[str]:
         demand = self.demand
         slots_bytes = self.experts_bytes - demand.staging_bytes
@@ -68,7 +83,8 @@ class HostPlan:
             f"  fixed     {human_bytes(demand.fixed_bytes):>10}  interpreter"
             f" {human_bytes(demand.interpreter_bytes)} + workspace"
             f" {human_bytes(HOST_ALLOWANCE_BYTES)}",
-            f"  experts   {human_bytes(self.experts_bytes):>10}  {share} % of"
+            f"  experts   {human_bytes(self.experts_bytes):>10}  "
+            f"{'pinned, ' if demand.pinned else ''}{share} % of"
             f" {human_bytes(demand.experts_total_bytes)} + staging"
             f" {human_bytes(demand.staging_bytes)} (--host-memory)",
             *files_line(demand.files_bytes),
@@ -102,16 +118,20 @@ def settle_host(
 ) -> HostPlan:
     """The host tier's budget where the user gave none, then the check.
 
-    `available_bytes` as in memory.py. Raises BudgetTooSmall with the sums.
+    `available_bytes` as in memory.py. A budget that is given may exceed it, up to the limit: see
+    `HostPlan.warning`. Raises BudgetTooSmall with the sums.
     """
     limit_bytes, limit_name = limit
     now_bytes = limit_bytes if available_bytes is None else min(limit_bytes, available_bytes)
-    left = now_bytes - int(limit_bytes * HOST_RESERVE_SHARE) - demand.fixed_bytes
+    reserve_bytes = int(limit_bytes * HOST_RESERVE_SHARE)
+    if demand.pinned:
+        reserve_bytes = max(reserve_bytes, PINNED_RESERVE_BYTES)
+    left = now_bytes - reserve_bytes - demand.fixed_bytes
     experts = host_memory_bytes
     if experts is None:
         experts = max(demand.experts_least_bytes, min(demand.experts_wish_bytes, left))
     experts = min(experts, demand.experts_total_bytes + demand.staging_bytes)
-    plan = HostPlan(demand, experts, limit_bytes, limit_name)
+    plan = HostPlan(demand, experts, limit_bytes, limit_name, available_bytes)
     if plan.total_bytes > limit_bytes:
         room = (limit_bytes - demand.fixed_bytes) // MIB
         raise BudgetTooSmall(

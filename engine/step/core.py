@@ -7,8 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from moestro.cache import CacheError, PackInvalid, ReadFailed
-from moestro.engine.facts import NO_SEQUENCE_EXPERTS, BadParameter, PackLost, PromptTooLong
+from moestro.cache import CacheError, DeviceFailed, PackInvalid, ReadFailed
+from moestro.engine.facts import (
+    NO_SEQUENCE_EXPERTS,
+    BadParameter,
+    DeviceLost,
+    EngineLost,
+    PackLost,
+    PromptTooLong,
+)
 from moestro.engine.text import CompiledGrammar, GrammarFault, Piece, TextStream, Tokenizer
 
 from .adjust import Adjustments
@@ -63,6 +70,7 @@ class Engine:
         max_model_len_tokens: int,
         vocab_size: int,
         discard_pack: Callable[[], str],
+        device_fault: Callable[[], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
@@ -72,9 +80,10 @@ class Engine:
         self.vocab_size = vocab_size
         self.counters = Counters({reason.value: 0 for reason in FinishReason})
         self._clock = clock
-        self.pack_lost: PackLost | None = None  # then no step can succeed any more
+        self.lost: EngineLost | None = None  # then no step can succeed any more
         self._unread_steps = 0  # that failed to read an expert since a request ended well
         self._discard_pack = discard_pack  # a damaged one; what became of it, in words
+        self._device_fault = device_fault  # as Device.fault
         self._outputs: dict[tuple[int, int], _Output] = {}  # by Sequence.key
 
     def validate(self, prompt_ids: list[int], params: SamplingParams) -> None:
@@ -128,7 +137,7 @@ class Engine:
             ran = self.runner.run(batch)
         except (CacheError, RuntimeError, MemoryError) as error:
             log.error("a step failed, its %d sequences end: %s", len(batch.parts), error)
-            self._judge_pack(error)
+            self.lost = self.loss_behind(error)
             return self._fail_all([part.sequence for part in batch.parts], STEP_FAILED)
         self._count(batch)
         self._keep_scores(ran)
@@ -178,17 +187,29 @@ class Engine:
                 "n",
             )
 
-    def _judge_pack(self, error: Exception) -> None:
-        """One failed read may pass. Damage does not, nor do reads that fail again and again."""
+    def loss_behind(self, error: Exception) -> EngineLost | None:
+        """What ends the engine, where `error` shows it; None: the next step may succeed.
+
+        One failed read may pass. Damage does not, nor do reads that fail again and again. Memory
+        that ran out comes back. Behind any other error may stand a device that is lost: it is
+        asked.
+        """
+        if isinstance(error, DeviceFailed):
+            return DeviceLost(str(error))
         if isinstance(error, PackInvalid):
-            self.pack_lost = PackLost(f"{error}; {self._discard_pack()}")
-        elif isinstance(error, ReadFailed):
+            return PackLost(f"{error}; {self._discard_pack()}")
+        if isinstance(error, ReadFailed):
             self._unread_steps += 1
-            if self._unread_steps >= MOST_UNREAD_STEPS:
-                self.pack_lost = PackLost(
-                    f"{error}; {self._unread_steps} steps failed so and no request ended well: look"
-                    " at the disk, and remove the pack if it is damaged; a start builds it anew"
-                )
+            if self._unread_steps < MOST_UNREAD_STEPS:
+                return None
+            return PackLost(
+                f"{error}; {self._unread_steps} steps failed so and no request ended well: look"
+                " at the disk, and remove the pack if it is damaged; a start builds it anew"
+            )
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return None
+        fault = self._device_fault()
+        return None if fault is None else DeviceLost(fault)
 
     def _note_admission(self, batch: Batch) -> None:
         now = self._clock()

@@ -344,6 +344,8 @@ class Checkpoint:
         load_config = _load_config(model, device)
         try:
             info, _ = convert_and_load_state_dict_in_model(model, slices, load_config)
+        except torch.OutOfMemoryError:  # which is no fault of the checkpoint's
+            raise
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ModelRefused(f"{self.folder}: {one_line(error)}") from error
         if info.mismatched_keys:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from moestro.server.facts import Refused, refusal_line
+from moestro.server.facts import Refused, prepare_allocator, refusal_line
 
 from . import factorize_flags as making
 from . import flags
@@ -180,6 +180,7 @@ def _unwind_when_terminated() -> None:
 
 def _serve(settings: "Settings", listener: "socket.socket") -> int:
     began_s = time.monotonic()
+    prepare_allocator(settings.device)
     with _big_imports():
         from .start import run_server
 

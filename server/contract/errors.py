@@ -17,8 +17,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from moestro.engine import (
+    DeviceLost,
     Draining,
     EngineFailed,
+    EngineLost,
     EngineState,
     NotReady,
     PackLost,
@@ -93,6 +95,7 @@ ROWS: dict[type[Exception], Row] = {
     QueueFull: Row(503, DOWN, "queue_full", 2, "queue_full"),
     Draining: Row(503, DOWN, "draining", 5, "draining"),
     PackLost: Row(503, DOWN, "pack_lost", 30, "pack_lost", LOST),
+    DeviceLost: Row(503, DOWN, "device_lost", 30, "device_lost"),
     EngineFailed: Row(503, DOWN, "engine_failed", 30, "engine_failed", GONE),
     Unavailable: Row(503, DOWN, "unavailable", 5, "unavailable"),
     GenerationFailed: Row(500, BROKEN, "generation_failed"),
@@ -147,7 +150,7 @@ class Problem:
         headers = dict(self.headers)
         if self.row.retry_after_s is not None:
             headers["Retry-After"] = str(self.row.retry_after_s)
-        if self.row.code in ("engine_failed", "pack_lost"):
+        if self.row.code in ("engine_failed", "pack_lost", "device_lost"):
             headers["x-should-retry"] = "false"  # this process will not come back
         return JSONResponse(self.body(), self.row.status, headers)
 
@@ -195,7 +198,7 @@ def state_problem(state: EngineState, failure: Exception | None = None) -> Probl
 
     `failure`, if any, is what ended it.
     """
-    if isinstance(failure, PackLost):
+    if isinstance(failure, EngineLost):
         return problem_of(failure)
     reasons: dict[EngineState, Exception] = {
         EngineState.LOADING: NotReady("the model is still loading"),

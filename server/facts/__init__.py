@@ -10,6 +10,7 @@ from .settings import (
     load_settings,
     misspelt_variables,
     parse_size,
+    prepare_allocator,
 )
 from .size_words import size_words
 
@@ -23,6 +24,7 @@ __all__ = [
     "load_settings",
     "misspelt_variables",
     "parse_size",
+    "prepare_allocator",
     "refusal_line",
     "size_words",
 ]

@@ -5,7 +5,7 @@ The only reader of the environment. Knows no HTTP and no model: it hands an `Eng
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -333,6 +333,20 @@ def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str
         hint = f"did you mean {near[0]}?" if near else ""
         lines.append(f"{name} is no setting and changes nothing; {hint}")
     return lines
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+GROWING_SEGMENTS = "expandable_segments:True"
+
+
+def prepare_allocator(device: str, environment: MutableMapping[str, str] | None = None) -> None:
+    """Before torch is imported: on a GPU, buffers of many lengths shall not leave gaps.
+
+    What a user has set stays. `environment` None: the process's own.
+    """
+    own = os.environ if environment is None else environment
+    if device != "cpu" and not any(name in own for name in ALLOCATOR_VARIABLES):
+        own[ALLOCATOR_VARIABLES[0]] = GROWING_SEGMENTS
 
 
 def load_settings(flags: Mapping[str, object]) -> Settings:

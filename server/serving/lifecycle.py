@@ -5,7 +5,8 @@ LOADING --ready--> SERVING --signal--> DRAINING --idle or grace over--> STOPPED
    \\--signal--> STOPPED                   \\--second signal--> the process ends at once
 
 SIGTERM and SIGHUP: 0 after a clean drain, 1 when requests had to be cut or the engine had died.
-SIGINT: 130. Second: 143, 129 or 130. A pack that is lost: 1, for a supervisor to start it again.
+SIGINT: 130. Second: 143, 129 or 130. A pack or a GPU that is lost: 1, for a supervisor to start it
+again.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from functools import partial
 import uvicorn
 from starlette.types import ASGIApp
 
-from moestro.engine import EngineState, PackLost
+from moestro.engine import EngineLost, EngineState
 from moestro.server.contract import Worker
 from moestro.server.facts import Settings
 
@@ -156,10 +157,10 @@ class Lifecycle:
 
     async def _until_signal(self, web: "asyncio.Task[None]") -> None:
         waiting = asyncio.ensure_future(self._signalled.wait())
-        while not (waiting.done() or web.done() or isinstance(self._worker.failure, PackLost)):
+        while not (waiting.done() or web.done() or isinstance(self._worker.failure, EngineLost)):
             await asyncio.wait({waiting, web}, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        if isinstance(self._worker.failure, PackLost):  # whoever starts it again gets a new pack
+        if isinstance(self._worker.failure, EngineLost):  # a new start may mend it
             self._on_failed(str(self._worker.failure))
 
     async def _drain(self) -> None:

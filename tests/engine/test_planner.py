@@ -1,6 +1,7 @@
 """A plan is the start's own: same folder, same settings, same numbers; and nothing is written."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,14 @@ def test_a_dense_model_is_refused_without_its_weights_too(tmp_path: Path) -> Non
 
 
 def test_a_card_s_plan_is_that_of_a_start_on_one(folder: Path, tmp_path: Path) -> None:
-    """The imagined device of a start has as much free memory as the planned card."""
+    """The GPU of a start, of which nothing is used here, has as much free memory."""
     free_bytes = 2 << 30
     config = EngineConfig(folder, tmp_path, device="cuda", device_memory_bytes=free_bytes + GIB)
     card = card_of(config)
     assert card is not None and card.room is not None and card.room.free_bytes == free_bytes
     found = plan_card(config, card, disk_bytes_per_s=1e9)
     device = imagined(torch.bfloat16, free_bytes, card.staging_bytes)(config)
+    device = replace(device, place=card.place)
     started = plan_memory(
         EngineConfig(folder, tmp_path, expert_format="native"), inspect(config, device)
     )

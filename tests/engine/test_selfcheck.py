@@ -1,6 +1,7 @@
 """The self-check: rounding passes, a state that leaks between sequences does not."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import tiny
 from engine_kit import opened
 from moestro.engine import ModelRefused
-from moestro.engine.lanes import PackedLane
+from moestro.engine.lanes import LanePart, PackedLane
 from moestro.engine.loader import Loaded
 from moestro.engine.selfcheck import check_lane
 
@@ -75,3 +76,40 @@ def test_a_verdict_that_cannot_be_read_is_made_anew(tmp_path: Path) -> None:
     record.mkdir()  # neither read nor written: checked at every start
     with opened(folder, tmp_path / "cache"):
         pass
+
+
+class Differing:
+    """A lane whose sequences in company have logits that differ by a share from those alone."""
+
+    packs, keeps_states = True, False
+    model = SimpleNamespace(config=SimpleNamespace(model_type="tiny"))
+
+    def __init__(self, difference: float) -> None:
+        self.difference = difference
+
+    def run(self, parts: list[LanePart], keep: list[int]) -> torch.Tensor:
+        return torch.ones(len(parts), 8) * (1 + self.difference * (len(parts) > 1))
+
+    def forget(self, key: tuple[int, int]) -> None:
+        """Nothing is held."""
+
+
+def test_in_half_precision_rounding_is_said_before_it_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def worst(difference: float, dtype: torch.dtype) -> float:
+        return check_lane(Differing(difference), 8, dtype, coarse=True).worst  # type: ignore[arg-type]
+
+    assert worst(0.09, torch.bfloat16) == pytest.approx(0.09) and not caplog.records
+    assert worst(0.4, torch.bfloat16) == pytest.approx(0.4)
+    assert [each.levelname for each in caplog.records] == ["WARNING"]
+    assert "bfloat16" in caplog.text and "4.0e-01" in caplog.text
+    for difference, dtype in ((0.6, torch.bfloat16), (0.4, torch.float32)):
+        with pytest.raises(ModelRefused, match="in company"):
+            worst(difference, dtype)
+
+
+def test_what_overflows_in_fp16_is_called_so() -> None:
+    for dtype, words in ((torch.float16, "fp16 overflow"), (torch.bfloat16, "finite: damaged")):
+        with pytest.raises(ModelRefused, match=words):
+            check_lane(Differing(float("nan")), 8, dtype)  # type: ignore[arg-type]

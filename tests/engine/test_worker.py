@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from moestro.engine import (
     BadParameter,
+    DeviceLost,
     Draining,
     EngineConfig,
     EngineFailed,
@@ -155,6 +157,24 @@ async def test_a_dead_engine_fails_streams_and_submits(worker: EngineWorker) -> 
     assert worker.state is EngineState.FAILED
     with pytest.raises(EngineFailed):
         worker.submit([1, 2], GREEDY)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [(None, EngineFailed), ("it is gone", DeviceLost)])
+async def test_behind_an_error_that_nobody_expects_the_device_is_asked(
+    worker: EngineWorker, fault: str | None, kind: type[EngineFailed]
+) -> None:
+    assert worker._loaded is not None
+    worker._loaded.engine._device_fault = lambda: fault
+    stream = worker.submit([1, 2], SamplingParams(max_tokens=400, temperature=0.0))
+
+    def die() -> None:
+        raise torch.AcceleratorError("CUDA error: planted")
+
+    worker._inbox.put(die)
+    with pytest.raises(kind, match=fault or "planted"):
+        async for _ in stream:
+            pass
+    assert type(worker.failure) is kind
 
 
 def test_a_load_that_fails_says_why(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fake_cuda import Event, FakeCuda, Stream
 from fake_cuda_memory import Place
@@ -45,12 +46,20 @@ def installed(cuda: FakeCuda) -> Iterator[FakeCuda]:
             "device_count": lambda: 1,
             "set_device": lambda device: cuda.call(),
             "get_device_name": lambda device=None: "an imagined GPU",
+            "get_device_capability": lambda device=None: (8, 0),
             "is_bf16_supported": lambda including_emulation=True: True,
         }
         for name, value in names.items():
             patched.setattr(torch.cuda, name, value)
+        patched.setattr(CausalBias, "__new__", staticmethod(_without_modes))
         with _Kernels(cuda), _Places(cuda):
             yield cuda
+
+
+def _without_modes(kind: type[torch.Tensor], *_: object) -> torch.Tensor:
+    """A tensor in name only, which a mode cannot make."""
+    with _disable_current_modes():
+        return torch.Tensor.__new__(kind)
 
 
 @contextmanager
@@ -98,6 +107,9 @@ class _Places(TorchFunctionMode):
             if _GETTERS[func] == "device":
                 return cuda.device if there else func(*args)
             return there
+        if isinstance(kwargs.get("attn_mask"), CausalBias):
+            with self:  # what it is made of is to be seen
+                return CausalBias._dispatch(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "is_pinned":
             found = cuda.region(args[0])

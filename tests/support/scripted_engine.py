@@ -9,6 +9,7 @@ import torch
 
 from fake_engine import MODEL, FakeWorker
 from moestro.engine import SamplingParams, TokenEvent, Tokenizer
+from moestro.engine.facts import CPU
 from moestro.engine.step.core import Engine
 from moestro.engine.step.logprobs import of_rows
 from moestro.engine.step.runner import Ran
@@ -76,7 +77,7 @@ class ScriptedWorker(FakeWorker):
 
     async def _play(self, ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenEvent]:
         runner: Any = ScriptedRunner(self._answers)
-        engine = Engine(runner, Scheduler(LIMITS), self.tokens, 1000, VOCAB, lambda: "")
+        engine = Engine(runner, Scheduler(LIMITS), self.tokens, 1000, VOCAB, lambda: "", CPU.fault)
         engine.add(Running(1, ids, params))
         while not engine.idle:
             for _, event in engine.step():

@@ -63,6 +63,8 @@ class Timeline:
         self.queues: list[Queue] = []
         self.ended: list[Operation] = []
         """In the order of their ends; marks are left out."""
+        self.queued: list[Operation] = []
+        """In the order of their queueing; marks are left out."""
         self._numbers = 0
 
     def new_queue(self, name: str) -> Queue:
@@ -73,6 +75,8 @@ class Timeline:
         self._numbers += 1
         operation.number, operation.queue = self._numbers, queue
         queue.operations.append(operation)
+        if operation.duration_s:
+            self.queued.append(operation)
         self._begin()
         return operation
 

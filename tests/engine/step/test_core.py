@@ -148,7 +148,7 @@ def test_a_damaged_pack_is_taken_away_for_the_next_start(folder: Path) -> None:
         loaded.engine.runner = FailingOnce(loaded.engine, PackInvalid("bits"))  # type: ignore[assignment]
         assert generate(loaded.engine, [[1, 2, 3]], GREEDY)[0].finish == "error"
         assert not pack.exists()
-        assert f"{pack} was removed: start again" in str(loaded.engine.pack_lost)
+        assert f"{pack} was removed: start again" in str(loaded.engine.lost)
     with opened(folder, cache_dir) as loaded:
         assert generate(loaded.engine, [[1, 2, 3]], GREEDY)[0].finish == "length"
 
@@ -164,14 +164,14 @@ def test_reads_that_fail_step_after_step_lose_the_pack(loaded: Loaded) -> None:
         fail_once()
     generate(engine, [[1, 2, 3]], GREEDY)  # a request that ends well begins the count anew
     for _ in range(MOST_UNREAD_STEPS):
-        assert engine.pack_lost is None
+        assert engine.lost is None
         unfinished = Sequence(9, [1, 2], GREEDY)
         engine.add(unfinished)
         engine.step()  # a step that goes well proves little: it may have read nothing
         engine.cancel(unfinished)
         fail_once()
-    assert "no; 3 steps failed so and no request ended well" in str(engine.pack_lost)
-    engine.pack_lost = None
+    assert "no; 3 steps failed so and no request ended well" in str(engine.lost)
+    engine.lost = None
 
 
 def test_a_damaged_pack_that_cannot_be_removed_is_named(tmp_path: Path) -> None:

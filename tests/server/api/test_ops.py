@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from fake_engine import eventually
-from moestro.engine import EngineFailed, EngineState, PackLost, Progress
+from moestro.engine import DeviceLost, EngineFailed, EngineState, PackLost, Progress
 from moestro.server.api import ops
 
 
@@ -41,6 +41,19 @@ async def test_a_pack_that_is_lost_is_said(client, worker, path):
     assert error["code"] == "pack_lost"
     assert "file of the experts cannot be read" in error["message"]
     assert "/secret" not in response.text
+    assert response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("path", ["/ready", "/health"])
+async def test_a_gpu_that_is_lost_is_said_with_its_reason(client, worker, path):
+    worker.fail(DeviceLost("cuda:0 failed: CUDA error: illegal address"))
+    response = await client.get(path)
+    assert response.status_code == 503
+    error = response.json()["error"]
+    assert (error["code"], error["message"]) == (
+        "device_lost",
+        "cuda:0 failed: CUDA error: illegal address",
+    )
     assert response.headers["x-should-retry"] == "false"
 
 

@@ -1,13 +1,17 @@
 """What is said around a start."""
 
+import contextlib
 import logging
+import os
 import shlex
+import socket
 
 import pytest
 
+from moestro.server.commands import cli, start
 from moestro.server.commands.start import prepare_of, ready_text, warn_if_open
 from moestro.server.facts.refusal import refusal_line
-from moestro.server.facts.settings import Settings
+from moestro.server.facts.settings import ALLOCATOR_VARIABLES, Settings
 
 
 def test_ready_text_can_be_copied():
@@ -47,3 +51,19 @@ def test_a_hub_name_is_fetched_and_the_demo_made():
 
 def test_a_folder_needs_no_preparation(tmp_path):
     assert prepare_of(Settings(model=str(tmp_path))) is None
+
+
+def test_a_gpu_s_allocator_is_set_before_the_big_imports(monkeypatch):
+    monkeypatch.setenv(ALLOCATOR_VARIABLES[0], "")  # to be put back
+    monkeypatch.delenv(ALLOCATOR_VARIABLES[0])
+    found = []
+
+    def imports():
+        found.append(os.environ.get(ALLOCATOR_VARIABLES[0]))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(cli, "_big_imports", imports)
+    monkeypatch.setattr(start, "run_server", lambda *_: 0)
+    with socket.socket() as listener:
+        cli._serve(Settings(model="demo", device="cuda"), listener)
+    assert found == ["expandable_segments:True"]

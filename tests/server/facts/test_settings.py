@@ -13,6 +13,7 @@ from moestro.server.facts.settings import (
     load_settings,
     misspelt_variables,
     parse_size,
+    prepare_allocator,
 )
 
 
@@ -242,3 +243,20 @@ def test_a_variable_that_is_no_setting_is_said_with_the_nearest_name() -> None:
     assert misspelt_variables(environment) == [
         "MOESTRO_HOST_MEMROY is no setting and changes nothing; did you mean MOESTRO_HOST_MEMORY?"
     ]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_a_gpu_s_allocator_is_set_where_the_user_has_not(device):
+    environment: dict[str, str] = {}
+    prepare_allocator(device, environment)
+    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        own = {name: "max_split_size_mb:64"}
+        prepare_allocator(device, own)
+        assert own == {name: "max_split_size_mb:64"}
+
+
+def test_a_cpu_needs_no_allocator_of_a_gpu():
+    environment: dict[str, str] = {}
+    prepare_allocator("cpu", environment)
+    assert environment == {}

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from fake_engine import FakeWorker, eventually, one_then_silence, within
-from moestro.engine import EngineFailed, EngineState, PackLost, StartError
+from moestro.engine import DeviceLost, EngineFailed, EngineState, PackLost, StartError
 from moestro.server.commands.listen import listening_socket, url_of
 from moestro.server.facts.settings import Settings
 from moestro.server.serving.lifecycle import Lifecycle
@@ -107,12 +107,13 @@ async def test_an_engine_that_died_is_no_clean_end(number, code):
         assert await it.exit_code() == code
 
 
-async def test_a_lost_pack_ends_the_process_for_a_supervisor_to_start_it_again():
+@pytest.mark.parametrize("kind", [PackLost, DeviceLost])
+async def test_what_a_new_start_may_mend_ends_the_process_for_a_supervisor(kind):
     async with life() as it:
         await it.answered("/ready", 200)
-        it.worker.fail(PackLost("the pack is damaged"))
+        it.worker.fail(kind("what is lost"))
         assert await it.exit_code() == 1
-        assert it.said == ["ready", "the pack is damaged"]
+        assert it.said == ["ready", "what is lost"]
 
 
 async def test_an_engine_that_dies_while_it_drains_is_no_clean_end():
