@@ -83,7 +83,8 @@ def server_pid(port: int) -> int:
             owner = process.stat().st_uid
         except OSError:
             continue
-        if owner == USER and str(port).encode() in words and b"serve" in words:
+        serves = b"python" in words[0] and b"serve" in words  # and is not what runs it there
+        if owner == USER and serves and str(port).encode() in words:
             return int(process.name)
     raise AssertionError("the server's process is not there")
 
