@@ -112,8 +112,10 @@ def reason_of(chosen: FormatShare, shares: Sequence[FormatShare]) -> str:
 
 
 def _percent(one: FormatShare) -> str:
-    """Rounded down: only all are 100 %."""
-    return "none" if one.share is None else f"{int(100 * one.share)} %"
+    """Only all are 100 %."""
+    if one.share is None:
+        return "none"
+    return f"{100 if one.share == 1 else min(99, round(100 * one.share))} %"
 
 
 def _codec(config: EngineConfig, blueprint: Blueprint) -> Codec:

@@ -50,7 +50,7 @@ def test_the_finest_that_fits_whole_else_the_smallest(
 
 
 def test_the_line_has_shares_and_price() -> None:
-    shares = [of("native", 0.09), of("int8", 0.19), of("nf4", 0.339)]
+    shares = [of("native", 0.09), of("int8", 0.19), of("nf4", 0.329)]
     assert reason_of(shares[2], shares) == (
         "expert format: nf4 (auto): 33 % of the experts fit the card's slots, native 9 %,"
         " int8 19 %; nf4 costs the demo 1.6 % perplexity"
