@@ -80,6 +80,7 @@ FROM runtime AS cuda
 COPY --from=build-cuda /opt/moestro /opt/moestro
 # The container toolkit gives what is asked for here, with `docker run --gpus all`.
 ENV MOESTRO_DEVICE=auto \
+    MOESTRO_EXPERT_FORMAT=auto \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001

@@ -1,15 +1,16 @@
 """Choices that do not go together, refused by name before anything else is looked at."""
 
 from moestro.engine.facts import Device, EngineConfig, StartError
-from moestro.engine.formats import FORMATS, MIXED
+from moestro.engine.formats import AUTO, FORMATS, MIXED
 from moestro.engine.weights import DENSE_FORMATS
 
 
 def check_choices(config: EngineConfig) -> None:
-    if config.expert_format not in FORMATS and not config.expert_format.startswith(MIXED):
+    named = config.expert_format in (AUTO, *FORMATS)
+    if not named and not config.expert_format.startswith(MIXED):
         raise StartError(
-            f"--expert-format {config.expert_format}: this build has {', '.join(FORMATS)} and"
-            f" {MIXED}FILE"
+            f"--expert-format {config.expert_format}: this build has {', '.join(FORMATS)}, {AUTO}"
+            f" and {MIXED}FILE"
         )
     if config.dense_format not in DENSE_FORMATS:
         raise StartError(

@@ -36,6 +36,7 @@ from moestro.engine.facts import (
     set_threads,
     unused_gpu,
 )
+from moestro.engine.forecasts import understand_settled
 from moestro.engine.formats import ExpertsModule, in_tiles
 from moestro.engine.kernels import set_pool_threads
 from moestro.engine.lanes import PackedLane, PassLane, SequentialLane, packed_lane
@@ -52,12 +53,12 @@ from moestro.engine.model import (
 from moestro.engine.planning import (
     Blueprint,
     MemoryPlan,
-    inspect,
     plan_memory,
     release_freed_memory,
 )
 from moestro.engine.step import Engine, Runner, Scheduler, SchedulerLimits, no_copies
 from moestro.engine.text import Tokenizer
+from moestro.engine.weights import Checkpoint
 
 from .choices import check_choices, check_device
 from .found import log_found, log_plan, log_whole_prompts, warn_vocabulary
@@ -137,7 +138,10 @@ def load(
         config = replace(config, model_path=prepare(progress))
         release_freed_memory()
     phases.enter("inspect")
-    blueprint = inspect(config, device)
+    understood = understand_settled(config, Checkpoint(config.model_path), device)
+    config, blueprint = understood.config, understood.blueprint
+    if understood.reason is not None:
+        log.info("%s", understood.reason)
     plan = plan_memory(config, blueprint, packing=not config.pack_path.exists())
     log_found(blueprint, config, threads)
     log_plan(config, blueprint, plan)

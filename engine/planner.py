@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from moestro.cache import (
-    DoesNotFit,
     NextUse,
     PackSpec,
     Phase,
@@ -36,6 +35,7 @@ from moestro.engine.facts import (
     set_threads,
 )
 from moestro.engine.forecasts import (
+    FINEST_FIRST,
     PCIE_4_BYTES_PER_S,
     CardForecast,
     CardLinks,
@@ -47,6 +47,7 @@ from moestro.engine.forecasts import (
     MoeLayer,
     Rates,
     Traced,
+    Understood,
     Work,
     flags_of,
     gains_of,
@@ -54,8 +55,10 @@ from moestro.engine.forecasts import (
     measure_multiply,
     nearest_plan,
     own_grid_line,
+    share_of,
+    understand_settled,
 )
-from moestro.engine.formats import codec_of, expert_codec, in_tiles
+from moestro.engine.formats import codec_of, in_tiles
 from moestro.engine.kernels import chosen, set_pool_threads
 from moestro.engine.planning import (
     Blueprint,
@@ -65,14 +68,12 @@ from moestro.engine.planning import (
     StoredWeights,
     check_config,
     plan_memory,
-    understand,
     weights_are_here,
 )
 from moestro.engine.weights import Checkpoint, weight_files
 
 from .choices import check_choices
 
-CARD_FORMATS = ("native", "int8", "nf4")  # that a GPU computes with
 TORCH = "torch"  # whose products serve where this build has none of its own
 
 
@@ -96,7 +97,8 @@ def plan_model(
     set_pool_threads(threads)
     here, checkpoint = _opened(config.model_path, stored)
     try:
-        blueprint = understand(config, checkpoint)
+        understood = understand_settled(config, checkpoint, CPU)
+        config, blueprint = understood.config, understood.blueprint
         plan = _plan(config, blueprint)
         work = _work(blueprint, plan.demand.step_tokens)
         gains = gains_of(config, blueprint)
@@ -123,6 +125,7 @@ def plan_model(
         lane=blueprint.topology.lane,
         traced=traced,
         quantized=quantized,
+        format_reason=understood.reason,
     )
 
 
@@ -164,14 +167,11 @@ def plan_card(
     config = replace(config, device="cuda", device_memory_bytes=None)
     here, checkpoint = _opened(config.model_path, stored)
     try:
-        blueprint = understand(config, checkpoint, card)
+        understood = understand_settled(config, checkpoint, card, machine)
+        config, blueprint = understood.config, understood.blueprint
         plan = _plan(config, blueprint, machine)
         work = _work(blueprint, plan.demand.step_tokens)
-        formats = tuple(
-            _share(replace(config, expert_format=name), blueprint, machine)
-            for name in CARD_FORMATS
-            if name != config.format_name
-        )
+        formats = _other_shares(understood, machine)
         spec = blueprint.spec
         disk = _link(config, spec.slot_bytes, disk_bytes_per_s)
         quantized = own_grid_line(config, blueprint)
@@ -204,6 +204,7 @@ def plan_card(
         lane=blueprint.topology.lane,
         formats=formats,
         quantized=quantized,
+        format_reason=understood.reason,
     )
 
 
@@ -213,20 +214,15 @@ def _opened(folder: Path, stored: StoredWeights | None) -> tuple[bool, Checkpoin
     return here, Checkpoint(folder) if here else Sketch(folder, stored)
 
 
-def _share(config: EngineConfig, blueprint: Blueprint, machine: HostMemory | None) -> FormatShare:
-    """Of the experts in the card's slots, were they in the format that `config` names."""
-    card = blueprint.device
-    try:
-        codec = expert_codec(
-            config.expert_format, blueprint.experts, card.compute_dtype, card.place.type
-        )
-        other = replace(blueprint, codec=codec)
-        plan = plan_memory(config, other, packing=not config.pack_path.exists(), machine=machine)
-        spec = other.spec
-        slots = plan_slots(plan.experts_bytes, spec, max(blueprint.topology.experts_per_token))
-    except (StartError, DoesNotFit) as error:
-        return FormatShare(config.expert_format, None, str(error))
-    return FormatShare(config.expert_format, slots.slots / spec.num_experts)
+def _other_shares(model: Understood, machine: HostMemory | None) -> tuple[FormatShare, ...]:
+    """Of the experts on the card, in every format but the one that is planned with."""
+    known = {one.expert_format: one for one in model.shares}
+    return tuple(
+        known.get(name)
+        or share_of(replace(model.config, expert_format=name), model.blueprint, machine)
+        for name in FINEST_FIRST
+        if name != model.config.format_name
+    )
 
 
 def verdict(config: EngineConfig) -> str:
@@ -236,7 +232,8 @@ def verdict(config: EngineConfig) -> str:
         here = weights_are_here(config.model_path)
         checkpoint = Checkpoint(config.model_path) if here else Sketch(config.model_path)
         try:
-            blueprint = understand(config, checkpoint)
+            understood = understand_settled(config, checkpoint, CPU)
+            config, blueprint = understood.config, understood.blueprint
             plan = _plan(config, blueprint)
         finally:
             checkpoint.close()

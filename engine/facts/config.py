@@ -30,7 +30,7 @@ class EngineConfig:
     model_path: Path
     cache_dir: Path
     device: str = "cpu"  # or "cuda", "cuda:N", "auto"
-    expert_format: str = "native"  # or "mixed:FILE" (mixed.py)
+    expert_format: str = "native"  # or "mixed:FILE" (mixed.py), "auto" (auto_format.py)
     dense_format: str = "native"
     host_memory_bytes: int | None = None  # expert slots and staging
     device_memory_bytes: int | None = None  # expert slots of a device with its own memory

@@ -1,6 +1,7 @@
 """What a memory plan is worth: speeds, hit rates, smaller formats, and what would change it."""
 
 from .advice import Change, changes, flags_of, nearest_plan
+from .auto_format import FINEST_FIRST, Understood, share_of, understand_settled
 from .calibrate import Matrices, measure_link, measure_multiply
 from .card import PCIE_4_BYTES_PER_S, CardBound, CardForecast, CardLinks, CardOutlook, FormatShare
 from .forecast import (
@@ -20,6 +21,7 @@ from .token_reads import gains_of
 
 __all__ = [
     "DEMO_PERPLEXITY",
+    "FINEST_FIRST",
     "PCIE_4_BYTES_PER_S",
     "Bound",
     "CardBound",
@@ -37,6 +39,7 @@ __all__ = [
     "Outlook",
     "Rates",
     "Traced",
+    "Understood",
     "Work",
     "changes",
     "flags_of",
@@ -45,4 +48,6 @@ __all__ = [
     "measure_multiply",
     "nearest_plan",
     "own_grid_line",
+    "share_of",
+    "understand_settled",
 ]

@@ -71,6 +71,7 @@ class FormatShare:
     expert_format: str
     share: float | None  # of the experts in slots; None: it does not fit, or cannot be here
     why: str = ""  # where there is none
+    refused: bool = False  # the format itself, however much memory there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class CardForecast:
     lane: LaneChoice
     formats: tuple[FormatShare, ...]  # the others
     quantized: str | None = None  # what becomes of the experts of a quantized checkpoint
+    format_reason: str | None = None  # the line of a format that was to be chosen
 
     @property
     def resident_share(self) -> float:

@@ -189,6 +189,7 @@ class Forecast:
     gains: Gains | None  # of smaller formats, where something is native and there are some
     traced: Traced | None = None
     quantized: str | None = None  # what becomes of the experts of a quantized checkpoint
+    format_reason: str | None = None  # the line of a format that was to be chosen
 
     @property
     def holds_all(self) -> bool:

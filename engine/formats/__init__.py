@@ -14,10 +14,11 @@ from .mixed import (
     order_of,
     pack_layer,
 )
-from .named import FORMATS, codec_of, in_tiles
+from .named import AUTO, FORMATS, codec_of, in_tiles
 from .tiled import Codes, grid_format, tile_format
 
 __all__ = [
+    "AUTO",
     "MixedCodec",
     "Codec",
     "Codes",

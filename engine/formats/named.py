@@ -10,6 +10,7 @@ from .matrices import Codec, Int8Codec, NativeCodec
 from .nf4 import Nf4Codec
 from .tiled import TileCodec
 
+AUTO = "auto"  # which one of FORMATS it is, the start settles by the device's memory
 FORMATS = ("native", "int8", "int4", "mxfp4", "fp8", "nf4")
 CPU_ONLY = {"int4", "mxfp4", "fp8"}  # no kernel of a GPU takes the bytes in their order
 TILED = ("native", "int8", "int4", "mxfp4", "fp8")
@@ -43,8 +44,10 @@ def codec_of(
             return Int4Codec()
         case "int8":
             return Int8Codec(compute_dtype, device)
-        case _:
+        case "native":
             return NativeCodec(compute_dtype, device)
+        case _:
+            raise ValueError(f"{name!r} is none of {', '.join(FORMATS)}")
 
 
 def in_tiles(compute_dtype: torch.dtype, device: str = "cpu") -> bool:

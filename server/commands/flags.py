@@ -105,8 +105,10 @@ ExpertFormat = Annotated[
         " W8A8), int4 (half a byte, in groups of 64; CPU only), mxfp4 (half a byte, in groups of"
         " 32, which takes over gpt-oss's files exactly; CPU only), fp8 (one byte, e4m3 in groups of"
         " 128; CPU only), nf4 (half a byte, for CUDA: slow on a CPU; needs moestro[nf4]; int4 and"
-        " fp8 keep what a checkpoint has in them as it is) or mixed:FILE (each as FILE says; see"
-        " `moestro trace mix`). [default: native]",
+        " fp8 keep what a checkpoint has in them as it is), mixed:FILE (each as FILE says; see"
+        " `moestro trace mix`) or auto (with a GPU the finest of native and int8 whose experts all"
+        " fit its memory, else nf4, or int8 without moestro[nf4]; native on a CPU; the start says"
+        " which and why). [default: native]",
     ),
 ]
 DenseFormat = Annotated[

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 ENV_PREFIX = "MOESTRO_"
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+AUTO = "auto"  # one of these, by the memory that is there
 EXPERT_FORMATS = ("native", "int8", "int4", "mxfp4", "fp8", "nf4")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
@@ -227,9 +228,9 @@ class Settings(Places):
         kind, _, file = value.partition(":")
         if kind == "mixed" and file:
             return f"mixed:{_expanded(Path(file))}"
-        if value not in EXPERT_FORMATS:
-            known = ", ".join(EXPERT_FORMATS)
-            raise ValueError(f"{_shown(value)} is not an expert format ({known}, mixed:FILE)")
+        if value not in EXPERT_FORMATS and value != AUTO:
+            known = ", ".join((*EXPERT_FORMATS, AUTO, "mixed:FILE"))
+            raise ValueError(f"{_shown(value)} is not an expert format ({known})")
         return value
 
     @field_validator("threads")

@@ -47,6 +47,7 @@ def card_object(forecast: CardForecast) -> dict[str, Any]:
             "experts_per_token": layer.experts_per_token,
             "expert_bytes": forecast.slot_bytes,
             "expert_format": forecast.expert_format,
+            "expert_format_reason": forecast.format_reason,
             "dense_format": forecast.dense_format,
             "stored_dtype": forecast.stored_dtype,
             "quantized": forecast.quantized,

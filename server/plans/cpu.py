@@ -3,7 +3,8 @@
 The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
 
     model    family, layers, experts_per_layer, experts_per_token, expert_bytes (one, as kept),
-             expert_format, dense_format, stored_dtype, weights ("files", or "absent": the shapes
+             expert_format (settled), expert_format_reason (of auto, a sentence; null for a named
+             one), dense_format, stored_dtype, weights ("files", or "absent": the shapes
              are those of config.json), quantized (what becomes of the experts of a quantized
              checkpoint, a sentence; null for another)
     memory   interpreter, dense, workspace, experts, kv, packing (each with _bytes; what only the
@@ -44,6 +45,7 @@ def cpu_object(forecast: Forecast) -> dict[str, Any]:
             "experts_per_token": layer.experts_per_token,
             "expert_bytes": forecast.slot_bytes,
             "expert_format": forecast.expert_format,
+            "expert_format_reason": forecast.format_reason,
             "dense_format": forecast.dense_format,
             "stored_dtype": forecast.stored_dtype,
             "quantized": forecast.quantized,

@@ -34,6 +34,8 @@ def model_lines(forecast: Forecast | CardForecast) -> list[str]:
             f"the weights are not here: shapes are those of config.json, stored as"
             f" {forecast.stored_dtype}"
         )
+    if forecast.format_reason is not None:
+        found.append(forecast.format_reason)
     if forecast.quantized is not None:
         found.append(forecast.quantized)
     return found

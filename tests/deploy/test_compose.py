@@ -133,7 +133,7 @@ def test_with_a_gpu_the_server_is_another_image_with_a_gpu(services: dict[str, Y
     (device,) = server["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
     settings = parse_serve([filled_in(word) for word in server["command"]])
-    assert (settings.host, settings.device, settings.expert_format) == ("0.0.0.0", "auto", "nf4")
+    assert (settings.host, settings.device, settings.expert_format) == ("0.0.0.0", "auto", "auto")
 
 
 def test_prometheus_scrapes_the_server(services: dict[str, Yaml]) -> None:

@@ -83,12 +83,14 @@ def test_the_image_that_is_built_unless_another_is_named_uses_a_gpu(
     variables = environment(stages["cuda"])
     assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
     assert variables["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
-    for image, device in (("cuda", "auto"), ("cpu", "cpu")):
+    for image, chosen in (("cuda", ("auto", "auto")), ("cpu", ("cpu", "native"))):
         for name, value in environment(stages[image]).items():
             if name.startswith("MOESTRO_"):
                 monkeypatch.setenv(name, value)
-        assert parse_serve(["serve", "demo"]).device == device
-        monkeypatch.delenv("MOESTRO_DEVICE", raising=False)
+        settings = parse_serve(["serve", "demo"])
+        assert (settings.device, settings.expert_format) == chosen
+        for name in ("MOESTRO_DEVICE", "MOESTRO_EXPERT_FORMAT"):
+            monkeypatch.delenv(name, raising=False)
 
 
 def test_its_torch_must_know_cuda_and_bitsandbytes_comes_along(stages: Stages) -> None:

@@ -78,8 +78,8 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
     found = json.loads(out)
     parts = {name: part for name, part in found.items() if name != "changes"}
     assert {name: " ".join(sorted(part)) for name, part in parts.items()} == {
-        "model": "dense_format expert_bytes expert_format experts_per_layer experts_per_token"
-        " family lane lane_reason layers quantized stored_dtype weights",
+        "model": "dense_format expert_bytes expert_format expert_format_reason experts_per_layer"
+        " experts_per_token family lane lane_reason layers quantized stored_dtype weights",
         "memory": "dense_bytes experts_bytes interpreter_bytes kv_bytes kv_tokens limit"
         " limit_bytes max_model_len_tokens max_step_reason max_step_tokens packing_bytes"
         " total_bytes workspace_bytes",
@@ -90,7 +90,8 @@ def test_the_object_has_the_promised_keys(plan: Command, folder: Path) -> None:
         "decode": "high low routing tokens",
         "prefill": "high low routing tokens",
     }
-    assert found["model"]["expert_format"] == "int8"
+    model = found["model"]
+    assert (model["expert_format"], model["expert_format_reason"]) == ("int8", None)
     names = ("interpreter", "dense", "workspace", "experts", "kv", "packing")
     assert sum(found["memory"][f"{name}_bytes"] for name in names) == found["memory"]["total_bytes"]
     for one in found["formats"]["smaller"]:
@@ -217,6 +218,17 @@ def test_the_object_of_a_card(plan: Command, folder: Path) -> None:
     assert found["memory"]["total_bytes"] == sum(found["memory"][name] for name in parts)
     formats = {row["expert_format"] for row in found["formats"]}
     assert formats == {"int8", "nf4"}
+
+
+def test_a_format_to_be_chosen_is_named_with_its_reason(plan: Command, folder: Path) -> None:
+    code, out, err = plan(folder, *CARD, "--expert-format", "auto")
+    assert (code, err) == (0, "")
+    reason = "expert format: native (auto): 100 % of the experts fit the card's slots; native"
+    assert reason in out
+    code, out, _ = plan(folder, *BUDGETS, "--expert-format", "auto", "--json")
+    model = json.loads(out)["model"]
+    assert code == 0 and model["expert_format"] == "native"
+    assert model["expert_format_reason"].startswith("expert format: native (auto): the CPU")
 
 
 @pytest.mark.parametrize(

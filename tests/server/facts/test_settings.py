@@ -82,7 +82,7 @@ def test_flags_win_over_variables(monkeypatch):
             "expert_format",
             "int3",
             "--expert-format: 'int3' is not an expert format "
-            "(native, int8, int4, mxfp4, fp8, nf4, mixed:FILE)",
+            "(native, int8, int4, mxfp4, fp8, nf4, auto, mixed:FILE)",
         ),
         ("device", "cuda:x", "--device: 'cuda:x' is not served; what exists: auto, cpu, cuda"),
         ("device_memory", "1GiB", "--device-memory: device cpu has no memory of its own"),
