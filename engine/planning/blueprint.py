@@ -33,6 +33,7 @@ from moestro.engine.weights import (
     Manifest,
     Replacement,
     RouterFacts,
+    kept_on_host,
     replacements,
 )
 
@@ -206,7 +207,11 @@ def compact_modules(
     )
     if blueprint.device.place.type != "cpu":
         _refuse_odd_shapes(model, [each.path for each in found if each.kind == "int8"])
-    return found
+    if blueprint.device.room is None:
+        return found
+    on_host = kept_on_host(model)
+    paths = {each.path for each in on_host}
+    return [*(each for each in found if each.path not in paths), *on_host]
 
 
 def _refuse_odd_shapes(model: PreTrainedModel, paths: list[str]) -> None:

@@ -25,7 +25,7 @@ from moestro.engine.facts import (
 )
 from moestro.engine.formats import MixedCodec
 from moestro.engine.model import GPU_SINK_BLOCK_BYTES
-from moestro.engine.weights import saved_bytes
+from moestro.engine.weights import ON_HOST, saved_bytes
 
 from .blueprint import Blueprint, compact_modules, kept_dense
 from .device_memory import DEVICE_ALLOWANCE_BYTES, HostDemand, settle_host
@@ -208,6 +208,7 @@ def _apart(
         packing_bytes=demand.packing_bytes,
         files_bytes=demand.files_bytes,
         pinned=blueprint.device.place.type == "cuda",
+        dense_bytes=_on_host_bytes(config, blueprint),
     )
     return replace(
         plan, host=settle_host(host, config.host_memory_bytes, memory.limit, memory.available_bytes)
@@ -230,6 +231,12 @@ def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
     whole = blueprint.checkpoint.dense_bytes(blueprint.dense_keys, itemsize)
     model = blueprint.build_model()
     return whole - saved_bytes(model, compact_modules(config, blueprint, model), itemsize)
+
+
+def _on_host_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
+    """Of dense weights that a device of its own does not hold."""
+    found = compact_modules(config, blueprint, blueprint.build_model())
+    return sum(blueprint.itemsize * each.numbers for each in found if each.kind == ON_HOST)
 
 
 def _largest_bytes(blueprint: Blueprint) -> int:

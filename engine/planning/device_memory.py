@@ -25,10 +25,11 @@ class HostDemand:
     packing_bytes: int  # taken at the start alone
     files_bytes: int = 0  # of cache and model, where their folders are memory (tmpfs)
     pinned: bool = False  # the experts, for a GPU to fetch them by itself
+    dense_bytes: int = 0  # weights that are looked up here and not multiplied with
 
     @property
     def fixed_bytes(self) -> int:
-        return self.interpreter_bytes + self.files_bytes + HOST_ALLOWANCE_BYTES
+        return self.interpreter_bytes + self.files_bytes + self.dense_bytes + HOST_ALLOWANCE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class HostPlan:
             "host_workspace": HOST_ALLOWANCE_BYTES,
             "host_experts": self.experts_bytes,
             "host_packing": self.packing_excess_bytes,
+            **({"host_dense": self.demand.dense_bytes} if self.demand.dense_bytes else {}),
             **({"host_files": self.demand.files_bytes} if self.demand.files_bytes else {}),
         }
 
@@ -77,11 +79,13 @@ class HostPlan:
         demand = self.demand
         slots_bytes = self.experts_bytes - demand.staging_bytes
         share = min(100, 100 * slots_bytes // max(1, demand.experts_total_bytes))
+        dense_bytes = demand.dense_bytes
+        table = f" + embedding {human_bytes(dense_bytes)}" if dense_bytes else ""
         return [
             f"memory plan of the host: {human_bytes(self.total_bytes)} of"
             f" {human_bytes(self.limit_bytes)} ({self.limit_name})",
             f"  fixed     {human_bytes(demand.fixed_bytes):>10}  interpreter"
-            f" {human_bytes(demand.interpreter_bytes)} + workspace"
+            f" {human_bytes(demand.interpreter_bytes)}{table} + workspace"
             f" {human_bytes(HOST_ALLOWANCE_BYTES)}",
             f"  experts   {human_bytes(self.experts_bytes):>10}  "
             f"{'pinned, ' if demand.pinned else ''}{share} % of"

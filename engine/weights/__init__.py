@@ -4,7 +4,15 @@ from .checkpoint import PLAIN_DTYPES, Checkpoint
 from .config import read_config, read_quantization, refusing, warn_disagreement
 from .conversion import said_form
 from .damage import is_there, json_object, refuse_stand_in
-from .dense import DENSE_FORMATS, Replacement, load_dense, replacements, saved_bytes
+from .dense import (
+    DENSE_FORMATS,
+    ON_HOST,
+    Replacement,
+    kept_on_host,
+    load_dense,
+    replacements,
+    saved_bytes,
+)
 from .dense_file import DenseFile
 from .linears import CompactLinear, Int8Weights, LastRows, Shared, Sides, TileLinear, beside
 from .manifest import MANIFEST_NAME, Manifest
@@ -21,6 +29,7 @@ __all__ = [
     "LastRows",
     "MANIFEST_NAME",
     "Manifest",
+    "ON_HOST",
     "PLAIN_DTYPES",
     "ROUTERS_NAME",
     "Replacement",
@@ -32,6 +41,7 @@ __all__ = [
     "gguf_source",
     "is_there",
     "json_object",
+    "kept_on_host",
     "load_dense",
     "name_routers",
     "read_config",

@@ -20,6 +20,7 @@ from moestro.engine.kernels import TileFormat
 from .checkpoint import Checkpoint
 from .linears import (
     CompactLinear,
+    HostEmbedding,
     Int8Weights,
     Shared,
     StoredEmbedding,
@@ -27,6 +28,7 @@ from .linears import (
 )
 
 DENSE_FORMATS = ("native", "int8")
+ON_HOST = "host"  # the kind of an embedding that takes no memory where the model computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Replacement:
     """What becomes of one module when its weights are there."""
 
     path: str
-    kind: str  # "int8", or the dtype that it is stored in
+    kind: str  # "int8", the dtype that it is stored in, or ON_HOST
     bytes: int  # that it will take
     numbers: int
     form: TileFormat | None = None  # of a linear layer in tiles
@@ -103,6 +105,20 @@ def saved_bytes(model: PreTrainedModel, found: Iterable[Replacement], itemsize_b
     )
 
 
+def kept_on_host(model: PreTrainedModel) -> list[Replacement]:
+    """The input embedding of `model` (on meta), where nothing else reads its weights."""
+    embedding = model.get_input_embeddings()
+    ties = getattr(model, "all_tied_weights_keys", {})
+    tied = {*ties, *ties.values()}
+    return [
+        Replacement(path, ON_HOST, 0, module.weight.numel())
+        for path, module in model.named_modules()
+        if module is embedding
+        and type(module) is torch.nn.Embedding
+        and f"{path}.weight" not in tied
+    ]
+
+
 def load_dense(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
@@ -139,7 +155,10 @@ def _is_loaded(model: PreTrainedModel, path: str) -> bool:
 def _replace(model: PreTrainedModel, what: Replacement, shared: Shared) -> None:
     old = model.get_submodule(what.path)
     new: torch.nn.Module
-    if isinstance(old, torch.nn.Embedding):
+    if what.kind == ON_HOST:
+        assert isinstance(old, torch.nn.Embedding)
+        new = HostEmbedding(old.weight.detach())
+    elif isinstance(old, torch.nn.Embedding):
         rows = old.weight.detach().to(getattr(torch, what.kind))
         new = StoredEmbedding(rows, old.weight.dtype)
     else:

@@ -196,6 +196,27 @@ class StoredEmbedding(torch.nn.Module):
         return F.embedding(ids, self.rows).to(self._dtype)
 
 
+class HostEmbedding(torch.nn.Module):
+    """A table that stays in the host's memory: the rows of a step are gathered there and sent.
+
+    Of a model that computes on a device with memory of its own, where experts need the room.
+    """
+
+    def __init__(self, table: torch.Tensor) -> None:
+        """Takes a copy of `table` to the host, where it is not there; rows go to where it was."""
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = table.shape
+        self._place = table.device
+        self._table = table.cpu()  # no buffer: the model is where its other weights are
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding(ids.cpu(), self._table)
+        if self._place.type != "cuda":
+            return rows.to(self._place)
+        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        return pinned.copy_(rows).to(self._place, non_blocking=True)
+
+
 @contextmanager
 def placeholders(model: torch.nn.Module) -> Iterator[None]:
     """Inside, what became of a module or stayed in the pack has tensors that count as initialized.

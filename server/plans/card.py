@@ -4,8 +4,8 @@ The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
 
     model    as of a plan for the CPU (cpu.py)
     memory   device_dense, device_workspace, device_experts, device_kv, device_packing, and the
-             host's: host_interpreter, host_workspace, host_experts, host_packing (each with
-             _bytes); total_bytes, limit_bytes and limit of the card, host_total_bytes,
+             host's: host_interpreter, host_workspace, host_experts, host_packing, host_dense (each
+             with _bytes); total_bytes, limit_bytes and limit of the card, host_total_bytes,
              host_limit_bytes, host_limit; kv_tokens, max_model_len_tokens, max_step_tokens,
              max_step_reason
     experts  slots (of the card), host_slots, total, resident_share (on the card), host_share

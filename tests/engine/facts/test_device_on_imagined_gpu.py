@@ -20,6 +20,7 @@ from moestro.cache.tiers.slots import Arena, SlotArena
 from moestro.engine import EngineConfig, StartError
 from moestro.engine.facts.device import CPU, Device, HostCopy, Indices, choose, index_on, unused_gpu
 from moestro.engine.loader import load
+from moestro.engine.weights.linears import HostEmbedding
 
 
 @pytest.fixture
@@ -88,6 +89,12 @@ def test_a_whole_engine_computes_there_what_it_computes_here(
     ):
         there = run_logits(loaded, steps).cpu()
         stats = loaded.cache.stats()
+        embedding = loaded.engine.runner.lane.model.get_input_embeddings()
+        assert isinstance(embedding, HostEmbedding)
+        assert embedding._table.device.type == "cpu" and not list(embedding.parameters())
+        assert loaded.plan.host is not None
+        table_bytes = embedding._table.numel() * embedding._table.itemsize
+        assert loaded.plan.host.parts()["host_dense"] == table_bytes
     assert stats.host is not None and stats.host.link.copies > 0
     with opened(folder, tmp_path / "here", choose_device=imagined(torch.bfloat16)) as loaded:
         here = run_logits(loaded, steps)
