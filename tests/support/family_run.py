@@ -16,7 +16,7 @@ import torch
 from engine_kit import generate, opened, run_logits
 from moestro.engine import EngineConfig, ModelRefused, SamplingParams
 from moestro.engine.loader import Loaded
-from moestro.engine.planning import Sketch, plan_memory, understand
+from moestro.engine.planning import Blueprint, Sketch, plan_memory, understand
 from moestro.engine.weights import Checkpoint
 from tiny_families import build, oracle
 
@@ -55,12 +55,15 @@ def outcome_of(kind: str, folder: Path) -> Outcome:
     return Outcome("passed", compared.lane)
 
 
-def equal_plans(model: Path, folder: Path, **settings: Any) -> None:
-    """The config alone tells what the files tell: parts, experts, lane, or the same refusal."""
+def equal_plans(model: Path, folder: Path, **settings: Any) -> Blueprint | None:
+    """The config alone tells what the files tell: parts, experts, lane, or the same refusal.
+
+    Returns what the files tell; None where they are refused.
+    """
     bare = folder / "bare"
     bare.mkdir(exist_ok=True)
     shutil.copy(model / "config.json", bare)
-    found = []
+    found, blueprints = [], list[Blueprint]()
     for path, kind in ((model, Checkpoint), (bare, Sketch)):
         config = EngineConfig(path, folder, **settings)
         try:
@@ -68,10 +71,12 @@ def equal_plans(model: Path, folder: Path, **settings: Any) -> None:
         except ModelRefused as refusal:
             found.append(str(refusal).replace(str(path), ""))
             continue
+        blueprints.append(blueprint)
         parts = plan_memory(config, blueprint).parts()
         layers = [(layer.num_experts, layer.layout) for layer in blueprint.spec.layers]
         found.append(str(({**parts, "interpreter": 0}, layers, blueprint.topology)))
     assert found[0] == found[1]
+    return blueprints[0] if blueprints else None
 
 
 def compare(stock: Any, model: Path, cache: Path, **settings: Any) -> Compared:

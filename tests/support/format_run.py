@@ -7,7 +7,7 @@ runs on the weights read out of the engine's pack: rounded once more they would 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ import transformers as hf
 from gguf import GGMLQuantizationType as Ggml
 
 import gguf_models
-from engine_kit import opened
+from engine_kit import ignore
 from family_run import TOLERANCE, compare, equal_plans, greedy
 from family_sizes import EXPERTS, LAYERS
 from moestro.cache import Phase
 from moestro.engine import EngineConfig
 from moestro.engine.formats import keeps_grids, tile_format
-from moestro.engine.planning import inspect
+from moestro.engine.phases import Phases
+from moestro.engine.planning import inspect, plan_memory
+from moestro.engine.weight_loading import load_weights
 from moestro.engine.weights import Checkpoint
 from quantized_files import KINDS, write_mxfp4, write_quantized
 from tile_reference import decode
@@ -62,8 +64,8 @@ SOURCES = {
     "bitsandbytes, 4 bits": Source("nf4 nested"),
     "bitsandbytes, 8 bits": Source("int8 of bitsandbytes"),
     "GGUF, Q8_0": Source(Ggml.Q8_0, "", tuple(ARCHITECTURES)),
-    "GGUF, Q4_0": Source(Ggml.Q4_0, "int4", tuple(ARCHITECTURES)),
-    "GGUF, Q4_1": Source(Ggml.Q4_1, "int4", tuple(ARCHITECTURES)),
+    "GGUF, Q4_0": Source(Ggml.Q4_0, "int4", ("qwen2_moe", "minimax_m2")),
+    "GGUF, Q4_1": Source(Ggml.Q4_1, "int4", ("qwen3_moe", "qwen3_5_moe_text")),
     "GGUF, Q6_K": Source(Ggml.Q6_K, "", tuple(ARCHITECTURES)),
 }
 
@@ -88,10 +90,9 @@ def cell_of(source: Source, family: str, folder: Path) -> Cell:
         return Cell(decoded)
     if source.kept != "fp8":
         return Cell(decoded, _of_tiles(stock, model, folder / "cache", source.kept))
-    config = EngineConfig(model, folder, expert_format=source.kept)
-    blueprint = inspect(config)
+    blueprint = equal_plans(model, folder, expert_format=source.kept)
+    assert blueprint is not None
     assert all(keeps_grids(blueprint.codec, entry) for entry in blueprint.experts)
-    equal_plans(model, folder, expert_format=source.kept)
     kept = compare(stock, model, folder / "cache", expert_format=source.kept)
     return Cell(decoded, kept.difference)
 
@@ -144,14 +145,17 @@ def _of_tiles(stock: Any, model: Path, cache: Path, name: str) -> float:
     TOLERANCE.
     """
     _prompt, ids, wanted = greedy(stock)
-    blueprint = inspect(EngineConfig(model, cache, expert_format=name))
+    config = EngineConfig(model, cache, expert_format=name)
+    blueprint = inspect(config)
+    plan = plan_memory(config, blueprint)
+    _model, experts_cache = load_weights(config, blueprint, plan, Phases(ignore))
     replaced = 0
-    with opened(model, cache, expert_format=name) as loaded, torch.no_grad():
+    with closing(experts_cache), torch.no_grad():
         for layer, entry in enumerate(blueprint.experts):
             assert name == MXFP4 or keeps_grids(blueprint.codec, entry)
             experts = stock.get_submodule(entry.path)
             everyone = list(range(entry.num_experts))
-            with loaded.cache.acquire(layer, everyone, Phase.DECODE) as lease:
+            with experts_cache.acquire(layer, everyone, Phase.DECODE) as lease:
                 for expert, tensors in lease:
                     for matrix in ("gate_up_proj", "down_proj"):
                         own = getattr(experts, matrix)[expert]
