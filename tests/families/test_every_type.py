@@ -8,7 +8,7 @@ import pytest
 from family_names import BROKEN, KNOWN, without_config
 from family_registry import LEFT_OUT, moe_model_types
 from family_run import Outcome, outcome_of
-from family_table import TABLE, read_table, table_text
+from family_table import TABLE, page_text, read_cells, read_table
 
 pytestmark = pytest.mark.families
 
@@ -37,5 +37,5 @@ def test_stock_logits_or_a_refusal(
 
 
 def test_the_table_has_every_type_once_and_nothing_else() -> None:
-    assert TABLE.read_text("utf-8") == table_text(read_table())
+    assert TABLE.read_text("utf-8") == page_text(read_table(), read_cells())
     assert list(read_table()) == [kind for kind in KNOWN if kind not in BROKEN]

@@ -16,7 +16,7 @@ import torch
 from engine_kit import generate, opened, run_logits
 from moestro.engine import EngineConfig, ModelRefused, SamplingParams
 from moestro.engine.loader import Loaded
-from moestro.engine.planning import Sketch, plan_memory, understand
+from moestro.engine.planning import Blueprint, Sketch, plan_memory, understand
 from moestro.engine.weights import Checkpoint
 from tiny_families import build, oracle
 
@@ -24,6 +24,14 @@ TOLERANCE = 1e-4
 CLEAR_MARGIN = 1e-3  # of the best logit over the next: below it two right engines may differ
 NEW_TOKENS = 16
 REASON_CHARACTERS = 160
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of a comparison that held."""
+
+    lane: str
+    difference: float  # the largest one of a logit
 
 
 @dataclass(frozen=True)
@@ -38,56 +46,61 @@ class Outcome:
 def outcome_of(kind: str, folder: Path) -> Outcome:
     """Build the tiny model of type `kind` below `folder` and hold the engine to stock's logits."""
     model = build(kind, folder / kind)
-    _equal_plans(model, folder)
+    equal_plans(model, folder)
     stock = oracle(kind, model)
     try:
-        lane = _compare(stock, model, folder / "cache")
+        compared = compare(stock, model, folder / "cache")
     except ModelRefused as refusal:
         return Outcome("refused", reason=_plain(str(refusal), folder))
-    return Outcome("passed", lane)
+    return Outcome("passed", compared.lane)
 
 
-def _equal_plans(model: Path, folder: Path) -> None:
-    """The config alone tells what the files tell: parts, experts, lane, or the same refusal."""
+def equal_plans(model: Path, folder: Path, **settings: Any) -> Blueprint | None:
+    """The config alone tells what the files tell: parts, experts, lane, or the same refusal.
+
+    Returns what the files tell; None where they are refused.
+    """
     bare = folder / "bare"
-    bare.mkdir()
+    bare.mkdir(exist_ok=True)
     shutil.copy(model / "config.json", bare)
-    found = []
+    found, blueprints = [], list[Blueprint]()
     for path, kind in ((model, Checkpoint), (bare, Sketch)):
-        config = EngineConfig(path, folder)
+        config = EngineConfig(path, folder, **settings)
         try:
             blueprint = understand(config, kind(path))
         except ModelRefused as refusal:
             found.append(str(refusal).replace(str(path), ""))
             continue
+        blueprints.append(blueprint)
         parts = plan_memory(config, blueprint).parts()
         layers = [(layer.num_experts, layer.layout) for layer in blueprint.spec.layers]
         found.append(str(({**parts, "interpreter": 0}, layers, blueprint.topology)))
     assert found[0] == found[1]
+    return blueprints[0] if blueprints else None
 
 
-def _compare(stock: Any, model: Path, cache: Path) -> str:
-    """Raises AssertionError where the engine differs; returns the lane."""
-    prompt, wanted_ids, wanted = _greedy(stock)
+def compare(stock: Any, model: Path, cache: Path, **settings: Any) -> Compared:
+    """Raises AssertionError where the engine, started with `settings`, differs from `stock`."""
+    prompt, wanted_ids, wanted = greedy(stock)
     forced = [[(1, prompt)], *([(1, [token])] for token in wanted_ids[:-1])]
-    with opened(model, cache) as loaded:
+    with opened(model, cache, **settings) as loaded:
         plan = loaded.cache.plan
         assert plan.holds_all
-        _equal(run_logits(loaded, forced), wanted, "decoded tokens, all experts resident")
+        whole = _equal(run_logits(loaded, forced), wanted, "decoded tokens, all experts resident")
     half = plan.total_experts // 2 * plan.slot_bytes
-    with opened(model, cache, host_memory_bytes=half) as loaded:
+    with opened(model, cache, host_memory_bytes=half, **settings) as loaded:
         assert not loaded.cache.plan.holds_all
-        _equal(*_packed(loaded, stock), "packed, in chunks and alone")
-        _equal(run_logits(loaded, forced), wanted, "decoded tokens, half of the experts")
+        packed = _equal(*_packed(loaded, stock), "packed, in chunks and alone")
+        alone = _equal(run_logits(loaded, forced), wanted, "decoded tokens, half of the experts")
         assert loaded.cache.stats().misses > 0
         params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
         found = generate(loaded.engine, [prompt, prompt[:5]], params)[0].ids
         sure = _sure_tokens(wanted)
         assert found[:sure] == wanted_ids[:sure], f"greedy: {found} instead of {wanted_ids}"
-        return str(getattr(loaded.info, "lane", ""))
+        return Compared(str(getattr(loaded.info, "lane", "")), max(whole, packed, alone))
 
 
-def _greedy(stock: Any) -> tuple[list[int], list[int], torch.Tensor]:
+def greedy(stock: Any) -> tuple[list[int], list[int], torch.Tensor]:
     """A prompt of 9, the NEW_TOKENS that stock chooses and the logits [NEW_TOKENS, vocabulary]."""
     prompt = torch.randint(200, (9,), generator=torch.Generator().manual_seed(2)).tolist()
     ids, rows, cache, start = prompt, [], None, 0
@@ -136,10 +149,12 @@ def _packed(loaded: Loaded, stock: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return run_logits(loaded, steps), torch.stack(wanted)
 
 
-def _equal(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+def _equal(found: torch.Tensor, wanted: torch.Tensor, what: str) -> float:
+    """The largest difference."""
     errors = (found - wanted).abs().amax(-1)
     wrong = [f"{error:.1e}" for error in errors.tolist()]
     assert bool((errors < TOLERANCE).all()), f"{what}: largest errors of the steps are {wrong}"
+    return float(errors.max())
 
 
 def _sure_tokens(logits: torch.Tensor) -> int:

@@ -5,6 +5,8 @@ from pathlib import Path
 from family_names import BROKEN, KNOWN
 from family_registry import LEFT_OUT
 from family_run import Outcome
+from format_run import Cell
+from format_table import Cells, formats_text, read_formats
 
 TABLE = Path(__file__).parents[2] / "engine" / "FAMILIES.md"
 COLUMNS = ("model type", "class", "result", "lane", "reason")
@@ -17,6 +19,10 @@ stock transformers, or be refused. *Lane* is how it runs, where the engine tells
 | {" | ".join(COLUMNS)} |
 |{" --- |" * len(COLUMNS)}
 """
+
+
+def page_text(outcomes: dict[str, Outcome], cells: Cells) -> str:
+    return table_text(outcomes) + formats_text(cells)
 
 
 def table_text(outcomes: dict[str, Outcome]) -> str:
@@ -44,5 +50,10 @@ def read_table() -> dict[str, Outcome]:
     return found
 
 
-def write_table(outcomes: dict[str, Outcome]) -> None:
-    TABLE.write_text(table_text(outcomes), "utf-8")
+def read_cells() -> dict[tuple[str, str], Cell]:
+    """Cells by format and model type as committed; empty where there is no table."""
+    return read_formats(TABLE.read_text("utf-8")) if TABLE.exists() else {}
+
+
+def write_tables(outcomes: dict[str, Outcome], cells: Cells) -> None:
+    TABLE.write_text(page_text(outcomes, cells), "utf-8")

@@ -7,6 +7,7 @@ for, in float32. None of it knows how moestro reads them.
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 Array = npt.NDArray[Any]
 Made = tuple[dict[str, torch.Tensor], Array]  # by suffix of the matrix' name; the values
@@ -110,18 +112,22 @@ def float8(
 
 
 def bytes4(matrix: Array, nested: bool) -> Made:
-    """bitsandbytes' own, which writes and reads it."""
+    """bitsandbytes' own, which writes and reads it.
+
+    Read as rows of one block: its kernel for CPUs takes the wrong scales for rows that are shorter.
+    """
     import bitsandbytes.functional as functional
 
-    given = tensor(matrix)
     packed_, state = functional.quantize_4bit(
-        given, blocksize=64, quant_type="nf4", compress_statistics=nested
+        tensor(matrix), blocksize=64, quant_type="nf4", compress_statistics=nested
     )
     parts = {
         ".weight": packed_,
         **{f".weight.{n}": t for n, t in state.as_dict(packed=True).items()},
     }
-    values = functional.dequantize_4bit(packed_, state)
+    in_blocks = copy(state)
+    in_blocks.shape = torch.Size((matrix.size // 64, 64))
+    values = functional.dequantize_4bit(packed_, in_blocks).view(matrix.shape)
     return parts | {".weight": packed_}, values.float().numpy()
 
 
@@ -223,6 +229,35 @@ def write_quantized(plain: Path, out: Path, kind: Kind) -> Path:
     save_file(stored, out / "model.safetensors", {"format": "pt"})
     save_file(whole, twin / "model.safetensors", {"format": "pt"})
     edit_config(out, quantization_config=dict(kind.fields))
+    return twin
+
+
+def mxfp4_files(folder: Path) -> dict[str, torch.Tensor]:
+    """Its experts drawn anew as gpt-oss has them: blocks of 16 bytes and exponents.
+
+    Returns all tensors with what these stand for.
+    """
+    draw = torch.Generator().manual_seed(2)
+    weights = load_file(folder / "model.safetensors")
+    plain = dict(weights)
+    for key in [key for key in weights if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = weights.pop(key).shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = torch.randint(256, (*shape, 16), generator=draw).to(torch.uint8)
+        scales = torch.randint(120, 126, shape, generator=draw).to(torch.uint8)
+        weights |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+        plain[key] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit_config(folder, quantization_config={"quant_method": "mxfp4"})
+    return plain
+
+
+def write_mxfp4(plain: Path, out: Path) -> Path:
+    """The checkpoint `plain` with experts in MXFP4; returns `out`.plain, which has their values."""
+    twin = out.with_name(out.name + ".plain")
+    for folder in (out, twin):
+        shutil.copytree(plain, folder)
+    save_file(mxfp4_files(out), twin / "model.safetensors", {"format": "pt"})
     return twin
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import tiny
 from engine_kit import logits_of
@@ -17,7 +16,7 @@ from moestro.engine.kernels import TileFormat, encode
 from moestro.engine.quantized.arithmetic import block_scaled, fp4_blocks
 from moestro.engine.quantized.slices import Decoded
 from moestro.engine.weights import Checkpoint
-from quantized_files import KINDS, edit_config, write_quantized
+from quantized_files import KINDS, edit_config, mxfp4_files, write_quantized
 from tile_reference import decode
 
 PROMPT = list(range(20, 50))
@@ -90,23 +89,6 @@ def test_blocks_of_fp8_are_transformers(exponents: bool) -> None:
         scales = torch.randint(110, 130, (2, 3), generator=draw).to(torch.uint8)
     wanted = Fp8Dequantize(None)._dequantize_one(weight, scales, torch.float32)
     assert torch.equal(block_scaled(weight, scales, (32, 16)), wanted)
-
-
-def mxfp4_files(folder: Path) -> dict[str, torch.Tensor]:
-    """Its experts as gpt-oss has them: blocks of 16 bytes and exponents."""
-    draw = torch.Generator().manual_seed(2)
-    weights = load_file(folder / "model.safetensors")
-    plain = dict(weights)
-    for key in [key for key in weights if key.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inputs, outputs = weights.pop(key).shape
-        shape = (experts, outputs, inputs // 32)
-        blocks = torch.randint(256, (*shape, 16), generator=draw).to(torch.uint8)
-        scales = torch.randint(120, 126, shape, generator=draw).to(torch.uint8)
-        weights |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
-        plain[key] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    edit_config(folder, quantization_config={"quant_method": "mxfp4"})
-    return plain
 
 
 def test_mxfp4_is_transformers_and_served(tmp_path: Path) -> None:
