@@ -45,7 +45,7 @@ test-fast: dev
 test-slow: dev ## the tests that take more than a few seconds
 	@.venv/bin/pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
-families: dev ## every model type with experts against stock (ARGS=--write writes engine/FAMILIES.md)
+families: dev ## every model type with experts, every source format, against stock (ARGS=--write writes engine/FAMILIES.md)
 	@.venv/bin/pytest -m families tests/families $(ARGS) $(PYTEST_ARGS)
 
 clients: dev ## openai, litellm, langchain, lm-eval and schemathesis against the demo model
