@@ -119,11 +119,12 @@ def _demand(config: EngineConfig, blueprint: Blueprint, spec: PackSpec, packing:
         raise BudgetTooSmall(
             f"--max-model-len {wanted_context}: the model's own limit is {own_context} tokens"
         )
-    dense_bytes = _dense_bytes(config, blueprint)
+    dense_bytes, host_dense_bytes = _dense_bytes(config, blueprint)
     return Demand(
         interpreter_bytes=resident_bytes(),
         files_bytes=_files_bytes(config, spec, packing=packing),
         dense_bytes=dense_bytes,
+        host_dense_bytes=host_dense_bytes,
         workspace_bytes=0,
         experts_total_bytes=spec.slot_bytes * spec.num_experts,
         experts_least_bytes=spec.slot_bytes * (least if config.link is None else LEAST_HOST_SLOTS),
@@ -208,7 +209,7 @@ def _apart(
         packing_bytes=demand.packing_bytes,
         files_bytes=demand.files_bytes,
         pinned=blueprint.device.place.type == "cuda",
-        dense_bytes=_on_host_bytes(config, blueprint),
+        dense_bytes=demand.host_dense_bytes,
     )
     return replace(
         plan, host=settle_host(host, config.host_memory_bytes, memory.limit, memory.available_bytes)
@@ -225,18 +226,17 @@ def _check_slots(
         raise BudgetTooSmall(f"{flag}: {error}") from error
 
 
-def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
-    """Dense weights in the compute dtype, less what int8 saves."""
+def _dense_bytes(config: EngineConfig, blueprint: Blueprint) -> tuple[int, int]:
+    """Of dense weights in the compute dtype, less what int8 saves: where the model computes, and
+
+    those that a device of its own leaves to the host.
+    """
     itemsize = blueprint.itemsize
     whole = blueprint.checkpoint.dense_bytes(blueprint.dense_keys, itemsize)
     model = blueprint.build_model()
-    return whole - saved_bytes(model, compact_modules(config, blueprint, model), itemsize)
-
-
-def _on_host_bytes(config: EngineConfig, blueprint: Blueprint) -> int:
-    """Of dense weights that a device of its own does not hold."""
-    found = compact_modules(config, blueprint, blueprint.build_model())
-    return sum(blueprint.itemsize * each.numbers for each in found if each.kind == ON_HOST)
+    found = compact_modules(config, blueprint, model)
+    on_host = sum(itemsize * each.numbers for each in found if each.kind == ON_HOST)
+    return whole - saved_bytes(model, found, itemsize), on_host
 
 
 def _largest_bytes(blueprint: Blueprint) -> int:

@@ -49,6 +49,7 @@ class Demand:
     files_bytes: int = 0  # of cache and model, where their folders are memory (tmpfs)
     packing_bytes: int = 0  # taken once, at the start: one layer of experts, or one tensor, twice
     step_tokens: int = LEAST_STEP_TOKENS  # the most in one step; they make the workspace
+    host_dense_bytes: int = 0  # of dense weights that a device of its own leaves to the host
 
     @property
     def fixed_bytes(self) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 from moestro.engine import CardBound, CardForecast, CardOutlook
 from moestro.server.facts import size_words
 
-from .words import between, model_lines, rate_words, time_words
+from .words import between, model_lines, model_object, rate_words, time_words
 
 NOT_MEASURED = (
     "These are bounds of link and disk, not promises; how fast the card computes is not foretold:"
@@ -36,25 +36,11 @@ NOT_MEASURED = (
 def card_object(forecast: CardForecast) -> dict[str, Any]:
     """The object that the head of this file describes."""
     plan, work, links = forecast.plan, forecast.work, forecast.links
-    host, layer = plan.host, work.layers[0]
+    host = plan.host
     assert host is not None
     disk = {"bytes_per_s": links.disk_bytes_per_s, "source": links.disk_source}
     return {
-        "model": {
-            "family": forecast.family,
-            "layers": len(work.layers),
-            "experts_per_layer": layer.num_experts,
-            "experts_per_token": layer.experts_per_token,
-            "expert_bytes": forecast.slot_bytes,
-            "expert_format": forecast.expert_format,
-            "expert_format_reason": forecast.format_reason,
-            "dense_format": forecast.dense_format,
-            "stored_dtype": forecast.stored_dtype,
-            "quantized": forecast.quantized,
-            "weights": "files" if forecast.has_weights else "absent",
-            "lane": forecast.lane.lane.value,
-            "lane_reason": forecast.lane.reason,
-        },
+        "model": model_object(forecast),
         "memory": {f"{name}_bytes": count for name, count in plan.parts().items()}
         | {
             "total_bytes": plan.total_bytes,

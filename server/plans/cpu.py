@@ -30,29 +30,14 @@ from typing import Any
 from moestro.engine import DEMO_PERPLEXITY, Bound, Forecast, Gains, Outlook, changes
 from moestro.server.facts import size_words
 
-from .words import ROUTING, between, model_lines, rate_words, time_words
+from .words import ROUTING, between, model_lines, model_object, rate_words, time_words
 
 
 def cpu_object(forecast: Forecast) -> dict[str, Any]:
     """The object that the head of this file describes."""
     plan, work = forecast.plan, forecast.work
-    layer = work.layers[0]
     return {
-        "model": {
-            "family": forecast.family,
-            "layers": len(work.layers),
-            "experts_per_layer": layer.num_experts,
-            "experts_per_token": layer.experts_per_token,
-            "expert_bytes": forecast.slot_bytes,
-            "expert_format": forecast.expert_format,
-            "expert_format_reason": forecast.format_reason,
-            "dense_format": forecast.dense_format,
-            "stored_dtype": forecast.stored_dtype,
-            "quantized": forecast.quantized,
-            "weights": "files" if forecast.has_weights else "absent",
-            "lane": forecast.lane.lane.value,
-            "lane_reason": forecast.lane.reason,
-        },
+        "model": model_object(forecast),
         "memory": {f"{name}_bytes": count for name, count in plan.parts().items()}
         | {
             "total_bytes": plan.total_bytes,

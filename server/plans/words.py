@@ -1,5 +1,7 @@
 """Sizes, times and shares in words, and what every plan begins with."""
 
+from typing import Any
+
 from moestro.engine import CardForecast, Forecast
 from moestro.server.facts import size_words
 
@@ -39,3 +41,24 @@ def model_lines(forecast: Forecast | CardForecast) -> list[str]:
     if forecast.quantized is not None:
         found.append(forecast.quantized)
     return found
+
+
+def model_object(forecast: Forecast | CardForecast) -> dict[str, Any]:
+    """What cpu.py describes under `model`."""
+    work = forecast.work
+    layer = work.layers[0]
+    return {
+        "family": forecast.family,
+        "layers": len(work.layers),
+        "experts_per_layer": layer.num_experts,
+        "experts_per_token": layer.experts_per_token,
+        "expert_bytes": forecast.slot_bytes,
+        "expert_format": forecast.expert_format,
+        "expert_format_reason": forecast.format_reason,
+        "dense_format": forecast.dense_format,
+        "stored_dtype": forecast.stored_dtype,
+        "quantized": forecast.quantized,
+        "weights": "files" if forecast.has_weights else "absent",
+        "lane": forecast.lane.lane.value,
+        "lane_reason": forecast.lane.reason,
+    }
