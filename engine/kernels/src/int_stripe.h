@@ -95,9 +95,34 @@ static void widen_ints(const matrix *m, const uint8_t *w, int inputs, uint8_t *t
     }
 }
 
+/* What scales the sums of a group, of each of a tile's outputs. */
+typedef struct {
+    fv scales, zeros;
+    iv integers;
+} group_end;
+
+/* It stands at w, after the group's lines; int8 has none. */
+static group_end end_of(const matrix *m, const uint8_t *w)
+{
+    group_end end = {fv_set(0), fv_set(0), iv_set(0)};
+    if (m->format == INT8)
+        return end;
+    if (m->format == MXFP4) {
+        end.scales = fv_mul(fv_bits(iv_left(iv_load_u8(w), 23)), fv_set(0.5f));
+        return end;
+    }
+    const uint8_t *zeros = w + scale_bytes(m->scale_type);
+    end.scales = load_scales(w, m->scale_type);
+    if (m->zero_kind == ZERO_FLOAT)
+        end.zeros = load_scales(zeros, m->scale_type);
+    if (m->zero_kind == ZERO_INTEGER)
+        end.integers = iv_load_u8(zeros);
+    return end;
+}
+
 /* f += sums of group g, each in its row's and its outputs' scale. */
-INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv *f, const fv scales,
-                      const fv zeros, const iv integers, const int format, const int zero_kind)
+INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv *f,
+                      const group_end *end, const int format, const int zero_kind)
 {
     const int64_t at = values_bytes(m) + (int64_t)g * PANEL * 4, panel = s->panel_bytes;
     const int64_t apart = (int64_t)m->padded / m->row_group * PANEL * 4;
@@ -107,16 +132,16 @@ INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv 
         for (int u = 0; u < count; u++) {
             const fv scale = fv_word(from + 4 * u);
             const uint8_t *correct = from + apart + 4 * u;
-            if (format == INT4 && zero_kind == ZERO_FLOAT) {
-                const fv sum = fv_fma(fv_of(sums[u]), fv_mul(scales, scale), f[u]);
-                f[u] = fv_fma(zeros, fv_word(correct), sum);
+            if (zero_kind == ZERO_FLOAT) {
+                const fv sum = fv_fma(fv_of(sums[u]), fv_mul(end->scales, scale), f[u]);
+                f[u] = fv_fma(end->zeros, fv_word(correct), sum);
                 continue;
             }
             iv correction = iv_word(correct);
-            if (format == INT4 && zero_kind == ZERO_INTEGER)
-                correction = iv_mul(integers, correction);
+            if (zero_kind == ZERO_INTEGER)
+                correction = iv_mul(end->integers, correction);
             const fv sum = fv_of(iv_add(sums[u], correction));
-            f[u] = fv_fma(sum, format == INT8 ? scale : fv_mul(scales, scale), f[u]);
+            f[u] = fv_fma(sum, format == INT8 ? scale : fv_mul(end->scales, scale), f[u]);
         }
     }
 }
@@ -125,26 +150,118 @@ INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv 
 static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g, const iv *sums,
                          fv *f)
 {
-    const fv none = fv_set(0);
-    if (m->format == INT8) {
-        add_group(s, m, g, sums, f, none, none, iv_set(0), INT8, ZERO_NONE);
-        return;
-    }
-    if (m->format == MXFP4) {
-        const fv scales = fv_mul(fv_bits(iv_left(iv_load_u8(w), 23)), fv_set(0.5f));
-        add_group(s, m, g, sums, f, scales, none, iv_set(0), MXFP4, ZERO_NONE);
-        return;
-    }
-    const fv scales = load_scales(w, m->scale_type);
-    const uint8_t *zeros = w + scale_bytes(m->scale_type);
-    if (m->zero_kind == ZERO_FLOAT)
-        add_group(s, m, g, sums, f, scales, load_scales(zeros, m->scale_type), iv_set(0), INT4,
-                  ZERO_FLOAT);
-    else if (m->zero_kind == ZERO_INTEGER)
-        add_group(s, m, g, sums, f, scales, none, iv_load_u8(zeros), INT4, ZERO_INTEGER);
+    const group_end end = end_of(m, w);
+    if (m->format == INT8)
+        add_group(s, m, g, sums, f, &end, INT8, ZERO_NONE);
+    else if (m->format == MXFP4 || m->zero_kind == ZERO_NONE)
+        add_group(s, m, g, sums, f, &end, INT4, ZERO_NONE);
+    else if (m->zero_kind == ZERO_FLOAT)
+        add_group(s, m, g, sums, f, &end, INT4, ZERO_FLOAT);
     else
-        add_group(s, m, g, sums, f, scales, none, iv_set(0), INT4, ZERO_NONE);
+        add_group(s, m, g, sums, f, &end, INT4, ZERO_INTEGER);
 }
+
+#ifdef GROUPED
+/* f += inputs k to k + inputs, whole groups: R rows from r on times T tiles. A group's sums are
+   scaled while they are in registers; the operations are those of `add_group`. */
+INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[STRIPE], int r,
+                        fv *f, const int T, const int R, const int format, const int zero_kind)
+{
+    const uint8_t *panel = s->panels + r / PANEL * s->panel_bytes;
+    const uint8_t *x = panel + r % PANEL * ROW_BYTES;
+    const uint8_t *scales = panel + values_bytes(m) + r % PANEL * 4;
+    const int64_t apart = (int64_t)m->padded / s->group * PANEL * 4;
+    const uint8_t *w = s->lines[0], *v = s->lines[T - 1];
+    fv totals[STRIPE * GROUPED];
+    UNROLL for (int u = 0; u < T * R; u++) totals[u] = f[u / R * BLOCK_ROWS + u % R];
+    for (int k = s->k; k < s->k + s->inputs; ends++) {
+        const uint8_t *scale = scales + (int64_t)(k / s->group) * PANEL * 4;
+        iv a[STRIPE * GROUPED];
+        UNROLL for (int u = 0; u < T * R; u++)
+        {
+            a[u] = zero_kind == ZERO_FLOAT ? iv_set(0) : iv_word(scale + apart + 4 * (u % R));
+            if (zero_kind == ZERO_INTEGER)
+                a[u] = iv_mul((*ends)[u / R].integers, a[u]);
+        }
+        for (const int until = k + s->group; k < until;) {
+            const int within = k % PANEL_INPUTS, some = lesser(PANEL_INPUTS - within, until - k);
+            const uint8_t *from = x + (int64_t)(k / PANEL_INPUTS) * PANEL * ROW_BYTES + within;
+            k += some;
+            for (const uint8_t *end = from + some; from < end; from += 4) {
+                const bv first = bv_load(w), second = T > 1 ? bv_load(v) : first;
+                UNROLL for (int u = 0; u < R; u++)
+                {
+                    const bv word = bv_word(from + u * ROW_BYTES);
+                    a[u] = dot_words(a[u], first, word);
+                    if (T > 1)
+                        a[R + u] = dot_words(a[R + u], second, word);
+                }
+                w += 4 * TILE, v += 4 * TILE;
+            }
+        }
+        UNROLL for (int u = 0; u < T * R; u++)
+        {
+            const group_end *end = &(*ends)[u / R];
+            const fv sum = fv_of(a[u]), of_row = fv_word(scale + 4 * (u % R));
+            totals[u] = fv_fma(sum, format == INT8 ? of_row : fv_mul(end->scales, of_row), totals[u]);
+            if (zero_kind == ZERO_FLOAT)
+                totals[u] =
+                    fv_fma(end->zeros, fv_word(scale + apart + 4 * (u % R)), totals[u]);
+        }
+    }
+    UNROLL for (int u = 0; u < T * R; u++) f[u / R * BLOCK_ROWS + u % R] = totals[u];
+}
+
+INLINE void group_chunks(const step *s, const matrix *m, const group_end (*ends)[STRIPE], fv *f,
+                         const int format, const int zero_kind)
+{
+    for (int r = 0; r < s->count; r += GROUPED) {
+        fetch_part(s, r, GROUPED);
+        if (s->tiles == STRIPE)
+            group_chunk(s, m, ends, r, f + r, STRIPE, GROUPED, format, zero_kind);
+        else
+            group_chunk(s, m, ends, r, f + r, 1, GROUPED, format, zero_kind);
+    }
+}
+
+static void multiply_groups(const step *s, const matrix *m, const group_end (*ends)[STRIPE], fv *f)
+{
+    if (m->format == INT8)
+        group_chunks(s, m, ends, f, INT8, ZERO_NONE);
+    else if (m->format == MXFP4 || m->zero_kind == ZERO_NONE)
+        group_chunks(s, m, ends, f, INT4, ZERO_NONE);
+    else if (m->zero_kind == ZERO_FLOAT)
+        group_chunks(s, m, ends, f, INT4, ZERO_FLOAT);
+    else
+        group_chunks(s, m, ends, f, INT4, ZERO_INTEGER);
+}
+
+/* Groups of which a block has several: INT_BLOCK inputs at a time, half bytes widened. */
+static void group_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f)
+{
+    _Alignas(64) uint8_t buffer[STRIPE][INT_BLOCK * TILE];
+    group_end ends[INT_BLOCK / LEAST_GROUP][STRIPE];
+    const int group = m->row_group, most = INT_BLOCK / group * group;
+    const int direct = m->format == INT8, lines = direct ? group * TILE : group * TILE / 2;
+    const int64_t stride = direct ? lines : m->tile_bytes / (m->padded / group);
+    for (s->k = 0; s->k < m->padded; s->k += s->inputs) {
+        s->inputs = lesser(most, m->padded - s->k);
+        const int first = s->k / group, groups = s->inputs / group;
+        s->ahead_bytes = (int)(groups * stride);
+        for (int t = 0; t < s->tiles; t++) {
+            const uint8_t *from = w[t] + first * stride;
+            s->lines[t] = direct ? from : buffer[t];
+            s->ahead[t] = from + groups * stride;
+            for (int g = 0; g < groups; g++, from += stride) {
+                if (!direct)
+                    widen_ints(m, from, group, buffer[t] + g * group * TILE);
+                ends[g][t] = end_of(m, from + lines);
+            }
+        }
+        multiply_groups(s, m, (const group_end(*)[STRIPE])ends, f);
+    }
+}
+#endif
 
 /* int8: groups as long as they like, multiplied as they are stored. */
 static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
@@ -164,6 +281,11 @@ static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f
         for (int t = 0; t < s->tiles; t++)
             finish_group(s, m, NULL, g, sums + t * BLOCK_ROWS, f + t * BLOCK_ROWS);
     }
+}
+
+/* After the last group of int8: the scales of its outputs. */
+static void scale_outputs(const step *s, const matrix *m, const uint8_t *const *w, fv *f)
+{
     for (int t = 0; t < s->tiles; t++) {
         const fv scales = load_scales(w[t] + m->padded * TILE, m->scale_type);
         for (int r = t * BLOCK_ROWS; r < t * BLOCK_ROWS + s->count; r++)
@@ -209,8 +331,15 @@ static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv 
 
 static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
 {
+#ifdef GROUPED
+    if (kernel == int_lines && m->row_group >= LEAST_GROUP && m->row_group <= INT_BLOCK)
+        group_stripe(s, m, w, f);
+    else
+#endif
     if (m->format == INT8)
         int8_stripe(s, m, w, f, kernel);
     else
         nibble_stripe(s, m, w, f, kernel);
+    if (m->format == INT8)
+        scale_outputs(s, m, w, f);
 }

@@ -16,6 +16,7 @@ enum {
     BLOCK_ROWS = PANEL * (64 / PANEL),
     DIRECT_BLOCK = 1024, /* inputs: integers as they are stored, */
     INT_BLOCK = 256,     /* widened ones, */
+    LEAST_GROUP = 32,    /* of those that are scaled in registers, */
     FLOAT_BLOCK = 128    /* floats */
 };
 

@@ -11,6 +11,7 @@
 #define PANEL 16 /* rows that lie together, */
 #define CHUNK 8  /* at once of floats, */
 #define INT_CHUNK 8
+#define GROUPED 4 /* at once of those whose groups are scaled in registers */
 #define STRIPE 2 /* with so many tiles: 16 sums and three registers */
 #define CHAINS 4 /* accumulators of a lone row: a dot product waits for the one before */
 
