@@ -110,6 +110,17 @@ class Scratch:
     def grow(self, size_bytes: int) -> None:
         self._memory = torch.empty(size_bytes, dtype=torch.uint8)
 
+    def rows(self, count: int, width: int) -> torch.Tensor:
+        """fp32 [count, width] with anything in it, until this is asked for the next time.
+
+        What a layer of a prompt writes into is too large for the allocator to keep: fresh memory
+        for each costs a page fault every 4 KiB.
+        """
+        needed = 4 * count * width
+        if needed > self.size_bytes:
+            self.grow(needed)
+        return self._memory[:needed].view(torch.float32).view(count, width)
+
 
 def loaded() -> ctypes.CDLL:
     found = library()

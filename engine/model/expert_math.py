@@ -44,7 +44,7 @@ class ExpertMath:
         self._normed = bool(module.has_post_expert_norm)
         self._opened: dict[int, _Expert] = {}  # by the identity of a slot's views, which stay
         self._tiled: dict[int, tuple[TileExpert, _Expert]] = {}
-        self._scratch = Scratch()
+        self._scratch, self._results = Scratch(), Scratch()
 
     def open(self, tensors: dict[str, torch.Tensor]) -> _Expert:
         """Views are made once per slot: each would cost a microsecond."""
@@ -72,6 +72,11 @@ class ExpertMath:
             return known_activation(
                 lambda inner: self._activate(module, inner), inputs, alpha, limit
             )
+
+    def results(self, count: int, width: int, *, complete: bool) -> torch.Tensor:
+        """fp32 [count, width] for `together`, until the next call; zeros unless `complete`."""
+        results = self._results.rows(count, width)
+        return results if complete else results.zero_()
 
     def together(
         self,

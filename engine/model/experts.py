@@ -196,8 +196,7 @@ class OffloadedExperts:
             each = ((e, places[starts[e] : starts[e + 1]]) for e in range(num_experts))
             wanted = {expert: mine for expert, mine in each if mine}
         complete = sum(map(len, wanted.values())) == tokens * k
-        make = torch.empty if complete else torch.zeros
-        results = make((tokens * k, hidden.shape[1]))
+        results = self.math.results(tokens * k, hidden.shape[1], complete=complete)
         routed = self._routed(tokens, map(len, wanted.values()))
         below = self.compute_below if few else None
         here = self.cache.resident(self.layer, list(wanted), self.step.phase, routed)

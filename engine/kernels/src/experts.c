@@ -13,20 +13,22 @@ static void first_products(const expert_call *call, float *inner, int64_t stride
     float **out = take(from, total * (int64_t)sizeof(float *));
     const int32_t *own = count_up(total, from);
     preparation counted[64]; /* without memory: what has been asked for is asked for again */
+    const int own_rows = total < call->hidden_rows; /* else all that may be asked for, once */
     int known = 0, direct = 0;
     for (int e = 0; e < call->count; e++) {
         const matrix *m = &call->experts[e]->first;
         const int start = call->starts[e], count = call->starts[e + 1] - start;
+        const int apart = m->order || own_rows; /* rows of this expert alone */
         const preparation *found = same_form(forms ? forms : counted, known, m);
         rows x = {.floats = call->hidden, .stride = call->inputs, .padded = m->padded};
         direct = !m->row_group && !m->order && m->padded == call->inputs;
         if (found) {
             x = found->into;
         } else if (!direct) {
-            x = room_for(m, m->order ? count : call->hidden_rows, from);
-            const preparation made = {x, call->hidden, m->order ? call->tokens + start : NULL,
+            x = room_for(m, apart ? count : call->hidden_rows, from);
+            const preparation made = {x, call->hidden, apart ? call->tokens + start : NULL,
                                       m->order, call->inputs,
-                                      m->order ? count : call->hidden_rows, call->inputs, 0};
+                                      apart ? count : call->hidden_rows, call->inputs, 0};
             if (forms)
                 forms[known++] = made;
             else if (known < 64)
@@ -36,7 +38,7 @@ static void first_products(const expert_call *call, float *inner, int64_t stride
         take_panels(&made, from);
         if (!each)
             continue;
-        made.which = m->order ? own : call->tokens + start;
+        made.which = !direct && apart ? own : call->tokens + start;
         made.out = out + start;
         made.bias = call->experts[e]->first_bias;
         each[e] = made;

@@ -108,6 +108,11 @@ static void activate(int kind, const float *inner, float *out, int width, float 
     const int gated = kind <= CLAMPED_SIGMOID_MUL, interleaved = kind == CLAMPED_SIGMOID_MUL;
     for (int k = 0; k < width; k += TILE) {
         const int some = lesser(TILE, width - k);
+        if (some == TILE && !interleaved) {
+            const fv up = gated ? fv_load(inner + width + k) : fv_set(0);
+            fv_store(out + k, activated(kind, fv_load(inner + k), up, alpha, limit));
+            continue;
+        }
         float gates[TILE] = {0}, ups[TILE] = {0}, last[TILE];
         for (int i = 0; i < some; i++) {
             gates[i] = interleaved ? inner[2 * (k + i)] : inner[k + i];

@@ -10,8 +10,8 @@ static int few(const matrix *m) { return m->format == INT8 ? 2 : MOST_ROWS; }
 static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int count,
                          float *const *out, const float *bias)
 {
-    for (int t = 0; t < tiles; t++)
-        for (int r = 0; r < count; r++)
+    for (int r = 0; r < count; r++)
+        for (int t = 0; t < tiles; t++)
             write_tile(m, tile + t, f[t * BLOCK_ROWS + r], out[r], bias);
 }
 

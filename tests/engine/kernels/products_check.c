@@ -181,6 +181,10 @@ static void check_experts(int number, int count)
         single.hidden_rows = 1, single.inputs = INPUTS, single.outputs = OUTPUTS;
         run_experts(&single);
         compare("experts", number, results + places[row] * OUTPUTS, alone, OUTPUTS, 0);
+        const int32_t token = row % count;
+        single.hidden = hidden, single.hidden_rows = count, single.tokens = &token;
+        run_experts(&single);
+        compare("one of many", number, results + places[row] * OUTPUTS, alone, OUTPUTS, 0);
     }
     free(tokens), free(places), free(hidden), free(results);
     for (int i = 0; i < 2 * EXPERTS; i++)
