@@ -4,98 +4,129 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* hidden -> inner, or just its scratch where that has no memory. */
-static void first_products(const expert_call *call, float *inner, int64_t stride, scratch *from)
+#ifndef ROUND_BYTES /* between the products, of each thread: its cache keeps them */
+#define ROUND_BYTES (768 << 10)
+#endif
+
+static int rows_of(const expert_call *call, int begin, int end)
 {
-    const int total = call->starts[call->count];
-    product *each = take(from, call->count * (int64_t)sizeof(product));
+    return call->starts[end] - call->starts[begin];
+}
+
+/* `hidden` is what the matrix wants already. */
+static int is_direct(const expert_call *call, const matrix *m)
+{
+    return !m->row_group && !m->order && m->padded == call->inputs;
+}
+
+/* Rows are made for this matrix alone: in its order of inputs, or because few are asked for. */
+static int is_apart(const expert_call *call, const matrix *m)
+{
+    return !is_direct(call, m) && (m->order || rows_of(call, 0, call->count) < call->hidden_rows);
+}
+
+/* all[e] = `hidden` as expert e wants it, where several may: each form of it is made once. */
+static void read_together(const expert_call *call, rows *all, scratch *from)
+{
     preparation *forms = take(from, call->count * (int64_t)sizeof(preparation));
-    float **out = take(from, total * (int64_t)sizeof(float *));
-    const int32_t *own = count_up(total, from);
     preparation counted[64]; /* without memory: what has been asked for is asked for again */
-    const int own_rows = total < call->hidden_rows; /* else all that may be asked for, once */
-    int known = 0, direct = 0;
+    int known = 0;
     for (int e = 0; e < call->count; e++) {
         const matrix *m = &call->experts[e]->first;
-        const int start = call->starts[e], count = call->starts[e + 1] - start;
-        const int apart = m->order || own_rows; /* rows of this expert alone */
+        if (is_direct(call, m) || is_apart(call, m))
+            continue;
         const preparation *found = same_form(forms ? forms : counted, known, m);
-        rows x = {.floats = call->hidden, .stride = call->inputs, .padded = m->padded};
-        direct = !m->row_group && !m->order && m->padded == call->inputs;
-        if (found) {
-            x = found->into;
-        } else if (!direct) {
-            x = room_for(m, apart ? count : call->hidden_rows, from);
-            const preparation made = {x, call->hidden, apart ? call->tokens + start : NULL,
-                                      m->order, call->inputs,
-                                      apart ? count : call->hidden_rows, call->inputs, 0};
-            if (forms)
-                forms[known++] = made;
-            else if (known < 64)
-                counted[known++] = made;
-        }
-        product made = {.m = m, .x = x, .count = count};
+        const rows x = found ? found->into : room_for(m, call->hidden_rows, from);
+        const preparation made = {x, call->hidden, NULL, NULL, call->inputs, call->hidden_rows,
+                                  call->inputs, 0};
+        if (!found && forms)
+            forms[known++] = made;
+        else if (!found && known < 64)
+            counted[known++] = made;
+        if (all)
+            all[e] = x;
+    }
+    if (forms)
+        prepare(forms, known);
+}
+
+/* hidden -> inner of the experts from `begin` to before `end`, or just its scratch. */
+static void first_products(const expert_call *call, int begin, int end, const rows *together,
+                           float *inner, int64_t stride, scratch *from)
+{
+    const int base = call->starts[begin], total = rows_of(call, begin, end);
+    product *each = take(from, (end - begin) * (int64_t)sizeof(product));
+    preparation *forms = take(from, (end - begin) * (int64_t)sizeof(preparation));
+    float **out = take(from, total * (int64_t)sizeof(float *));
+    const int32_t *own = count_up(total, from);
+    int known = 0;
+    for (int e = begin; e < end; e++) {
+        const matrix *m = &call->experts[e]->first;
+        const int start = call->starts[e], count = rows_of(call, e, e + 1);
+        const int apart = is_apart(call, m);
+        product made = {.m = m, .count = count, .which = apart ? own : call->tokens + start};
+        if (apart)
+            made.x = room_for(m, count, from);
+        else if (is_direct(call, m))
+            made.x = (rows){.floats = call->hidden, .stride = call->inputs, .padded = m->padded};
+        else if (together)
+            made.x = together[e];
         take_panels(&made, from);
         if (!each)
             continue;
-        made.which = !direct && apart ? own : call->tokens + start;
-        made.out = out + start;
+        if (apart)
+            forms[known++] = (preparation){made.x,   call->hidden, call->tokens + start,
+                                           m->order, call->inputs, count,
+                                           call->inputs, 0};
+        made.out = out + (start - base);
         made.bias = call->experts[e]->first_bias;
-        each[e] = made;
+        each[e - begin] = made;
     }
     if (!each)
         return;
     for (int row = 0; row < total; row++)
         out[row] = inner + row * stride;
     prepare(forms, known);
-    multiply_all(each, call->count);
+    multiply_all(each, end - begin);
 }
 
-/* inner [rows, down's inputs] -> results, or just its scratch. */
-static void down_products(const expert_call *call, const float *inner, int64_t stride,
-                          scratch *from)
+/* inner [their rows, down's inputs] -> results, or just its scratch. */
+static void down_products(const expert_call *call, int begin, int end, const float *inner,
+                          int64_t stride, scratch *from)
 {
-    const int total = call->starts[call->count];
-    product *each = take(from, call->count * (int64_t)sizeof(product));
-    preparation *forms = take(from, call->count * (int64_t)sizeof(preparation));
+    const int base = call->starts[begin], total = rows_of(call, begin, end);
+    product *each = take(from, (end - begin) * (int64_t)sizeof(product));
+    preparation *forms = take(from, (end - begin) * (int64_t)sizeof(preparation));
     float **out = take(from, total * (int64_t)sizeof(float *));
     const int32_t *own = count_up(total, from);
-    for (int e = 0; e < call->count; e++) {
+    for (int e = begin; e < end; e++) {
         const matrix *m = &call->experts[e]->down;
-        const int start = call->starts[e], count = call->starts[e + 1] - start;
+        const int start = call->starts[e] - base, count = rows_of(call, e, e + 1);
         product made = {.m = m, .x = room_for(m, count, from), .count = count};
         take_panels(&made, from);
         if (!each)
             continue;
-        forms[e] = (preparation){made.x, inner + start * stride, NULL, m->order, stride, count,
-                                 m->inputs, 0};
+        forms[e - begin] = (preparation){made.x, inner + start * stride, NULL, m->order, stride,
+                                         count, m->inputs, 0};
         made.which = own;
         made.out = out + start;
         made.bias = call->experts[e]->down_bias;
-        each[e] = made;
+        each[e - begin] = made;
     }
     if (!each)
         return;
     for (int row = 0; row < total; row++)
-        out[row] = call->results + (int64_t)call->places[row] * call->outputs;
-    prepare(forms, call->count);
-    multiply_all(each, call->count);
-}
-
-static int widest(const expert_call *call)
-{
-    int most = 1;
-    for (int e = 0; e < call->count; e++)
-        if (call->experts[e]->first.outputs > most)
-            most = call->experts[e]->first.outputs;
-    return most;
+        out[row] = call->results + (int64_t)call->places[base + row] * call->outputs;
+    prepare(forms, end - begin);
+    multiply_all(each, end - begin);
 }
 
 typedef struct {
     const expert_call *call;
+    int begin, end; /* experts */
     float *inner, *active;
-    int64_t stride;
-} activations;
+    int64_t inner_stride, active_stride;
+} round_of_experts;
 
 static float energy(const float *x, int width)
 {
@@ -107,30 +138,56 @@ static float energy(const float *x, int width)
 
 static void activate_item(void *context, int row)
 {
-    const activations *a = context;
+    const round_of_experts *a = context;
     const expert_call *call = a->call;
-    int e = call->count - 1;
-    while (call->starts[e] > row)
+    const int place = call->starts[a->begin] + row;
+    int e = a->end - 1;
+    while (call->starts[e] > place)
         e--;
-    float *active = a->active + row * a->stride;
+    float *active = a->active + row * a->active_stride;
     const int width = call->experts[e]->down.inputs;
-    current_isa()->activate(call->activation, a->inner + row * a->stride, active, width, call->alpha,
-                            call->limit);
+    current_isa()->activate(call->activation, a->inner + row * a->inner_stride, active, width,
+                            call->alpha, call->limit);
     if (call->energies)
-        call->energies[call->places[row]] = energy(active, width);
+        call->energies[call->places[place]] = energy(active, width);
 }
 
+static void one_round(round_of_experts *a, const rows *together, scratch *from)
+{
+    const expert_call *call = a->call;
+    const int64_t total = rows_of(call, a->begin, a->end);
+    a->inner = take(from, total * a->inner_stride * (int64_t)sizeof(float));
+    a->active = take(from, total * a->active_stride * (int64_t)sizeof(float));
+    first_products(call, a->begin, a->end, together, a->inner, a->inner_stride, from);
+    if (from->start)
+        run(total * a->inner_stride, (int)total, activate_item, a);
+    down_products(call, a->begin, a->end, a->active, a->active_stride, from);
+}
+
+/* All experts, some at a time: what lies between their products is still in the cache. */
 static void whole_call(const expert_call *call, scratch *from)
 {
-    const int64_t total = call->starts[call->count], stride = widest(call);
-    float *inner = take(from, total * stride * (int64_t)sizeof(float));
-    float *active = take(from, total * stride * (int64_t)sizeof(float));
-    first_products(call, inner, stride, from);
-    if (from->start) {
-        activations all = {call, inner, active, stride};
-        run(total * stride, (int)total, activate_item, &all);
+    rows *together = take(from, call->count * (int64_t)sizeof(rows));
+    read_together(call, together, from);
+    round_of_experts a = {.call = call, .inner_stride = 1, .active_stride = 1};
+    for (int e = 0; e < call->count; e++) {
+        const expert *each = call->experts[e];
+        a.inner_stride = larger(a.inner_stride, each->first.outputs);
+        a.active_stride = larger(a.active_stride, each->down.inputs);
     }
-    down_products(call, active, stride, from);
+    const int64_t row_bytes = (a.inner_stride + a.active_stride) * (int64_t)sizeof(float);
+    const int64_t fit = moestro_pool_threads() * (int64_t)ROUND_BYTES / row_bytes;
+    const int64_t before = from->used;
+    int64_t most = before;
+    for (; a.begin < call->count; a.begin = a.end) {
+        a.end = a.begin + 1;
+        while (a.end < call->count && rows_of(call, a.begin, a.end + 1) <= fit)
+            a.end++;
+        from->used = before;
+        one_round(&a, together, from);
+        most = larger(most, from->used);
+    }
+    from->used = most;
 }
 
 EXPORT int64_t moestro_experts(const expert_call *call)
@@ -144,23 +201,35 @@ EXPORT int64_t moestro_experts(const expert_call *call)
 }
 
 /* For activations that only their own module knows: what comes before it, and what after. */
+static void first_stage(const expert_call *call, scratch *from)
+{
+    rows *together = take(from, call->count * (int64_t)sizeof(rows));
+    read_together(call, together, from);
+    first_products(call, 0, call->count, together, call->inner, call->inner_stride, from);
+}
+
 EXPORT int64_t moestro_experts_first(const expert_call *call)
 {
     scratch needed = {NULL, 0}, given = {call->scratch, 0};
-    first_products(call, call->inner, call->inner_stride, &needed);
+    first_stage(call, &needed);
     if (needed.used > call->scratch_bytes)
         return needed.used;
-    first_products(call, call->inner, call->inner_stride, &given);
+    first_stage(call, &given);
     return 0;
+}
+
+static void down_stage(const expert_call *call, scratch *from)
+{
+    down_products(call, 0, call->count, call->inner, call->inner_stride, from);
 }
 
 EXPORT int64_t moestro_experts_down(const expert_call *call)
 {
     scratch needed = {NULL, 0}, given = {call->scratch, 0};
-    down_products(call, call->inner, call->inner_stride, &needed);
+    down_stage(call, &needed);
     if (needed.used > call->scratch_bytes)
         return needed.used;
-    down_products(call, call->inner, call->inner_stride, &given);
+    down_stage(call, &given);
     return 0;
 }
 

@@ -11,6 +11,8 @@ typedef struct {
     int64_t used; /* also beyond the end, so that it says what would be needed */
 } scratch;
 
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 /* NULL where nothing is dealt out but counted. */
 static inline void *take(scratch *from, int64_t bytes)
 {

@@ -172,6 +172,34 @@ def test_a_row_is_the_same_in_any_company(form: TileFormat, instruction_set: str
     assert torch.equal(out[:2], alone[[9, 4]]), "of rows that mostly no expert asks for"
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_more_rows_than_a_cache_holds(threads: int, instruction_set: str) -> None:
+    """The call goes some experts at a time then; each gives what it gives in a call of its own."""
+    torch.manual_seed(0)
+    rows, counts = torch.randn(300, WIDTH), (500, 0, 1500, 40, 900)
+    experts = [made(MIXED[i % 2], 32 + 16 * i, gated=True, bias=i > 2) for i in range(5)]
+    routed, total = dealt(counts, len(rows)), sum(counts)
+    out, energies = torch.full((total, WIDTH), float("nan")), torch.full((total,), float("nan"))
+    known, scratch, tiles = (SILU_MUL, 0.0, 0.0), Scratch(), [each.tile for each in experts]
+    try:
+        assert set_pool_threads(threads) == threads
+        multiply_experts(tiles, routed, rows, out, known, scratch, energies)
+    finally:
+        set_pool_threads(1)
+    assert scratch.size_bytes < 4 * total * (2 * 96 + 96), "what lies between never does as a whole"
+    start = 0
+    for tile, count in zip(tiles, counts, strict=True):
+        tokens = [(3 * row) % len(rows) for row in range(start, start + count)]
+        alone, own = torch.empty((count, WIDTH)), torch.empty(count)
+        multiply_experts(
+            [tile], Routed((0, count), tokens, range(count)), rows, alone, known, Scratch(), own
+        )
+        places = slice(total - start - count, total - start)  # places are in reverse
+        assert torch.equal(out[places].flip(0), alone)
+        assert torch.equal(energies[places].flip(0), own)
+        start += count
+
+
 def test_an_activation_of_its_own_is_a_function(instruction_set: str) -> None:
     torch.manual_seed(0)
     rows, counts = torch.randn(4, WIDTH), (2, 0, 5)
