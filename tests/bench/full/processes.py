@@ -20,6 +20,8 @@ import psutil
 
 HERE = Path(__file__).resolve().parent
 PRIORITY = -15
+# Where Linux shares cores among sessions first, a process's priority counts inside its own alone.
+SESSION_PRIORITY = Path("/proc/self/autogroup")
 SAMPLE_S = 0.02
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -82,6 +84,8 @@ def _enter(group: Path | None) -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
     try:
         os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
+        if SESSION_PRIORITY.exists():
+            SESSION_PRIORITY.write_text(str(PRIORITY))
     except PermissionError:
         return  # as good as anybody's, then
 
