@@ -175,6 +175,8 @@ static void whole_call(const expert_call *call, scratch *from)
         a.inner_stride = larger(a.inner_stride, each->first.outputs);
         a.active_stride = larger(a.active_stride, each->down.inputs);
     }
+    /* Rows a power of two apart would share a few lines of the cache. */
+    a.inner_stride += TILE, a.active_stride += TILE;
     const int64_t row_bytes = (a.inner_stride + a.active_stride) * (int64_t)sizeof(float);
     const int64_t fit = moestro_pool_threads() * (int64_t)ROUND_BYTES / row_bytes;
     const int64_t before = from->used;
