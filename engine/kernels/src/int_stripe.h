@@ -101,12 +101,10 @@ typedef struct {
     iv integers;
 } group_end;
 
-/* It stands at w, after the group's lines; int8 has none. */
-static group_end end_of(const matrix *m, const uint8_t *w)
+/* It stands at w, after the group's lines; not of int8, which has none. */
+INLINE group_end end_of(const matrix *m, const uint8_t *w)
 {
     group_end end = {fv_set(0), fv_set(0), iv_set(0)};
-    if (m->format == INT8)
-        return end;
     if (m->format == MXFP4) {
         end.scales = fv_mul(fv_bits(iv_left(iv_load_u8(w), 23)), fv_set(0.5f));
         return end;
@@ -150,10 +148,12 @@ INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv 
 static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g, const iv *sums,
                          fv *f)
 {
+    if (m->format == INT8) {
+        add_group(s, m, g, sums, f, NULL, INT8, ZERO_NONE);
+        return;
+    }
     const group_end end = end_of(m, w);
-    if (m->format == INT8)
-        add_group(s, m, g, sums, f, &end, INT8, ZERO_NONE);
-    else if (m->format == MXFP4 || m->zero_kind == ZERO_NONE)
+    if (m->format == MXFP4 || m->zero_kind == ZERO_NONE)
         add_group(s, m, g, sums, f, &end, INT4, ZERO_NONE);
     else if (m->zero_kind == ZERO_FLOAT)
         add_group(s, m, g, sums, f, &end, INT4, ZERO_FLOAT);
@@ -162,11 +162,12 @@ static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g
 }
 
 #ifdef GROUPED
-/* f += inputs k to k + inputs, whole groups: R rows from r on times T tiles. A group's sums are
+/* f += inputs k to k + inputs, whole groups: GROUPED rows from r on times T tiles. A group's sums are
    scaled while they are in registers; the operations are those of `add_group`. */
 INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[STRIPE], int r,
-                        fv *f, const int T, const int R, const int format, const int zero_kind)
+                        fv *f, const int T, const int format, const int zero_kind)
 {
+    enum { R = GROUPED };
     const uint8_t *panel = s->panels + r / PANEL * s->panel_bytes;
     const uint8_t *x = panel + r % PANEL * ROW_BYTES;
     const uint8_t *scales = panel + values_bytes(m) + r % PANEL * 4;
@@ -218,9 +219,9 @@ INLINE void group_chunks(const step *s, const matrix *m, const group_end (*ends)
     for (int r = 0; r < s->count; r += GROUPED) {
         fetch_part(s, r, GROUPED);
         if (s->tiles == STRIPE)
-            group_chunk(s, m, ends, r, f + r, STRIPE, GROUPED, format, zero_kind);
+            group_chunk(s, m, ends, r, f + r, STRIPE, format, zero_kind);
         else
-            group_chunk(s, m, ends, r, f + r, 1, GROUPED, format, zero_kind);
+            group_chunk(s, m, ends, r, f + r, 1, format, zero_kind);
     }
 }
 
@@ -255,7 +256,8 @@ static void group_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *
             for (int g = 0; g < groups; g++, from += stride) {
                 if (!direct)
                     widen_ints(m, from, group, buffer[t] + g * group * TILE);
-                ends[g][t] = end_of(m, from + lines);
+                if (!direct)
+                    ends[g][t] = end_of(m, from + lines);
             }
         }
         multiply_groups(s, m, (const group_end(*)[STRIPE])ends, f);
@@ -332,7 +334,8 @@ static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv 
 static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
 {
 #ifdef GROUPED
-    if (kernel == int_lines && m->row_group >= LEAST_GROUP && m->row_group <= INT_BLOCK)
+    const int enough = m->format != INT8 || s->count > 4 * GROUPED; /* few rows wait for memory */
+    if (enough && kernel == int_lines && m->row_group >= LEAST_GROUP && m->row_group <= INT_BLOCK)
         group_stripe(s, m, w, f);
     else
 #endif
