@@ -96,10 +96,24 @@ static void pack_floats(const matrix *m, const rows *x, const int32_t *which, in
     }
 }
 
+/* Rows that a kernel takes with the last of `count`: zeros. */
+static void fill_panel(const matrix *m, int count, uint8_t *panel)
+{
+    const int64_t values = values_bytes(m);
+    const int rows = lesser(PANEL, (count + INT_CHUNK / 2 - 1) / (INT_CHUNK / 2) * (INT_CHUNK / 2));
+    if (!m->row_group) {
+        memset(panel, 0, (size_t)values);
+        return;
+    }
+    for (int64_t at = count * ROW_BYTES; at < values; at += PANEL * ROW_BYTES)
+        memset(panel + at, 0, (size_t)(rows - count) * ROW_BYTES);
+    memset(panel + values, 0, (size_t)(panel_bytes(m) - values));
+}
+
 static void pack(const matrix *m, const rows *x, const int32_t *which, int count, uint8_t *panel)
 {
     if (count < PANEL)
-        memset(panel, 0, (size_t)panel_bytes(m));
+        fill_panel(m, count, panel);
     if (m->row_group)
         pack_ints(m, x, which, count, panel);
     else

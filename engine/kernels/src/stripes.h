@@ -24,12 +24,14 @@ static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *
     for (int since = 0; since < count; since += BLOCK_ROWS) {
         s.panels = panels + since / PANEL * s.panel_bytes;
         s.count = lesser(BLOCK_ROWS, count - since);
+        const int rows = (s.count + PANEL - 1) / PANEL * PANEL;
         for (int t = tile; t < end; t += s.tiles) {
             s.tiles = end - t < STRIPE ? 1 : STRIPE;
             for (int u = 0; u < s.tiles; u++)
                 w[u] = m->tiles + (t + u) * m->tile_bytes;
-            for (int r = 0; r < STRIPE * BLOCK_ROWS; r++)
-                f[r] = fv_set(0);
+            for (int u = 0; u < s.tiles; u++)
+                for (int r = 0; r < rows; r++)
+                    f[u * BLOCK_ROWS + r] = fv_set(0);
             if (m->row_group)
                 int_stripe(&s, m, w, f, kernel);
             else
