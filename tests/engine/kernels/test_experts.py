@@ -167,8 +167,8 @@ def test_a_row_is_the_same_in_any_company(form: TileFormat, instruction_set: str
         known = (SILU_MUL, 0.0, 0.0)
         multiply_experts([one.tile, other.tile], routed, few, out, known, Scratch())
         assert torch.equal(out[:count], alone[:count]), count
-    few, out = Routed((0, 2, 3), [9, 4, 15], range(3)), torch.empty((3, WIDTH))
-    multiply_experts([one.tile, other.tile], few, rows, out, (SILU_MUL, 0.0, 0.0), Scratch())
+    routed, out = Routed((0, 2, 3), [9, 4, 15], range(3)), torch.empty((3, WIDTH))
+    multiply_experts([one.tile, other.tile], routed, rows, out, (SILU_MUL, 0.0, 0.0), Scratch())
     assert torch.equal(out[:2], alone[[9, 4]]), "of rows that mostly no expert asks for"
 
 
