@@ -26,6 +26,20 @@ INLINE const uint8_t *deep_words(const uint8_t *w, const uint8_t *x, const uint8
 }
 #endif
 
+/* a[tile][row] += a line of each of T tiles times the next four inputs of R rows. */
+INLINE void dot_lines(iv *a, const uint8_t *w, const uint8_t *v, const uint8_t *x, const int T,
+                      const int R)
+{
+    const bv first = bv_load(w), second = T > 1 ? bv_load(v) : first;
+    UNROLL for (int u = 0; u < R; u++)
+    {
+        const bv word = bv_word(x + u * ROW_BYTES);
+        a[u] = dot_words(a[u], first, word);
+        if (T > 1)
+            a[R + u] = dot_words(a[R + u], second, word);
+    }
+}
+
 INLINE void int_chunk(const step *s, const uint8_t *x, iv *sums, const int T, const int R,
                       const int direct)
 {
@@ -47,14 +61,7 @@ INLINE void int_chunk(const step *s, const uint8_t *x, iv *sums, const int T, co
         for (; from < end; from += 4) {
             if (direct)
                 fetch(w + AHEAD_BYTES), fetch(v + AHEAD_BYTES);
-            const bv first = bv_load(w), second = T > 1 ? bv_load(v) : first;
-            UNROLL for (int u = 0; u < R; u++)
-            {
-                const bv word = bv_word(from + u * ROW_BYTES);
-                a[u] = dot_words(a[u], first, word);
-                if (T > 1)
-                    a[R + u] = dot_words(a[R + u], second, word);
-            }
+            dot_lines(a, w, v, from, T, R);
             w += 4 * TILE, v += 4 * TILE;
         }
     }
@@ -189,14 +196,7 @@ INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[
             const uint8_t *from = x + (int64_t)(k / PANEL_INPUTS) * PANEL * ROW_BYTES + within;
             k += some;
             for (const uint8_t *end = from + some; from < end; from += 4) {
-                const bv first = bv_load(w), second = T > 1 ? bv_load(v) : first;
-                UNROLL for (int u = 0; u < R; u++)
-                {
-                    const bv word = bv_word(from + u * ROW_BYTES);
-                    a[u] = dot_words(a[u], first, word);
-                    if (T > 1)
-                        a[R + u] = dot_words(a[R + u], second, word);
-                }
+                dot_lines(a, w, v, from, T, R);
                 w += 4 * TILE, v += 4 * TILE;
             }
         }

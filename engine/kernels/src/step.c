@@ -21,7 +21,6 @@ typedef struct {
     float *q, *k, *v, *mixed;
 } step;
 
-
 /* q, k and v of the same rows: 0, or how many bytes of scratch are needed. */
 static int64_t project(const step *s, uint8_t *given, int64_t given_bytes)
 {
