@@ -215,6 +215,7 @@ def factorize_command(
         words += ["--tau", f"{options.tau:g}"]
     if recovery is not None:
         words += ["--recover", ",".join(recovery.stages), "--recover-rank", str(recovery.rank)]
+        words += ["--recover-bits", str(recovery.bits)] if recovery.bits != 8 else []
         words += ["--recover-tokens", str(recovery.tokens)]
         if recovery.modes != ("token",):
             words += ["--recover-mode", ",".join(recovery.modes)]

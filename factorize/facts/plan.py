@@ -6,7 +6,7 @@ Letters: L layers, I neurons of one FFN, E experts, H hidden size.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from moestro.cache import read_fields
 from .described_file import read_described
 from .errors import FactorizeError, SourceRefused
 from .options import AFTER_FORMAT_2, COUNTS, FIRST_FORMAT, SplitOptions, with_defaults
-from .router_weights import ACTIVATIONS, RouterWeights
+from .router_weights import ACTIVATIONS, RouterWeights, narrow, on_grid, widen
 from .work_folder import tensors_sha256
 
 PLAN_FORMAT = 2
-READABLE_FORMATS = (1, PLAN_FORMAT)
+BYTES_FORMAT = 3  # the same with linear routers in eight bits a number: see `narrow`
+READABLE_FORMATS = (1, PLAN_FORMAT, BYTES_FORMAT)
 OF_FORMAT_2 = ("router_activation", "sha256")
+OF_BYTES_FORMAT = ("routers", "router_exponents")
 METADATA_KEY = "moestro.plan"  # one key: the writer's order of several keys is random
 
 
@@ -102,8 +104,15 @@ class Plan:
             rest = self.router_weights.tensors().items()
             tensors |= {f"router_{name}": part for name, part in rest if name != "last"}
             said["router_activation"] = self.router_weights.activation
+            if self.format == BYTES_FORMAT:
+                tensors |= dict(zip(OF_BYTES_FORMAT, narrow(tensors["routers"]), strict=True))
             said["sha256"] = _checksum(said, tensors)
         return save(tensors, {METADATA_KEY: json.dumps({"format": self.format, **said})})
+
+    def with_routers(self, routers: torch.Tensor, facts: PlanFacts) -> "Plan":
+        """The same with linear `routers` [L, E, H], rounded to eight bits a number."""
+        weights = RouterWeights(on_grid(routers))
+        return replace(self, router_weights=weights, facts=facts, format=BYTES_FORMAT)
 
     @property
     def sha256(self) -> str:
@@ -163,7 +172,10 @@ def _plan(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Plan:
     rest = {name: value for name, value in facts.items() if name not in OF_FORMAT_2}
     if isinstance(facts["options"], dict):
         rest["options"] = AFTER_FORMAT_2 | facts["options"]
-    plan = _of_parts(rest, tensors, facts["router_activation"])
+    parts = dict(tensors)
+    if facts["format"] == BYTES_FORMAT:
+        parts["routers"] = widen(parts["routers"], parts.pop("router_exponents"))
+    plan = _of_parts(rest, parts, facts["router_activation"])
     if facts["sha256"] != _checksum(said, tensors):
         raise ValueError("it has another checksum than when written; it is damaged or was edited")
     return plan

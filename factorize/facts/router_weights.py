@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+SMALLEST = 24  # float16 has multiples of 2**-24
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 
 
@@ -56,3 +57,26 @@ class RouterWeights:
             yield f"a first layer with {self.activation}"
         if self.bias is not None:
             yield "a bias"
+
+
+def on_grid(last: torch.Tensor) -> torch.Tensor:
+    """`last` [..., E, H] rounded to what `narrow` holds, float16; once rounded it stays so."""
+    return widen(*narrow(last))
+
+
+def narrow(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`last` [..., E, H] as int8 and, of each row, the exponent int8 [..., E] of its step.
+
+    Steps are powers of two, so that what comes back is exact in float16.
+    """
+    wide = last.double()
+    largest = wide.abs().amax(dim=-1).clamp_min(2.0**-SMALLEST)
+    exponents = (largest / 127).log2().ceil().clamp_min(-SMALLEST)
+    return (wide / exponents.exp2()[..., None]).round().to(torch.int8), exponents.to(torch.int8)
+
+
+def widen(numbers: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Float16 of what `narrow` gave. Raises TypeError for other types."""
+    if {numbers.dtype, exponents.dtype} != {torch.int8}:
+        raise TypeError(f"routers in {numbers.dtype} with exponents in {exponents.dtype}")
+    return (numbers.double() * exponents.double().exp2()[..., None]).half()

@@ -10,13 +10,12 @@ import torch
 
 from moestro.engine import ProgressFn
 from moestro.factorize.facts import (
+    BITS,
     PARTS,
-    PLAN_FORMAT,
     DeltaFacts,
     Deltas,
     FactorizeError,
     Plan,
-    RouterWeights,
     low_rank,
 )
 
@@ -40,6 +39,7 @@ class RecoverOptions:
     rank: int = 5  # of the low-rank deltas
     seed: int = 0
     modes: tuple[str, ...] = ("token",)  # who chooses the experts where it is practised
+    bits: int = 8  # of a number of the low-rank deltas
 
     def check(self) -> None:
         """Raises FactorizeError."""
@@ -49,6 +49,8 @@ class RecoverOptions:
                 f"recovery has the stages {' and '.join(STAGES)},"
                 f" not {', '.join(unknown) or 'none'}"
             )
+        if self.bits not in BITS:
+            raise FactorizeError(f"deltas have 4 or 8 bits a number, not {self.bits}")
         foreign = sorted(set(self.modes) - set(MODES))
         if foreign or not self.modes:
             raise FactorizeError(
@@ -88,13 +90,11 @@ def recover(
     if "lora" in options.stages:
         kept = None if state is None else KeptFile(state, _key(plan, windows, options, start))
         steps = distill(student, windows, _lessons(plan, options), progress, kept=kept)
-        tensors |= _low_rank_parts(student, options.rank)
+        tensors |= _low_rank_parts(student, options)
     words = _words(options, steps)
-    routers = torch.stack([ffn.router.detach() for ffn in student.ffns]).to(plan.routers.dtype)
+    routers = torch.stack([ffn.router.detach() for ffn in student.ffns])
     facts = replace(plan.facts, method=f"{plan.facts.method}; {words}")
-    recovered = replace(
-        plan, router_weights=RouterWeights(routers), facts=facts, format=PLAN_FORMAT
-    )
+    recovered = plan.with_routers(routers, facts)
     made = DeltaFacts(
         plan_sha256=recovered.sha256,
         texts_sha256=_sha256(windows),
@@ -127,22 +127,23 @@ def _lessons(plan: Plan, options: RecoverOptions) -> DistillOptions:
     )
 
 
-def _low_rank_parts(student: Student, rank: int) -> dict[str, torch.Tensor]:
+def _low_rank_parts(student: Student, options: RecoverOptions) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for part in PARTS:
         pieces = [getattr(ffn, part) for ffn in student.ffns]
         into = torch.stack([piece.into.detach() for piece in pieces])
         out_of = torch.stack([piece.out_of.detach() for piece in pieces])
-        tensors |= low_rank(part, into, out_of, rank)
+        tensors |= low_rank(part, into, out_of, options.rank, options.bits)
     return tensors
 
 
 def _words(options: RecoverOptions, steps: int) -> str:
     modes = "" if options.modes == ("token",) else f" (modes {', '.join(options.modes)})"
+    bits = "" if options.bits == 8 else f" in int{options.bits}"
     words = {
         "repair": "down projections repaired layer by layer",
-        "lora": f"{steps} steps of distillation into deltas of rank {options.rank} and the "
-        f"routers{modes}",
+        "lora": f"{steps} steps of distillation into deltas of rank {options.rank}{bits} and "
+        f"the routers{modes}",
     }
     return ", ".join(words[stage] for stage in STAGES if stage in options.stages)
 

@@ -59,19 +59,18 @@ class LowRank(nn.Module):
         """Sets what is added to what `deltas` say. Raises FactorizeError for a larger rank."""
         if (whole := deltas.tensors.get(f"{part}.whole")) is not None:
             self.whole = whole[layer].float()
-        if (scales := deltas.tensors.get(f"{part}.scale")) is None:
+        if (thin := deltas.thin(part, layer)) is None:
             return
-        rank = scales.shape[-1]
+        columns, rows, scales = (tensor.float() for tensor in thin)
+        rank = len(scales)
         if rank > len(self.out_of):
             raise FactorizeError(
                 f"deltas of rank {rank} do not go on as rank {len(self.out_of)}; "
                 f"give --recover-rank {rank} or more"
             )
-        rows = deltas.tensors[f"{part}.out_of"][layer].float()
         lengths = rows.norm(dim=1).clamp_min(1e-30)  # as long as those that a run begins with
         self.out_of[:rank] = rows / lengths[:, None]
-        columns = deltas.tensors[f"{part}.into"][layer].float()
-        self.into[:, :rank] = columns * (scales[layer].float() * lengths)
+        self.into[:, :rank] = columns * (scales * lengths)
 
     def forward(self, inputs: torch.Tensor, *, changed: bool) -> torch.Tensor:
         found: torch.Tensor = self.linear(inputs)

@@ -341,6 +341,7 @@ def factorize(
     recover_steps: making.RecoverSteps = None,
     recover_tokens: making.RecoverTokens = 65536,
     recover_rank: making.RecoverRank = 5,
+    recover_bits: making.RecoverBits = 8,
     recover_mode: making.RecoverMode = "token",
     deltas: making.DeltasFile = None,
     write_deltas: making.WriteDeltas = None,

@@ -206,6 +206,16 @@ RecoverRank = Annotated[
         help="Of the deltas that lora keeps: their file grows with it.",
     ),
 ]
+RecoverBits = Annotated[
+    int,
+    Option(
+        "--recover-bits",
+        metavar="B",
+        min=4,
+        max=8,
+        help="Of a number of those deltas, 8 or 4: with 4, twice the rank takes the same bytes.",
+    ),
+]
 RecoverMode = Annotated[
     str,
     Option(

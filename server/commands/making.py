@@ -39,6 +39,7 @@ def factorize(
     recover_steps: int | None = None,
     recover_tokens: int = 65_536,
     recover_rank: int = 5,
+    recover_bits: int = 8,
     recover_mode: str = "token",
     deltas: Path | None = None,
     write_deltas: Path | None = None,
@@ -51,7 +52,7 @@ def factorize(
     if recover is not None:
         bounds = (recover_minutes, recover_steps, recover_tokens, recover_rank)
         stages, modes = toolbox.recovery_stages(recover), toolbox.recovery_modes(recover_mode)
-        recovery = toolbox.RecoverOptions(stages, *bounds, seed, modes)
+        recovery = toolbox.RecoverOptions(stages, *bounds, seed, modes, recover_bits)
     options = toolbox.SplitOptions(
         shared_neurons=shared, seed=seed, router_bias=int(router_bias), **choices
     )

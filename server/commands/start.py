@@ -1,6 +1,7 @@
 """Puts the server together once the flags are good and the port is taken."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -52,6 +53,9 @@ def run_server(settings: Settings, listener: socket.socket, began_s: float) -> i
     url = url_of(listener)
 
     def on_ready() -> None:
+        # what was loaded stays: the collector would walk all of it again and again
+        gc.collect()
+        gc.freeze()
         view.close()
         typer.echo(ready_text(settings, url, time.monotonic() - began_s))
 

@@ -231,7 +231,7 @@ def test_recovery_writes_a_plan_and_deltas_that_make_the_same_model(
 ) -> None:
     given = Inputs(calibration=tuple(texts), work=tmp_path / "work")
     kept = Outputs(tmp_path / "plan", tmp_path / "deltas")
-    recovery = RecoverOptions(steps=3, tokens=1024)
+    recovery = RecoverOptions(steps=3, tokens=1024, bits=4)
     said = run_factorize(
         str(long_dense), tmp_path / "out", SPLIT, given, kept, quiet, recovery=recovery
     )
@@ -243,9 +243,8 @@ def test_recovery_writes_a_plan_and_deltas_that_make_the_same_model(
     weights = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     command = Plan.read(tmp_path / "plan").facts.command
-    assert "--recover repair,lora --recover-rank 5 --recover-tokens 1024 --recover-steps 3" in (
-        command
-    )
+    flags = "--recover-rank 5 --recover-bits 4 --recover-tokens 1024 --recover-steps 3"
+    assert f"--recover repair,lora {flags}" in command
     assert command.endswith(f"--write-plan {kept.plan} --write-deltas {kept.deltas}")
     with pytest.raises(FactorizeError, match="for another plan"):
         run_factorize(

@@ -5,6 +5,7 @@
 The benchmark starts it, so that every turn begins with the same memory and gives it all back.
 """
 
+import gc
 import json
 import statistics
 import sys
@@ -95,6 +96,8 @@ def run(task: Task) -> dict[str, Any]:
         **emulated(task),
         **task.settings,
     ) as loaded:
+        gc.collect()  # as the server does when it is ready
+        gc.freeze()
         plan = loaded.cache.plan
         writer = None if task.trace is None else TraceWriter(task.trace, loaded.cache.spec)
         loaded.cache.record(writer)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import moestro.factorize
 from moestro.factorize import FactorizeError, Plan, SourceRefused, SplitOptions, demo_plan
 from moestro.factorize.facts import RouterWeights
+from moestro.factorize.facts.router_weights import on_grid
 
 
 def test_a_plan_comes_back_as_it_was(plan: Plan, tmp_path: Path) -> None:
@@ -91,6 +92,26 @@ def test_the_first_format_is_read_and_keeps_its_bytes(plan: Plan, tmp_path: Path
     assert (options.split, options.router, options.scale) == ("coactivation", "ridge", "one")
     assert again.scales.tolist() == [1.0, 1.0, 1.0]
     assert again.to_bytes() == (tmp_path / "plan.safetensors").read_bytes()
+
+
+def test_routers_in_bytes_come_back_as_they_are(plan: Plan, tmp_path: Path) -> None:
+    """Rounded once, by at most half of 1 / 64 of a row's largest number, and not again."""
+    wide = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3))
+    wide[0, 1] = 0.0
+    narrow = plan.with_routers(wide, replace(plan.facts, method="rounded"))
+    narrow.write(tmp_path / "plan.safetensors")
+    facts, tensors = parts_of(tmp_path / "plan.safetensors")
+    assert (facts["format"], tensors["routers"].dtype) == (3, torch.int8)
+    again = Plan.read(tmp_path / "plan.safetensors")
+    assert again.sha256 == narrow.sha256 and again.facts.method == "rounded"
+    assert torch.equal(again.routers, narrow.routers)
+    lost = (narrow.routers.double() - wide).abs().amax(dim=-1)
+    assert (lost <= wide.abs().amax(dim=-1) / 127).all() and lost.max() > 0
+    assert torch.equal(on_grid(narrow.routers), narrow.routers)
+    tensors["router_exponents"] = tensors["router_exponents"].short()
+    save_file(tensors, tmp_path / "other", {"moestro.plan": json.dumps(facts)})
+    with pytest.raises(FactorizeError, match="exponents in torch.int16"):
+        Plan.read(tmp_path / "other")
 
 
 def test_the_plan_in_the_package_is_the_one_that_folders_name() -> None:

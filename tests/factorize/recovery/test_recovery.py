@@ -225,17 +225,20 @@ def test_another_runs_state_is_not_taken(dense: Path, plan: Plan, tmp_path: Path
         distill(student, windows(2), options, quiet, kept=KeptFile(tmp_path / "state", "one"))
 
 
-@pytest.mark.parametrize("stages", [("repair",), ("lora",), ("repair", "lora")])
+@pytest.mark.parametrize(
+    ("stages", "bits"), [(("repair",), 8), (("lora",), 8), (("lora",), 4), (("repair", "lora"), 8)]
+)
 def test_what_recovery_gives_is_what_it_has_learnt(
-    stages: tuple[str, ...], dense: Path, plan: Plan
+    stages: tuple[str, ...], bits: int, dense: Path, plan: Plan
 ) -> None:
     """The dense weights with the deltas, under the new routers, predict what the student does."""
-    options = RecoverOptions(stages, steps=12, rank=8)
+    options = RecoverOptions(stages, steps=12, rank=8, bits=bits)
     student_model = dense_model(dense)
     recovered, deltas = recover(student_model, plan, windows(64), options, quiet, "the command")
     deltas.check_fits(3, 48, 32, recovered.sha256)
     assert ("down.whole" in deltas.tensors) == ("repair" in stages)
     assert ("gate.into" in deltas.tensors) == ("lora" in stages)
+    assert deltas.bits == bits and (bits == 8 or "rank 8 in int4" in deltas.facts.method)
     rebuilt = dense_model(dense)
     for number, layer in enumerate(rebuilt.model.layers):
         for part in ("gate", "up", "down"):
@@ -250,12 +253,13 @@ def test_what_recovery_gives_is_what_it_has_learnt(
             assert (ffn(inputs) - learnt(inputs)).norm() < 0.02 * learnt(inputs).norm()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 def test_a_recovery_goes_on_from_deltas(
-    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    bits: int, dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it begins with is what the first one gave."""
     float32_only(monkeypatch)
-    options = RecoverOptions(steps=12, rank=4)
+    options = RecoverOptions(steps=12, rank=4, bits=bits)
     recovered, deltas = recover(dense_model(dense), plan, windows(64), options, quiet)
     first = Student(dense_model(dense), recovered, 6, deltas)
     rebuilt = dense_model(dense)
@@ -286,6 +290,7 @@ def test_a_recovery_goes_on_from_deltas(
         (RecoverOptions(recovery_stages("prune, repair")), "not prune"),
         (RecoverOptions(recovery_stages("")), "not none"),
         (RecoverOptions(rank=0), "above zero"),
+        (RecoverOptions(bits=5), "4 or 8 bits a number, not 5"),
         (RecoverOptions(modes=recovery_modes("layer,token")), "token and sequence, not layer"),
         (RecoverOptions(modes=recovery_modes(" ")), "not none"),
     ],
