@@ -218,6 +218,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_available": (c_char_p, (c_int,)),
     "moestro_chosen": (c_char_p, ()),
     "moestro_choose": (c_int, (c_char_p,)),
+    "moestro_fetch_ahead": (None, (c_int,)),
     "moestro_struct_bytes": (c_int64, (c_int32,)),
     "moestro_pool_set_threads": (c_int, (c_int,)),
     "moestro_pool_threads": (c_int, ()),
@@ -281,6 +282,17 @@ def choose(name: str) -> None:
     found = library()
     if found is None or found.moestro_choose(name.encode()):
         raise ValueError(f"{name!r} is none of {instruction_sets()}")
+
+
+def fetch_ahead(whether: bool | None) -> None:
+    """Whether weights are asked for before a lone row needs them; None: as the processor likes it.
+
+    Results are the same to the bit. Raises ValueError where there is no library.
+    """
+    found = library()
+    if found is None:
+        raise ValueError("this build has no library")
+    found.moestro_fetch_ahead(-1 if whether is None else int(whether))
 
 
 def chosen() -> str | None:

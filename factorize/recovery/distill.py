@@ -24,6 +24,7 @@ CONSTANT_SHARE = 0.6  # of the steps; then the rates fall in a line
 LEAST_RATE = 0.05  # of the full one, at the end
 BETAS = (0.9, 0.98)
 CLIP_NORM = 1.0
+ROWS = 32  # of logits at a time
 KEEP_STEPS = 20  # between two notes of where it stands
 
 
@@ -42,10 +43,10 @@ class DistillOptions:
     minutes: float = 60.0
     rank: int = 5
     lessons: tuple[Lesson, ...] = (Lesson(12), Lesson(12), Lesson(6))  # in turns
-    scored_tokens: int = 128  # of each window, drawn anew for each step
     into_rate: float = 2e-3
     out_of_rate: float = 4e-4
     router_rate: float = 3e-3  # of the routers' spread
+    rates: float = 1.0  # all three are multiplied by it
     seed: int = 0
 
 
@@ -84,6 +85,7 @@ def begin(student: Student, windows: int, options: DistillOptions) -> Distillati
     groups = student.learning()
     spread = float(torch.stack([router.detach().std() for router in groups["routers"]]).mean())
     rates = [options.out_of_rate, options.into_rate, options.router_rate * spread]
+    rates = [rate * options.rates for rate in rates]
     parameters = [
         {"params": groups[name], "lr": rate}
         for name, rate in zip(("out_of", "into", "routers"), rates, strict=True)
@@ -117,7 +119,7 @@ def distill(
             continue
         lesson = options.lessons[state.done % len(options.lessons)]
         window = windows[state.order[state.done % len(windows)]][None]
-        loss = _step(state, window, lesson, options.scored_tokens)
+        loss = _step(state, window, lesson)
         if not math.isfinite(loss):
             raise FactorizeError(
                 f"recovery diverged at step {state.done}: the loss is {loss}; give other texts"
@@ -128,22 +130,38 @@ def distill(
     return state.done
 
 
-def _step(state: Distillation, window: torch.Tensor, lesson: Lesson, scored_tokens: int) -> float:
-    """The loss at `scored_tokens` drawn places of one window [1, S], behind a prompt that chose."""
+def _step(state: Distillation, window: torch.Tensor, lesson: Lesson) -> float:
+    """The loss at all places of one window [1, S], or at those behind a prompt that chose."""
     student, tokens = state.student, window.shape[1]
     prompt_tokens = tokens // 2 if lesson.by_prompt else None
-    first = prompt_tokens or 0
-    places = first + torch.randperm(tokens - 1 - first, generator=state.generator)[:scored_tokens]
+    places = slice(prompt_tokens or 0, tokens - 1)
     with torch.no_grad():
-        wanted = student.log_probabilities(student.hidden(window, None)[:, places])
-    found = student.hidden(window, lesson.top_k, prompt_tokens)
-    found = student.log_probabilities(found[:, places])
-    loss = (wanted.exp() * (wanted - found)).sum(dim=-1).mean()
+        wanted = student.hidden(window, None)[0, places]
+    found = student.hidden(window, lesson.top_k, prompt_tokens)[0, places]
+    loss, slope = divergence(student, wanted, found.detach())
     state.scale_rates()
     state.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    found.backward(slope)  # type: ignore[no-untyped-call]
     everything = [p for group in state.optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(everything, CLIP_NORM)
     state.optimizer.step()
     state.done += 1
-    return float(loss.detach())
+    return loss
+
+
+@torch.no_grad()
+def divergence(
+    student: Student, wanted: torch.Tensor, found: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """(the mean divergence of the tokens that `found` [T, H] predicts from those of `wanted`,
+
+    its slope by `found`). Some rows at a time: their distributions stay in the processor's cache,
+    and the slope of a softmax's divergence is the difference of the two.
+    """
+    total, slopes = 0.0, []
+    for teacher, learner in zip(wanted.split(ROWS), found.split(ROWS), strict=True):
+        aim, said = student.log_probabilities(teacher), student.log_probabilities(learner)
+        shares = aim.exp()
+        total += float((shares * (aim - said)).sum())
+        slopes.append(student.model.lm_head.back(said.exp_().sub_(shares)))
+    return total / len(found), torch.cat(slopes) / len(found)

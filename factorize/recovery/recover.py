@@ -26,6 +26,7 @@ from .student import Student
 
 STAGES = ("repair", "lora")
 MODES = ("token", "sequence")
+RATES_ON = 0.5  # of a run that goes on: the full rates would first undo what is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,9 @@ def recover(
         repair(student, windows, plan.facts.options.top_k, RepairOptions(), progress)
         tensors["down.whole"] = _whole_parts(student)
     if "lora" in options.stages:
+        lessons = _lessons(plan, options, 1.0 if start is None else RATES_ON)
         kept = None if state is None else KeptFile(state, _key(plan, windows, options, start))
-        steps = distill(student, windows, _lessons(plan, options), progress, kept=kept)
+        steps = distill(student, windows, lessons, progress, kept=kept)
         tensors |= _low_rank_parts(student, options)
     words = _words(options, steps)
     routers = torch.stack([ffn.router.detach() for ffn in student.ffns])
@@ -112,7 +114,7 @@ def _whole_parts(student: Student) -> torch.Tensor:
     return torch.stack([part for part in parts if part is not None]).half()
 
 
-def _lessons(plan: Plan, options: RecoverOptions) -> DistillOptions:
+def _lessons(plan: Plan, options: RecoverOptions, rates: float) -> DistillOptions:
     """Two steps at the plan's own number of experts for each at half of it, in each mode."""
     top_k = plan.facts.options.top_k
     turns = {
@@ -123,6 +125,7 @@ def _lessons(plan: Plan, options: RecoverOptions) -> DistillOptions:
         steps=options.steps,
         minutes=options.minutes,
         lessons=tuple(lesson for mode in MODES if mode in options.modes for lesson in turns[mode]),
+        rates=rates,
         seed=options.seed,
     )
 

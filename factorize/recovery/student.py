@@ -34,6 +34,10 @@ class FrozenLinear(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return functional.linear(inputs.to(self.dtype), self.weight, self.bias).to(inputs.dtype)
 
+    def back(self, slopes: torch.Tensor) -> torch.Tensor:
+        """Slopes by the inputs of slopes by the outputs [T, O]."""
+        return (slopes.to(self.dtype) @ self.weight).to(slopes.dtype)
+
 
 class LowRank(nn.Module):
     """A linear layer of the teacher, and what the student adds to it: `into` after `out_of`, and

@@ -14,6 +14,7 @@
 
 static const isa *chosen;
 static const step_isa *chosen_step;
+int fetches_ahead = 1;
 
 #if defined(__x86_64__)
 static int has_avx2(void)
@@ -77,8 +78,19 @@ static const step_isa *step_of(const isa *one)
     return &step_plain;
 }
 
+static int likes_fetching(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return !__builtin_cpu_is("amd");
+#else
+    return 1;
+#endif
+}
+
 static void choose(const isa *one)
 {
+    fetches_ahead = likes_fetching();
     chosen_step = step_of(one);
     chosen = one;
 }
@@ -116,4 +128,11 @@ EXPORT int moestro_choose(const char *name)
             return 0;
         }
     return -1;
+}
+
+/* Ask for lines ahead (1) or not (0) from now on; below 0 as this processor likes it. */
+EXPORT void moestro_fetch_ahead(int whether)
+{
+    current_isa(); /* which decides, the first time */
+    fetches_ahead = whether < 0 ? likes_fetching() : whether;
 }

@@ -69,4 +69,7 @@ extern const isa isa_avx2, isa_avxvnni, isa_avx512, isa_amx;
 
 const isa *current_isa(void);
 
+/* Whether lines are asked for before they are needed: AMD's processors do better without. */
+extern int fetches_ahead;
+
 #endif

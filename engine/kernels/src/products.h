@@ -35,7 +35,7 @@ INLINE row row_of(const rows *x, int place)
 
 /* f[u] = tile times row x[u], for R rows; `chains` accumulators of each. */
 INLINE void int8_tile(const uint8_t *w, const matrix *m, const rows *all, const row *x, fv *f,
-                      const int R, const int chains)
+                      const int R, const int chains, const int ahead)
 {
     const int group = all->group, groups = m->padded / group;
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
@@ -49,7 +49,7 @@ INLINE void int8_tile(const uint8_t *w, const matrix *m, const rows *all, const 
         for (int k = g * group; k < (g + 1) * group; k += 4 * chains) {
             UNROLL for (int c = 0; c < chains; c++)
             {
-                if (R == 1)
+                if (ahead)
                     fetch(w + AHEAD_BYTES);
                 const bv weights = bv_load(w);
                 UNROLL for (int u = 0; u < R; u++) a[u * chains + c] =
@@ -70,7 +70,8 @@ INLINE void int8_tile(const uint8_t *w, const matrix *m, const rows *all, const 
 
 /* Nibbles with a scale for each group: int4, or the codes of mxfp4. */
 INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, const int R,
-                        const int scale_type, const int zero_kind, const int mx)
+                        const int scale_type, const int zero_kind, const int mx,
+                        const int ahead)
 {
     const int group = m->group, groups = m->padded / group;
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
@@ -101,7 +102,7 @@ INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, 
         }
         UNROLL for (int u = 0; u < R; u++) a[2 * u + 1] = iv_set(0);
         for (int k = g * group; k < (g + 1) * group; k += 8) {
-            if (R == 1)
+            if (ahead)
                 fetch(w + AHEAD_BYTES);
             const bv both = bv_load(w);
             bv low = bv_low(both), high = bv_high(both);
@@ -125,12 +126,13 @@ INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, 
     }
 }
 
-INLINE void f32_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R)
+INLINE void f32_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R,
+                     const int ahead)
 {
     fv a[2 * MOST_ROWS];
     UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
     for (int k = 0; k + 2 <= m->padded; k += 2) {
-        if (R == 1)
+        if (ahead)
             fetch(w + AHEAD_BYTES), fetch(w + AHEAD_BYTES + 64);
         const fv even = fv_load(w), odd = fv_load(w + 4 * TILE);
         UNROLL for (int u = 0; u < R; u++)
@@ -147,12 +149,12 @@ INLINE void f32_tile(const uint8_t *w, const matrix *m, const float *const *x, f
 }
 
 INLINE void half_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R,
-                      const int bf16)
+                      const int bf16, const int ahead)
 {
     fv a[2 * MOST_ROWS];
     UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
     for (int k = 0; k < m->padded; k += 2) {
-        if (R == 1)
+        if (ahead)
             fetch(w + AHEAD_BYTES);
         const bv pairs = bv_load(w);
         const fv even = bf16 ? bv_even_bf16(pairs) : bv_even_f16(pairs);
@@ -167,14 +169,15 @@ INLINE void half_tile(const uint8_t *w, const matrix *m, const float *const *x, 
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_add(a[2 * u], a[2 * u + 1]);
 }
 
-INLINE void fp8_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R)
+INLINE void fp8_tile(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R,
+                     const int ahead)
 {
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
     for (int g = 0; g < m->padded; g += m->group) {
         fv a[2 * MOST_ROWS];
         UNROLL for (int u = 0; u < 2 * R; u++) a[u] = fv_set(0);
         for (int k = g; k < g + m->group; k += 4) {
-            if (R == 1)
+            if (ahead)
                 fetch(w + AHEAD_BYTES);
             const bv four = bv_load(w);
             UNROLL for (int j = 0; j < 4; j++)
@@ -193,30 +196,31 @@ INLINE void fp8_tile(const uint8_t *w, const matrix *m, const float *const *x, f
 }
 
 INLINE void int_rows(const uint8_t *w, const matrix *m, const rows *all, const row *x, fv *f,
-                     const int R)
+                     const int R, const int ahead)
 {
     if (m->format == INT8 && R <= 2)
-        int8_tile(w, m, all, x, f, R, R == 1 ? CHAINS : (CHAINS + 1) / 2);
+        int8_tile(w, m, all, x, f, R, R == 1 ? CHAINS : (CHAINS + 1) / 2, ahead);
     else if (m->format == MXFP4)
-        nibble_tile(w, m, x, f, R, SCALE_F32, ZERO_NONE, 1);
+        nibble_tile(w, m, x, f, R, SCALE_F32, ZERO_NONE, 1, ahead);
     else if (m->scale_type == SCALE_F16 && m->zero_kind == ZERO_FLOAT)
-        nibble_tile(w, m, x, f, R, SCALE_F16, ZERO_FLOAT, 0);
+        nibble_tile(w, m, x, f, R, SCALE_F16, ZERO_FLOAT, 0, ahead);
     else if (m->scale_type == SCALE_F16 && m->zero_kind == ZERO_NONE)
-        nibble_tile(w, m, x, f, R, SCALE_F16, ZERO_NONE, 0);
+        nibble_tile(w, m, x, f, R, SCALE_F16, ZERO_NONE, 0, ahead);
     else
-        nibble_tile(w, m, x, f, R, m->scale_type, m->zero_kind, 0);
+        nibble_tile(w, m, x, f, R, m->scale_type, m->zero_kind, 0, ahead);
 }
 
-INLINE void float_rows(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R)
+INLINE void float_rows(const uint8_t *w, const matrix *m, const float *const *x, fv *f, const int R,
+                       const int ahead)
 {
     if (m->format == F32)
-        f32_tile(w, m, x, f, R);
+        f32_tile(w, m, x, f, R, ahead);
     else if (m->format == BF16)
-        half_tile(w, m, x, f, R, 1);
+        half_tile(w, m, x, f, R, 1, ahead);
     else if (m->format == F16)
-        half_tile(w, m, x, f, R, 0);
+        half_tile(w, m, x, f, R, 0, ahead);
     else
-        fp8_tile(w, m, x, f, R);
+        fp8_tile(w, m, x, f, R, ahead);
 }
 
 INLINE void write_tile(const matrix *m, int tile, fv f, float *out, const float *bias)
@@ -248,13 +252,13 @@ static void int_block(const uint8_t *w, const matrix *m, const rows *x, const in
     for (int u = 0; u < taken; u++)
         some[u] = row_of(x, which[lesser(u, left - 1)]);
     switch (taken) {
-    case 1: int_rows(w, m, x, some, f, 1); break;
-    case 2: int_rows(w, m, x, some, f, 2); break;
+    case 1: fetches_ahead ? int_rows(w, m, x, some, f, 1, 1) : int_rows(w, m, x, some, f, 1, 0); break;
+    case 2: int_rows(w, m, x, some, f, 2, 0); break;
 #if MOST_ROWS > 2
-    case 4: int_rows(w, m, x, some, f, 4); break;
+    case 4: int_rows(w, m, x, some, f, 4, 0); break;
 #endif
 #if MOST_ROWS > 4
-    case 8: int_rows(w, m, x, some, f, 8); break;
+    case 8: int_rows(w, m, x, some, f, 8, 0); break;
 #endif
     }
 }
@@ -266,11 +270,11 @@ static void float_block(const uint8_t *w, const matrix *m, const rows *x, const 
     for (int u = 0; u < taken; u++)
         some[u] = x->floats + which[lesser(u, left - 1)] * x->stride;
     switch (taken) {
-    case 1: float_rows(w, m, some, f, 1); break;
-    case 2: float_rows(w, m, some, f, 2); break;
+    case 1: fetches_ahead ? float_rows(w, m, some, f, 1, 1) : float_rows(w, m, some, f, 1, 0); break;
+    case 2: float_rows(w, m, some, f, 2, 0); break;
 #if MOST_FLOAT_ROWS > 2
-    case 4: float_rows(w, m, some, f, 4); break;
-    case 8: float_rows(w, m, some, f, 8); break;
+    case 4: float_rows(w, m, some, f, 4, 0); break;
+    case 8: float_rows(w, m, some, f, 8, 0); break;
 #endif
     }
 }

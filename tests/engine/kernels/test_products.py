@@ -10,6 +10,7 @@ from moestro.engine.kernels import (
     linear,
     tile_matrix,
 )
+from moestro.engine.kernels.library import fetch_ahead
 from tile_reference import decode
 
 FORMATS = (
@@ -56,6 +57,21 @@ def test_products_are_those_of_the_bytes_whoever_is_in_company(
         for count in COUNTS:
             found = linear(rows[:count].contiguous(), matrix, bias, scratch)
             assert torch.equal(found, together[:count]), (form, outputs, inputs, count)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.tag)
+def test_fetching_ahead_changes_no_bit(form: TileFormat, instruction_set: str) -> None:
+    torch.manual_seed(0)
+    matrix = tile_matrix(encode(torch.randn(48, 160), form), form, 48, 160)
+    some, found = [torch.randn(count, 160) for count in (1, 3, 12)], []
+    try:
+        for whether in (True, False, None):
+            fetch_ahead(whether)
+            found.append([linear(rows, matrix, None, Scratch()) for rows in some])
+    finally:
+        fetch_ahead(None)
+    for with_it, without, default in zip(*found, strict=True):
+        assert torch.equal(with_it, without) and torch.equal(with_it, default)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.tag)
