@@ -159,7 +159,7 @@ def divergence(
     and the slope of a softmax's divergence is the difference of the two.
     """
     total, slopes = 0.0, []
-    for teacher, learner in zip(wanted.split(ROWS), found.split(ROWS), strict=True):
+    for teacher, learner in zip(*(torch.split(x, ROWS) for x in (wanted, found)), strict=True):
         aim, said = student.log_probabilities(teacher), student.log_probabilities(learner)
         shares = aim.exp()
         total += float((shares * (aim - said)).sum())
