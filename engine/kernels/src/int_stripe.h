@@ -172,7 +172,7 @@ static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g
 /* f += inputs k to k + inputs, whole groups: GROUPED rows from r on times T tiles. A group's sums are
    scaled while they are in registers; the operations are those of `add_group`. */
 INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[STRIPE], int r,
-                        fv *f, const int T, const int format, const int zero_kind)
+                        fv *f, const int T, const int format, const int zero_kind, const int ahead)
 {
     enum { R = GROUPED };
     const uint8_t *panel = s->panels + r / PANEL * s->panel_bytes;
@@ -196,6 +196,8 @@ INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[
             const uint8_t *from = x + (int64_t)(k / PANEL_INPUTS) * PANEL * ROW_BYTES + within;
             k += some;
             for (const uint8_t *end = from + some; from < end; from += 4) {
+                if (ahead)
+                    fetch(w + AHEAD_BYTES), fetch(v + AHEAD_BYTES);
                 dot_lines(a, w, v, from, T, R);
                 w += 4 * TILE, v += 4 * TILE;
             }
@@ -214,27 +216,40 @@ INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[
 }
 
 INLINE void group_chunks(const step *s, const matrix *m, const group_end (*ends)[STRIPE], fv *f,
-                         const int format, const int zero_kind)
+                         const int T, const int format, const int zero_kind)
 {
+    if (format == INT8 && s->count <= GROUPED) { /* all of the next block would be fetched at once */
+        if (fetches_ahead)
+            group_chunk(s, m, ends, 0, f, T, format, zero_kind, 1);
+        else
+            group_chunk(s, m, ends, 0, f, T, format, zero_kind, 0);
+        return;
+    }
     for (int r = 0; r < s->count; r += GROUPED) {
         fetch_part(s, r, GROUPED);
-        if (s->tiles == STRIPE)
-            group_chunk(s, m, ends, r, f + r, STRIPE, format, zero_kind);
-        else
-            group_chunk(s, m, ends, r, f + r, 1, format, zero_kind);
+        group_chunk(s, m, ends, r, f + r, T, format, zero_kind, 0);
     }
+}
+
+INLINE void group_tiles(const step *s, const matrix *m, const group_end (*ends)[STRIPE], fv *f,
+                        const int format, const int zero_kind)
+{
+    if (s->tiles == STRIPE)
+        group_chunks(s, m, ends, f, STRIPE, format, zero_kind);
+    else
+        group_chunks(s, m, ends, f, 1, format, zero_kind);
 }
 
 static void multiply_groups(const step *s, const matrix *m, const group_end (*ends)[STRIPE], fv *f)
 {
     if (m->format == INT8)
-        group_chunks(s, m, ends, f, INT8, ZERO_NONE);
+        group_tiles(s, m, ends, f, INT8, ZERO_NONE);
     else if (m->format == MXFP4 || m->zero_kind == ZERO_NONE)
-        group_chunks(s, m, ends, f, INT4, ZERO_NONE);
+        group_tiles(s, m, ends, f, INT4, ZERO_NONE);
     else if (m->zero_kind == ZERO_FLOAT)
-        group_chunks(s, m, ends, f, INT4, ZERO_FLOAT);
+        group_tiles(s, m, ends, f, INT4, ZERO_FLOAT);
     else
-        group_chunks(s, m, ends, f, INT4, ZERO_INTEGER);
+        group_tiles(s, m, ends, f, INT4, ZERO_INTEGER);
 }
 
 /* Groups of which a block has several: INT_BLOCK inputs at a time, half bytes widened. */
@@ -334,7 +349,8 @@ static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv 
 static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
 {
 #ifdef GROUPED
-    const int enough = m->format != INT8 || s->count > 4 * GROUPED; /* few rows wait for memory */
+    /* Of int8, with as many rows as wait for memory, the other one is faster. */
+    const int enough = m->format != INT8 || s->count > 4 * GROUPED || s->count <= GROUPED;
     if (enough && kernel == int_lines && m->row_group >= LEAST_GROUP && m->row_group <= INT_BLOCK)
         group_stripe(s, m, w, f);
     else
