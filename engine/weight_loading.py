@@ -26,7 +26,7 @@ from moestro.engine.planning import (
     release_freed_memory,
     trim_heap,
 )
-from moestro.engine.weights import LastRows, Shared, load_dense
+from moestro.engine.weights import LastRows, Shared, load_dense, settle
 
 from .phases import Phases
 
@@ -124,4 +124,5 @@ def _dense_model(config: EngineConfig, blueprint: Blueprint, report: Report) -> 
     load_dense(checkpoint, model, blueprint.dense_keys, compact, shared, after_group, device.place)
     if kept is not None:
         kept.keep(model, lambda done, total: report(done, total, "bytes"))
+    settle(model, trim_heap)
     return model

@@ -1,6 +1,6 @@
 """The files: a pack of experts, written whole or resumed, and tensors kept beside it."""
 
-from .blobfile import page_memory, stream_memory
+from .blobfile import huge_memory, page_memory, stream_memory
 from .build import PackWriter, open_or_build
 from .file import Pack, prove
 from .lockfile import wait_for_lock
@@ -18,6 +18,7 @@ __all__ = [
     "page_memory",
     "prove",
     "holds_tensors",
+    "huge_memory",
     "read_tensors",
     "stream_memory",
     "wait_for_lock",

@@ -39,6 +39,12 @@ def stream_memory(size_bytes: int) -> mmap.mmap:
     return memory
 
 
+def huge_memory(size_bytes: int) -> mmap.mmap | None:
+    """The same; None where it would be no better than other memory."""
+    memory = page_memory(size_bytes)
+    return memory if ask_for_huge_pages(memory, free_huge_bytes()) else None
+
+
 class BlobFile:
     """Read-only; `read_into` may be called from several threads at once."""
 

@@ -14,7 +14,16 @@ from .dense import (
     saved_bytes,
 )
 from .dense_file import DenseFile
-from .linears import CompactLinear, Int8Weights, LastRows, Shared, Sides, TileLinear, beside
+from .linears import (
+    CompactLinear,
+    Int8Weights,
+    LastRows,
+    Shared,
+    Sides,
+    TileLinear,
+    beside,
+    settle,
+)
 from .manifest import MANIFEST_NAME, Manifest
 from .routers import ROUTERS_NAME, RouterFacts, name_routers
 from .weight_files import INDEX_NAME, gguf_source, weight_files
@@ -51,6 +60,7 @@ __all__ = [
     "replacements",
     "said_form",
     "saved_bytes",
+    "settle",
     "warn_disagreement",
     "weight_files",
 ]

@@ -6,14 +6,16 @@ Shape letters: N outputs, K inputs, n rows.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 
+from moestro.cache import huge_memory
 from moestro.engine.formats import (
     Fine,
     multiply_fine,
@@ -125,6 +127,7 @@ class CompactLinear(torch.nn.Module):
         return out.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
 
 
+LINE = 64  # bytes of a cache line, at which tiles begin
 ROW_GROUP = 32
 """Inputs whose activations share a scale, with int8: a few very large ones coarsen only these."""
 
@@ -167,11 +170,37 @@ def beside(one: TileLinear, other: TileLinear) -> TileMatrix:
 
     Of the same format and inputs; the first one's outputs are whole tiles.
     """
-    both = torch.cat([one.tiles, other.tiles])
+    both = _joined(one.tiles, other.tiles)
     one.lie_in(both[: len(one.tiles)])
     other.lie_in(both[len(one.tiles) :])
     outputs = one.out_features + other.out_features
     return tile_matrix(both, one.form, outputs, one.in_features, ROW_GROUP)
+
+
+def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The tiles of both [T, tile_bytes]: where they lie one behind the other, as they lie."""
+    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if same and first.data_ptr() + first.nbytes == second.data_ptr():
+        return first.as_strided((len(first) + len(second), first.shape[1]), first.stride())
+    return torch.cat([first, second])
+
+
+def settle(model: torch.nn.Module, moved: Callable[[], object]) -> None:
+    """Moves the tiles of `model` into huge pages, one layer's behind the other, where the system
+
+    has such lying free: a long stream of weights is read faster there. Only one layer's lie twice;
+    `moved` is called when the old ones are free.
+    """
+    layers = [each for each in model.modules() if isinstance(each, TileLinear)]
+    places = list(accumulate((-(-each.tiles.nbytes // LINE) * LINE for each in layers), initial=0))
+    memory = huge_memory(max(LINE, places[-1]))
+    if memory is None:
+        return
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    for layer, start in zip(layers, places, strict=False):
+        there = flat[start : start + layer.tiles.nbytes].view(layer.tiles.shape)
+        layer.lie_in(there.copy_(layer.tiles))
+        moved()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 import tiny
 from engine_kit import opened, run_logits
 from moestro.engine.facts.config import EngineConfig
+from moestro.engine.kernels import Scratch, TileFormat, linear
 from moestro.engine.lanes import choose_lane
 from moestro.engine.model.meta_model import build_meta_model
 from moestro.engine.planning.blueprint import inspect
@@ -18,6 +19,8 @@ from moestro.engine.weights.linears import (
     LastRows,
     StoredEmbedding,
     TileLinear,
+    beside,
+    settle,
 )
 
 PROMPT = list(range(20, 40))
@@ -154,3 +157,37 @@ def test_int8_logits_do_not_depend_on_the_budget_either(slots: int, tmp_path: Pa
     with opened(folder, tmp_path / "cache", host_memory_bytes=slots * 16384, **formats) as loaded:
         assert loaded.cache.plan.slots == slots
         assert torch.equal(run_logits(loaded, [[(1, PROMPT)], [(1, [7])]]), wanted)
+
+
+def two_layers() -> tuple[TileLinear, TileLinear]:
+    torch.manual_seed(0)
+    form, scratch = TileFormat("int8"), Scratch()
+    first, second = (torch.nn.Linear(64, 32, bias=False) for _ in range(2))
+    return TileLinear.encode(first, form, scratch), TileLinear.encode(second, form, scratch)
+
+
+def test_settled_layers_lie_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give what they gave, and what joins two of them copies nothing."""
+    monkeypatch.setattr("moestro.engine.weights.linears.huge_memory", bytearray)
+    first, second = two_layers()
+    rows, calls = torch.randn(3, 64), list[int]()
+    wanted = [first.forward(rows), second.forward(rows)]
+    apart = beside(*two_layers())
+    settle(torch.nn.ModuleList([first, second]), lambda: calls.append(1))
+    assert len(calls) == 2
+    assert first.tiles.data_ptr() + first.tiles.nbytes == second.tiles.data_ptr()
+    before = first.tiles.data_ptr()
+    joined = beside(first, second)
+    assert first.tiles.data_ptr() == before == joined.struct.tiles
+    assert torch.equal(torch.cat(wanted, dim=1), linear(rows, joined, None, Scratch()))
+    assert torch.equal(linear(rows, apart, None, Scratch()), linear(rows, joined, None, Scratch()))
+    assert torch.equal(first.forward(rows), wanted[0])
+    assert torch.equal(second.forward(rows), wanted[1])
+
+
+def test_without_huge_pages_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moestro.engine.weights.linears.huge_memory", lambda _: None)
+    layers = two_layers()
+    before = [each.tiles.data_ptr() for each in layers]
+    settle(torch.nn.ModuleList(layers), lambda: pytest.fail("nothing has moved"))
+    assert [each.tiles.data_ptr() for each in layers] == before
