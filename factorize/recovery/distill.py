@@ -46,7 +46,6 @@ class DistillOptions:
     into_rate: float = 2e-3
     out_of_rate: float = 4e-4
     router_rate: float = 3e-3  # of the routers' spread
-    rates: float = 1.0  # all three are multiplied by it
     seed: int = 0
 
 
@@ -85,7 +84,6 @@ def begin(student: Student, windows: int, options: DistillOptions) -> Distillati
     groups = student.learning()
     spread = float(torch.stack([router.detach().std() for router in groups["routers"]]).mean())
     rates = [options.out_of_rate, options.into_rate, options.router_rate * spread]
-    rates = [rate * options.rates for rate in rates]
     parameters = [
         {"params": groups[name], "lr": rate}
         for name, rate in zip(("out_of", "into", "routers"), rates, strict=True)

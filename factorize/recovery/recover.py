@@ -26,7 +26,6 @@ from .student import Student
 
 STAGES = ("repair", "lora")
 MODES = ("token", "sequence")
-RATES_ON = 0.5  # of a run that goes on: the full rates would first undo what is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,10 @@ def recover(
         repair(student, windows, plan.facts.options.top_k, RepairOptions(), progress)
         tensors["down.whole"] = _whole_parts(student)
     if "lora" in options.stages:
-        lessons = _lessons(plan, options, 1.0 if start is None else RATES_ON)
+        lessons = _lessons(plan, options)
+        if start is not None:
+            # near the end of what can be learnt, the first rates would undo it
+            lessons = replace(lessons, into_rate=2e-4, out_of_rate=4e-5, router_rate=1.5e-3)
         kept = None if state is None else KeptFile(state, _key(plan, windows, options, start))
         steps = distill(student, windows, lessons, progress, kept=kept)
         tensors |= _low_rank_parts(student, options)
@@ -114,7 +116,7 @@ def _whole_parts(student: Student) -> torch.Tensor:
     return torch.stack([part for part in parts if part is not None]).half()
 
 
-def _lessons(plan: Plan, options: RecoverOptions, rates: float) -> DistillOptions:
+def _lessons(plan: Plan, options: RecoverOptions) -> DistillOptions:
     """Two steps at the plan's own number of experts for each at half of it, in each mode."""
     top_k = plan.facts.options.top_k
     turns = {
@@ -125,7 +127,6 @@ def _lessons(plan: Plan, options: RecoverOptions, rates: float) -> DistillOption
         steps=options.steps,
         minutes=options.minutes,
         lessons=tuple(lesson for mode in MODES if mode in options.modes for lesson in turns[mode]),
-        rates=rates,
         seed=options.seed,
     )
 
