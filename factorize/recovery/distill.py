@@ -56,7 +56,6 @@ class Distillation:
     student: Student
     optimizer: torch.optim.Optimizer
     rates: list[float]
-    generator: torch.Generator
     order: torch.Tensor  # of windows
     steps: int | None
     done: int = 0
@@ -91,7 +90,7 @@ def begin(student: Student, windows: int, options: DistillOptions) -> Distillati
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(windows, generator=generator)
     optimizer = torch.optim.Adam(parameters, betas=BETAS)
-    return Distillation(student, optimizer, rates, generator, order, options.steps)
+    return Distillation(student, optimizer, rates, order, options.steps)
 
 
 def distill(

@@ -27,7 +27,6 @@ class KeptFile:
     def keep(self, state: Distillation) -> None:
         """Writes the file whole or not at all. Raises OSError."""
         tensors = {name: tensor.detach() for name, tensor in _tensors(state)}
-        tensors["generator"] = state.generator.get_state()
         facts = {"key": self.key, "done": state.done, "steps": state.steps}
         aside = self.path.with_name(self.path.name + ".partial")
         save_file(tensors, aside, {METADATA_KEY: json.dumps(facts)})
@@ -45,7 +44,6 @@ class KeptFile:
                 _make_moments(state, int(facts["done"]))
                 for name, tensor in _tensors(state):
                     tensor.detach().copy_(file.get_tensor(name))
-                state.generator.set_state(file.get_tensor("generator"))
                 state.done, state.steps = int(facts["done"]), int(facts["steps"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise FactorizeError(

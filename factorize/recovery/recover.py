@@ -26,6 +26,7 @@ from .student import Student
 
 STAGES = ("repair", "lora")
 MODES = ("token", "sequence")
+RECIPE = 2  # counts the ways a distillation has been done: a kept one of another does not go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,8 @@ def _words(options: RecoverOptions, steps: int) -> str:
 def _key(plan: Plan, windows: torch.Tensor, options: RecoverOptions, start: Deltas | None) -> str:
     """Of all that the distillation depends on."""
     begun = None if start is None else start.sha256
-    depends = [plan.sha256, _sha256(windows), asdict(options), torch.get_num_threads(), begun]
+    threads = torch.get_num_threads()
+    depends = [plan.sha256, _sha256(windows), asdict(options), threads, begun, RECIPE]
     said = json.dumps(depends)
     return hashlib.sha256(said.encode()).hexdigest()
 

@@ -252,7 +252,12 @@ static void int_block(const uint8_t *w, const matrix *m, const rows *x, const in
     for (int u = 0; u < taken; u++)
         some[u] = row_of(x, which[lesser(u, left - 1)]);
     switch (taken) {
-    case 1: fetches_ahead ? int_rows(w, m, x, some, f, 1, 1) : int_rows(w, m, x, some, f, 1, 0); break;
+    case 1:
+        if (fetches_ahead)
+            int_rows(w, m, x, some, f, 1, 1);
+        else
+            int_rows(w, m, x, some, f, 1, 0);
+        break;
     case 2: int_rows(w, m, x, some, f, 2, 0); break;
 #if MOST_ROWS > 2
     case 4: int_rows(w, m, x, some, f, 4, 0); break;
@@ -270,7 +275,12 @@ static void float_block(const uint8_t *w, const matrix *m, const rows *x, const 
     for (int u = 0; u < taken; u++)
         some[u] = x->floats + which[lesser(u, left - 1)] * x->stride;
     switch (taken) {
-    case 1: fetches_ahead ? float_rows(w, m, some, f, 1, 1) : float_rows(w, m, some, f, 1, 0); break;
+    case 1:
+        if (fetches_ahead)
+            float_rows(w, m, some, f, 1, 1);
+        else
+            float_rows(w, m, some, f, 1, 0);
+        break;
     case 2: float_rows(w, m, some, f, 2, 0); break;
 #if MOST_FLOAT_ROWS > 2
     case 4: float_rows(w, m, some, f, 4, 0); break;

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from moestro.engine import Progress
 from moestro.factorize import FactorizeError, Plan, apply_plan
 from moestro.factorize.recovery.distill import DistillOptions, Lesson, distill
+from moestro.factorize.recovery.distill import divergence as loss_and_slope
 from moestro.factorize.recovery.kept import KeptFile
 from moestro.factorize.recovery.recover import (
     RecoverOptions,
@@ -168,6 +169,23 @@ def test_distillation_brings_the_student_nearer(student: Student) -> None:
     assert divergence(student, windows(6)) < 0.8 * before
 
 
+def test_the_slope_is_the_losses_own(
+    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows that are no multiple of those taken together; autograd's, of the same numbers."""
+    float32_only(monkeypatch)
+    student = Student(dense_model(dense), plan, rank=2)
+    draw = torch.Generator().manual_seed(8)
+    wanted, found = (torch.randn(45, 32, generator=draw) for _ in range(2))
+    loss, slope = loss_and_slope(student, wanted, found)
+    found.requires_grad_()
+    aim, said = student.log_probabilities(wanted), student.log_probabilities(found)
+    exact = (aim.exp() * (aim - said)).sum(-1).mean()
+    exact.backward()
+    assert found.grad is not None and loss == pytest.approx(float(exact.detach()), rel=1e-4)
+    assert (slope - found.grad).abs().max() < 1e-4 * found.grad.abs().max()
+
+
 def test_the_same_seed_teaches_the_same(dense: Path, plan: Plan) -> None:
     found = []
     for _ in range(2):
@@ -272,7 +290,12 @@ def test_a_recovery_goes_on_from_deltas(
         found = logits(first, ids, TOP_K)
         assert (found - logits(wanted, ids, TOP_K)).abs().max() < 1e-4
     more = RecoverOptions(("lora",), steps=5, rank=4, modes=("token", "sequence"))
-    last, summed = recover(dense_model(dense), recovered, windows(4), more, quiet, start=deltas)
+    model = dense_model(dense)
+    last, summed = recover(model, recovered, windows(4), more, quiet, start=deltas)
+    before = [ffn.gate.into for ffn in Student(dense_model(dense), recovered, 4, deltas).ffns]
+    after = [layer.mlp.gate.into for layer in model.model.layers]
+    farthest = max(float((b - a).detach().abs().max()) for a, b in zip(before, after, strict=True))
+    assert 0 < farthest < 4e-4, "a run that goes on takes small steps"
     assert summed.facts.steps == 17 and summed.facts.tokens == 68 * 32
     assert torch.equal(summed.tensors["down.whole"], deltas.tensors["down.whole"])
     assert not torch.equal(summed.tensors["up.into"], deltas.tensors["up.into"])
