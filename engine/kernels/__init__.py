@@ -7,6 +7,8 @@ from .library import MISSING, chosen, instruction_sets, library, set_pool_thread
 from .pack import encode, pack_codes
 from .products import (
     Activation,
+    ExpertTable,
+    Groups,
     Routed,
     Scratch,
     TileExpert,
@@ -37,6 +39,8 @@ __all__ = [
     "AttentionWeights",
     "BLOCK",
     "CUT",
+    "ExpertTable",
+    "Groups",
     "LANES",
     "LayerParts",
     "LayerStep",

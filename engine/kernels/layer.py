@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .library import ExpertCall, LayerCall, LayerStruct, TailCall
-from .products import Activation, Routed, Scratch, TileExpert, expert_call, loaded
+from .products import Activation, ExpertTable, Routed, Scratch, TileExpert, expert_call, loaded
 from .step import AttentionWeights, Norm, Router, Rows
 
 
@@ -75,9 +75,9 @@ class LayerStep:
         self._tail.residual = parts.residual
         if parts.shared is not None:
             expert, activation = parts.shared
-            self._pointers = (ctypes.c_void_p * 1)(expert.address)
+            self._table = ExpertTable([expert])
             self._shared = expert_call(
-                self._pointers, room.routed, room.normed, room.shared, self._scratch, activation
+                self._table, room.routed, room.normed, room.shared, self._scratch, activation
             )
         self._room = room
 

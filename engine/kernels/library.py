@@ -54,6 +54,7 @@ class ExpertCall(ctypes.Structure):
 
     _fields_ = (
         ("experts", c_void_p),
+        ("which", c_void_p),
         ("starts", c_void_p),
         ("tokens", c_void_p),
         ("places", c_void_p),
@@ -71,6 +72,23 @@ class ExpertCall(ctypes.Structure):
         ("scratch", c_void_p),
         ("scratch_bytes", c_int64),
         ("energies", c_void_p),
+    )
+
+
+class GroupCall(ctypes.Structure):
+    """`group_call` of src/calls.h."""
+
+    _fields_ = (
+        ("ids", c_void_p),
+        ("weights", c_void_p),
+        ("which", c_void_p),
+        ("starts", c_void_p),
+        ("rows", c_void_p),
+        ("places", c_void_p),
+        ("room", c_void_p),
+        ("tokens", c_int32),
+        ("k", c_int32),
+        ("experts", c_int32),
     )
 
 
@@ -213,6 +231,7 @@ _STRUCTS: tuple[type[ctypes.Structure], ...] = (
     LayerStruct,
     LayerCall,
     TailCall,
+    GroupCall,
 )
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_available": (c_char_p, (c_int,)),
@@ -225,6 +244,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_experts": (c_int64, (POINTER(ExpertCall),)),
     "moestro_experts_first": (c_int64, (POINTER(ExpertCall),)),
     "moestro_experts_down": (c_int64, (POINTER(ExpertCall),)),
+    "moestro_group": (c_int32, (POINTER(GroupCall),)),
     "moestro_linear": (
         c_int64,
         (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int64),

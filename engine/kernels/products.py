@@ -5,13 +5,14 @@ Shape letters: n rows, N outputs, K inputs, T tokens, k experts per token.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
 from .layout import KINDS, SCALES, ZEROS, TileFormat
-from .library import ExpertCall, ExpertStruct, MatrixStruct, library
+from .library import ExpertCall, ExpertStruct, GroupCall, MatrixStruct, library
 
 Activation = tuple[int, float, float]  # which of the library's, alpha, limit
 
@@ -98,6 +99,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._rows: torch.Tensor | None = None  # the last ones given
 
     @property
     def size_bytes(self) -> int:
@@ -108,7 +110,7 @@ class Scratch:
         return self._memory.data_ptr()
 
     def grow(self, size_bytes: int) -> None:
-        self._memory = torch.empty(size_bytes, dtype=torch.uint8)
+        self._memory, self._rows = torch.empty(size_bytes, dtype=torch.uint8), None
 
     def rows(self, count: int, width: int) -> torch.Tensor:
         """fp32 [count, width] with anything in it, until this is asked for the next time.
@@ -116,10 +118,12 @@ class Scratch:
         What a layer of a prompt writes into is too large for the allocator to keep: fresh memory
         for each costs a page fault every 4 KiB.
         """
-        needed = 4 * count * width
-        if needed > self.size_bytes:
-            self.grow(needed)
-        return self._memory[:needed].view(torch.float32).view(count, width)
+        if self._rows is None or self._rows.shape != (count, width):
+            needed = 4 * count * width
+            if needed > self.size_bytes:
+                self.grow(needed)
+            self._rows = self._memory[:needed].view(torch.float32).view(count, width)
+        return self._rows
 
 
 def loaded() -> ctypes.CDLL:
@@ -154,6 +158,7 @@ class Routed:
     def __init__(self, starts: Sequence[int], tokens: Sequence[int], places: Sequence[int]) -> None:
         """[experts + 1]; [rows]: row of hidden; [rows]: row of results."""
         self.places = places
+        self.count, self.which = len(starts) - 1, 0
         self._arrays = tuple(
             (ctypes.c_int32 * len(each))(*each) for each in (starts, tokens, places)
         )
@@ -166,9 +171,59 @@ class Routed:
         return cls(range(experts + 1), [0] * experts, range(experts))
 
 
+class Groups:
+    """Who was chosen, as the places t * k + j of each expert: a `Routed` for a whole layer's table.
+
+    Ids that are none of a layer's `experts`, and places of weight 0, are in no group, so that no
+    expert is loaded for nothing. Experts come in the order of their first place.
+    """
+
+    def __init__(self, ids: torch.Tensor, weights: torch.Tensor, experts: int) -> None:
+        """`ids` int64 and `weights` fp32 [T, k], contiguous."""
+        tokens, k = ids.shape
+        self._most, self._places = min(experts, tokens * k), tokens * k
+        lengths = (self._most, self._most + 1, self._places, self._places, experts)
+        self._numbers = torch.empty(sum(lengths), dtype=torch.int32)
+        *addresses, _ = accumulate((4 * each for each in lengths), initial=self._numbers.data_ptr())
+        call = GroupCall(ids.data_ptr(), weights.data_ptr(), *addresses, tokens, k, experts)
+        self.count = int(loaded().moestro_group(call))
+        self.which, *self.addresses = addresses[:4]
+        self.experts: list[int] = self._numbers[: self.count].tolist()
+
+    def _part(self, start: int, length: int) -> list[int]:
+        found: list[int] = self._numbers[start : start + length].tolist()
+        return found
+
+    @property
+    def rows(self) -> int:
+        """How many places are in a group."""
+        return int(self._numbers[self._most + self.count])
+
+    @property
+    def places(self) -> list[int]:
+        """Of all groups, one after the other."""
+        return self._part(2 * self._most + 1 + self._places, self.rows)
+
+    @cached_property
+    def by_expert(self) -> dict[int, list[int]]:
+        """The places of each expert."""
+        starts, places = self._part(self._most, self.count + 1), self.places
+        spans = zip(self.experts, pairwise(starts), strict=True)
+        return {expert: places[start:end] for expert, (start, end) in spans}
+
+
+class ExpertTable:
+    """Experts that a call chooses among; valid as they are."""
+
+    def __init__(self, experts: Sequence[TileExpert]) -> None:
+        self.experts = experts
+        self._pointers = (ctypes.c_void_p * len(experts))(*[each.address for each in experts])
+        self.address = ctypes.addressof(self._pointers)
+
+
 def multiply_experts(
-    experts: Sequence[TileExpert],
-    routed: Routed,
+    table: ExpertTable,
+    routed: Routed | Groups,
     hidden: torch.Tensor,
     results: torch.Tensor,
     activation: Activation | Callable[[torch.Tensor], torch.Tensor],
@@ -177,37 +232,34 @@ def multiply_experts(
 ) -> None:
     """Rows of fp32 `hidden` [T, H] through their experts, into rows of fp32 `results` [T * k, H].
 
-    An activation that the library does not know is a function [n, N] -> [n, width] of the rows of
-    all experts, whose widths are then the same. `energies` fp32 [T * k], where wanted, gets the
-    squared norm of each row's activations in the place of its result.
+    `table` has the experts of the call, or of `Groups` all of the layer. An activation that the
+    library does not know is a function [n, N] -> [n, width] of the rows of all experts, whose
+    widths are then the same. `energies` fp32 [T * k], where wanted, gets the squared norm of each
+    row's activations in the place of its result.
     """
     if isinstance(activation, tuple):
-        _run(
-            "moestro_experts", experts, routed, hidden, results, scratch, activation, None, energies
-        )
+        call = expert_call(table, routed, hidden, results, scratch, activation)
+        call.energies = None if energies is None else energies.data_ptr()
+        _run("moestro_experts", call, scratch)
         return
-    inner = torch.empty((len(routed.places), experts[0].first.outputs))
-    _run("moestro_experts_first", experts, routed, hidden, results, scratch, inner=inner)
+    places = routed.places
+    inner = torch.empty((len(places), table.experts[0].first.outputs))
+    _run(
+        "moestro_experts_first",
+        expert_call(table, routed, hidden, results, scratch, inner=inner),
+        scratch,
+    )
     inner = activation(inner).contiguous()
     if energies is not None:
-        energies[torch.tensor(routed.places)] = energies_of(inner)
-    _run("moestro_experts_down", experts, routed, hidden, results, scratch, inner=inner)
+        energies[torch.tensor(places)] = energies_of(inner)
+    _run(
+        "moestro_experts_down",
+        expert_call(table, routed, hidden, results, scratch, inner=inner),
+        scratch,
+    )
 
 
-def _run(
-    name: str,
-    experts: Sequence[TileExpert],
-    routed: Routed,
-    hidden: torch.Tensor,
-    results: torch.Tensor,
-    scratch: Scratch,
-    activation: Activation = (SILU_MUL, 0.0, 0.0),
-    inner: torch.Tensor | None = None,
-    energies: torch.Tensor | None = None,
-) -> None:
-    pointers = (ctypes.c_void_p * len(experts))(*[expert.address for expert in experts])
-    call = expert_call(pointers, routed, hidden, results, scratch, activation, inner)
-    call.energies = None if energies is None else energies.data_ptr()
+def _run(name: str, call: ExpertCall, scratch: Scratch) -> None:
     run = getattr(loaded(), name)
     while needed := run(call):
         scratch.grow(needed)
@@ -215,24 +267,25 @@ def _run(
 
 
 def expert_call(
-    pointers: ctypes.Array[ctypes.c_void_p],
-    routed: Routed,
+    table: ExpertTable,
+    routed: Routed | Groups,
     hidden: torch.Tensor,
     results: torch.Tensor,
     scratch: Scratch,
-    activation: Activation,
+    activation: Activation = (SILU_MUL, 0.0, 0.0),
     inner: torch.Tensor | None = None,
 ) -> ExpertCall:
-    """Valid as all of these are; `pointers` are the addresses of the experts."""
+    """Valid as all of these are."""
     kind, alpha, limit = activation
     return ExpertCall(
-        ctypes.addressof(pointers),
+        table.address,
+        routed.which,
         *routed.addresses,
         hidden.data_ptr(),
         results.data_ptr(),
         None if inner is None else inner.data_ptr(),
         0 if inner is None else inner.shape[1],
-        len(pointers),
+        routed.count,
         hidden.shape[0],
         hidden.shape[1],
         results.shape[1],

@@ -12,6 +12,8 @@ import torch
 from moestro.engine.formats import Codec, Span, as_tile, per_row
 from moestro.engine.kernels import (
     Activation,
+    ExpertTable,
+    Groups,
     Routed,
     Scratch,
     TileExpert,
@@ -44,6 +46,7 @@ class ExpertMath:
         self._normed = bool(module.has_post_expert_norm)
         self._opened: dict[int, _Expert] = {}  # by the identity of a slot's views, which stay
         self._tiled: dict[int, tuple[TileExpert, _Expert]] = {}
+        self._tables: dict[int, tuple[ExpertTable, object]] = {}  # by a layer's views, which stay
         self._scratch, self._results = Scratch(), Scratch()
 
     def open(self, tensors: dict[str, torch.Tensor]) -> _Expert:
@@ -82,7 +85,7 @@ class ExpertMath:
         self,
         module: torch.nn.Module,
         tensors: Sequence[dict[str, torch.Tensor]],
-        routed: Routed,
+        routed: Routed | Groups,
         hidden: torch.Tensor,
         results: torch.Tensor,
         activation: Activation | None,
@@ -90,16 +93,27 @@ class ExpertMath:
     ) -> None:
         """Rows of `hidden` [T, H] through the experts with these views, into `results` [T * k, H].
 
-        `energies` fp32 [T * k], where wanted, gets the squared norms of the activations. A row's
-        result does not depend on who else is in the call by a bit.
+        Of `Groups` the views are those of the whole layer, and stay. `energies` fp32 [T * k],
+        where wanted, gets the squared norms of the activations. A row's result does not depend on
+        who else is in the call by a bit.
         """
-        experts = [self._tile_expert(each) for each in tensors]
+        if isinstance(routed, Groups):
+            table = self._whole_table(tensors)
+        else:
+            table = ExpertTable([self._tile_expert(each) for each in tensors])
         own = activation or partial(self._activate_apart, module)
-        multiply_experts(experts, routed, hidden, results, own, self._scratch, energies)
+        multiply_experts(table, routed, hidden, results, own, self._scratch, energies)
         if self._normed:
             places = torch.tensor(routed.places)
             normed = module.post_expert_norm(results.index_select(0, places))  # type: ignore[operator]
             results.index_copy_(0, places, normed)
+
+    def _whole_table(self, tensors: Sequence[dict[str, torch.Tensor]]) -> ExpertTable:
+        found = self._tables.get(id(tensors))
+        if found is None:
+            table = ExpertTable([self._tile_expert(each) for each in tensors])
+            found = self._tables[id(tensors)] = (table, tensors)
+        return found[0]
 
     def _tile_expert(self, tensors: dict[str, torch.Tensor]) -> TileExpert:
         found = self._tiled.get(id(tensors))

@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.cache import ComputeBelow, ExpertCache, Phase, Routed
 from moestro.engine.facts import Indices
-from moestro.engine.kernels import Activation, combine
+from moestro.engine.kernels import Activation, Groups, combine
 from moestro.engine.kernels import Routed as RoutedRows
 from moestro.engine.selection import StepRows
 
@@ -188,37 +188,30 @@ class OffloadedExperts:
         """On the CPU with the library's products: one call for all experts that are here."""
         (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
         few, hidden = tokens <= FEW_TOKENS, hidden.contiguous()
-        if few:
-            wanted = places_by_expert(ids.tolist(), weights.tolist(), num_experts)
-        else:
-            order, starts = sort_by_expert(ids, weights, num_experts)
-            places = order.tolist()
-            each = ((e, places[starts[e] : starts[e + 1]]) for e in range(num_experts))
-            wanted = {expert: mine for expert, mine in each if mine}
-        complete = sum(map(len, wanted.values())) == tokens * k
-        results = self.math.results(tokens * k, hidden.shape[1], complete=complete)
-        routed = self._routed(tokens, map(len, wanted.values()))
-        below = self.compute_below if few else None
-        here = self.cache.resident(self.layer, list(wanted), self.step.phase, routed)
+        shares = weights.float().contiguous()
+        groups = Groups(ids.contiguous(), shares, num_experts)
+        results = self.math.results(tokens * k, hidden.shape[1], complete=groups.rows == tokens * k)
+        experts = groups.experts if few else sorted(groups.experts)
+        routed = self._routed(tokens, (len(groups.by_expert[each]) for each in experts))
+        here = self.cache.resident(self.layer, experts, self.step.phase, routed)
         if here is not None:
             self._look_ahead(hidden)
-            once = complete and tokens == 1 and len(wanted) == k  # no expert chosen twice
-            rows = RoutedRows.of_one_token(k) if once else rows_of(list(wanted.values()), k)
-            self.math.together(module, here, rows, hidden, results, self._activation, energies)
+            self.math.together(module, here, groups, hidden, results, self._activation, energies)
         else:
-            event = (self.layer, list(wanted), self.step.phase, routed, below)
+            below = self.compute_below if few else None
+            event = (self.layer, experts, self.step.phase, routed, below)
+            known = self._activation
             with self.cache.acquire(*event) as lease:
                 self._look_ahead(hidden)
                 for group in lease.groups() if few else ([each] for each in lease):
-                    rows = rows_of([wanted[expert] for expert, _ in group], k)
+                    rows = rows_of([groups.by_expert[expert] for expert, _ in group], k)
                     views = [tensors for _, tensors in group]
-                    known = self._activation
                     self.math.together(module, views, rows, hidden, results, known, energies)
         if self.ahead is not None:
-            self.ahead.after(self.layer, wanted)
+            self.ahead.after(self.layer, experts)
         if self.output_scale != 1.0:
-            weights = weights * self.output_scale
-        return combine(weights.float().contiguous(), results)
+            shares = shares * self.output_scale
+        return combine(shares, results)
 
     def _few_tokens(
         self,

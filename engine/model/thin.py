@@ -19,6 +19,7 @@ from moestro.engine.kernels import (
     MOST_GROUP,
     Activation,
     AttentionWeights,
+    ExpertTable,
     Norm,
     Routed,
     Router,
@@ -160,6 +161,7 @@ class ThinMlp:
     ) -> None:
         self._stock, self.scratch = stock, scratch
         self.expert, self.activation = expert, activation
+        self._table = ExpertTable([expert])
 
     def __call__(self, hidden: torch.Tensor) -> Any:
         if not fits(hidden):
@@ -171,7 +173,7 @@ class ThinMlp:
         else:
             routed = Routed((0, rows), range(rows), range(rows))
         out = torch.empty((rows, self.expert.down.outputs))
-        multiply_experts([self.expert], routed, flat, out, self.activation, self.scratch)
+        multiply_experts(self._table, routed, flat, out, self.activation, self.scratch)
         return out.view(*hidden.shape[:-1], out.shape[1])
 
 

@@ -132,12 +132,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(layer=LAYERS, experts=EXPERTS, phase=st.sampled_from(Phase))
     def resident(self, layer: int, experts: list[int], phase: Phase) -> None:
-        known = {(layer, expert) for expert in experts} <= self.here()
+        known = {(layer, expert) for expert in range(6)} <= self.here()
         views = self.cache.resident(layer, experts, phase)
         if views is None:
             return
         assert known and self.lease is None and self.cache.plan.holds_all
-        for expert, tensors in zip(experts, views, strict=True):
+        for expert, tensors in enumerate(views):
             self.rig.look(tensors, layer, expert)
         self.requested += len(experts)
         self.hits += len(experts)

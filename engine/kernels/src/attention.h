@@ -20,26 +20,34 @@ static void normalize(const float *x, const float *weight, float eps, int width,
         out[k] = x[k] * factor * weight[k];
 }
 
-INLINE float dot(const float *a, const float *b, int dim)
+/* weights[j] = q times row at[j] of `keys`, for `count` rows: a multiple of DOTS. */
+INLINE void score_rows(const float *q, const float *keys, const int64_t *at, int count, int dim,
+                       float *weights)
 {
-    fv sum = fv_set(0);
-    for (int k = 0; k < dim; k += TILE)
-        sum = fv_fma(fv_load(a + k), fv_load(b + k), sum);
-    return fv_sum(sum);
+    for (int j = 0; j < count; j += DOTS) {
+        fv sums[DOTS];
+        UNROLL for (int i = 0; i < DOTS; i++) sums[i] = fv_set(0);
+        for (int k = 0; k < dim; k += TILE) {
+            const fv some = fv_load(q + k);
+            UNROLL for (int i = 0; i < DOTS; i++) sums[i] =
+                fv_fma(some, fv_load(keys + at[j + i] + k), sums[i]);
+        }
+        fv_sums(sums, weights + j);
+    }
 }
 
 /* Scores of one query head against `count` rows -> their weights; the largest score so far, and
-   the factor for what has been summed with the one before. */
+   the factor for what has been summed with the one before. `at` goes on to a multiple of TILE. */
 INLINE float weigh(const float *q, const float *keys, const int64_t *at, int count, int dim,
                    float *largest, float *sum, float *weights)
 {
-    float most = *largest;
-    for (int j = 0; j < count; j++) {
-        weights[j] = dot(q, keys + at[j], dim);
-        most = weights[j] > most ? weights[j] : most;
-    }
-    for (int j = count; j % TILE; j++)
+    const int whole = (count + TILE - 1) / TILE * TILE;
+    score_rows(q, keys, at, whole, dim, weights);
+    for (int j = count; j < whole; j++)
         weights[j] = -1e30f;
+    float most = *largest;
+    for (int j = 0; j < count; j++)
+        most = weights[j] > most ? weights[j] : most;
     const float factor = expf(*largest - most);
     fv total = fv_set(0);
     for (int j = 0; j < count; j += TILE) {
@@ -48,7 +56,7 @@ INLINE float weigh(const float *q, const float *keys, const int64_t *at, int cou
         const fv weight = fv_add(fv_exp(score), fv_mul(score, fv_set(0)));
         fv_store(weights + j, weight);
     }
-    for (int j = count; j % TILE; j++)
+    for (int j = count; j < whole; j++)
         weights[j] = 0;
     for (int j = 0; j < count; j += TILE)
         total = fv_add(total, fv_load(weights + j));
@@ -57,15 +65,40 @@ INLINE float weigh(const float *q, const float *keys, const int64_t *at, int cou
     return factor;
 }
 
+/* out[some tiles] = itself times `factor`, plus the weighted rows: the even and the odd ones apart,
+   so that a sum does not wait for the one before. */
+INLINE void add_columns(const float *weights, const float *values, const int64_t *at, int count,
+                        float factor, float *out, const int tiles)
+{
+    fv even[COLUMNS], odd[COLUMNS];
+    UNROLL for (int i = 0; i < tiles; i++)
+    {
+        even[i] = fv_mul(fv_load(out + i * TILE), fv_set(factor));
+        odd[i] = fv_set(0);
+    }
+    int j = 0;
+    for (; j + 2 <= count; j += 2) {
+        const fv one = fv_set(weights[j]), other = fv_set(weights[j + 1]);
+        UNROLL for (int i = 0; i < tiles; i++)
+        {
+            even[i] = fv_fma(one, fv_load(values + at[j] + i * TILE), even[i]);
+            odd[i] = fv_fma(other, fv_load(values + at[j + 1] + i * TILE), odd[i]);
+        }
+    }
+    if (j < count)
+        UNROLL for (int i = 0; i < tiles; i++) even[i] =
+            fv_fma(fv_set(weights[j]), fv_load(values + at[j] + i * TILE), even[i]);
+    UNROLL for (int i = 0; i < tiles; i++) fv_store(out + i * TILE, fv_add(even[i], odd[i]));
+}
+
 INLINE void add_values(const float *weights, const float *values, const int64_t *at, int count,
                        int dim, float factor, float *out)
 {
-    for (int k = 0; k < dim; k += TILE) {
-        fv sum = fv_mul(fv_load(out + k), fv_set(factor));
-        for (int j = 0; j < count; j++)
-            sum = fv_fma(fv_set(weights[j]), fv_load(values + at[j] + k), sum);
-        fv_store(out + k, sum);
-    }
+    int k = 0;
+    for (; k + COLUMNS * TILE <= dim; k += COLUMNS * TILE)
+        add_columns(weights, values + k, at, count, factor, out + k, COLUMNS);
+    for (; k < dim; k += TILE)
+        add_columns(weights, values + k, at, count, factor, out + k, 1);
 }
 
 /* q [group, dim], scaled, over one key head's rows: place i of `rows` is where token i lies.
@@ -84,6 +117,8 @@ static void attend(const float *q, int group, int dim, const float *keys, const 
         const int count = lesser(BLOCK_TOKENS, length - start);
         for (int j = 0; j < count; j++)
             at[j] = (int64_t)rows[start + j] * dim;
+        for (int j = count; j % TILE; j++)
+            at[j] = at[count - 1];
         for (int g = 0; g < group; g++) {
             const float factor =
                 weigh(q + g * dim, keys, at, count, dim, &largest[g], &sum[g], weights);

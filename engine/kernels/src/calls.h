@@ -6,7 +6,8 @@
 
 /* The experts of one layer: the rows of each through its first matrix, activation, down matrix. */
 typedef struct {
-    const expert *const *experts; /* [count] */
+    const expert *const *experts; /* [count], or all of the layer, */
+    const int32_t *which;         /* [count]: its numbers of those in the call; or NULL */
     const int32_t *starts;        /* [count + 1]: rows starts[e] to starts[e + 1] are of expert e */
     const int32_t *tokens;        /* [rows]: which row of `hidden` */
     const int32_t *places;        /* [rows]: which row of `results` */
@@ -21,6 +22,20 @@ typedef struct {
     int64_t scratch_bytes;
     float *energies; /* [any], by places: |activation|^2 of each row of `moestro_experts`; or NULL */
 } expert_call;
+
+/* Who was chosen [tokens, k] as the places of each expert. Ids that are none, and places of
+   weight 0, are left out. Experts come in the order of their first place. */
+typedef struct {
+    const int64_t *ids;
+    const float *weights;
+    int32_t *which;  /* [most]: the experts */
+    int32_t *starts; /* [most + 1]; most is the lesser of experts and tokens * k */
+    int32_t *rows, *places; /* [tokens * k] */
+    int32_t *room;          /* [experts] */
+    int32_t tokens, k, experts;
+} group_call;
+
+int32_t moestro_group(const group_call *call); /* -> how many experts */
 
 /* Each returns 0, or, having done nothing, how many bytes of scratch it needs. */
 int64_t moestro_experts(const expert_call *call);

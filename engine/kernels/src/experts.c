@@ -8,6 +8,11 @@
 #define ROUND_BYTES (768 << 10)
 #endif
 
+static const expert *expert_of(const expert_call *call, int e)
+{
+    return call->experts[call->which ? call->which[e] : e];
+}
+
 static int rows_of(const expert_call *call, int begin, int end)
 {
     return call->starts[end] - call->starts[begin];
@@ -32,7 +37,7 @@ static void read_together(const expert_call *call, rows *all, scratch *from)
     preparation counted[64]; /* without memory: what has been asked for is asked for again */
     int known = 0;
     for (int e = 0; e < call->count; e++) {
-        const matrix *m = &call->experts[e]->first;
+        const matrix *m = &expert_of(call, e)->first;
         if (is_direct(call, m) || is_apart(call, m))
             continue;
         const preparation *found = same_form(forms ? forms : counted, known, m);
@@ -61,7 +66,7 @@ static void first_products(const expert_call *call, int begin, int end, const ro
     const int32_t *own = count_up(total, from);
     int known = 0;
     for (int e = begin; e < end; e++) {
-        const matrix *m = &call->experts[e]->first;
+        const matrix *m = &expert_of(call, e)->first;
         const int start = call->starts[e], count = rows_of(call, e, e + 1);
         const int apart = is_apart(call, m);
         product made = {.m = m, .count = count, .which = apart ? own : call->tokens + start};
@@ -79,7 +84,7 @@ static void first_products(const expert_call *call, int begin, int end, const ro
                                            m->order, call->inputs, count,
                                            call->inputs, 0};
         made.out = out + (start - base);
-        made.bias = call->experts[e]->first_bias;
+        made.bias = expert_of(call, e)->first_bias;
         each[e - begin] = made;
     }
     if (!each)
@@ -100,7 +105,7 @@ static void down_products(const expert_call *call, int begin, int end, const flo
     float **out = take(from, total * (int64_t)sizeof(float *));
     const int32_t *own = count_up(total, from);
     for (int e = begin; e < end; e++) {
-        const matrix *m = &call->experts[e]->down;
+        const matrix *m = &expert_of(call, e)->down;
         const int start = call->starts[e] - base, count = rows_of(call, e, e + 1);
         product made = {.m = m, .x = room_for(m, count, from), .count = count};
         take_panels(&made, from);
@@ -110,7 +115,7 @@ static void down_products(const expert_call *call, int begin, int end, const flo
                                          count, m->inputs, 0};
         made.which = own;
         made.out = out + start;
-        made.bias = call->experts[e]->down_bias;
+        made.bias = expert_of(call, e)->down_bias;
         each[e - begin] = made;
     }
     if (!each)
@@ -145,7 +150,7 @@ static void activate_item(void *context, int row)
     while (call->starts[e] > place)
         e--;
     float *active = a->active + row * a->active_stride;
-    const int width = call->experts[e]->down.inputs;
+    const int width = expert_of(call, e)->down.inputs;
     current_isa()->activate(call->activation, a->inner + row * a->inner_stride, active, width,
                             call->alpha, call->limit);
     if (call->energies)
@@ -171,7 +176,7 @@ static void whole_call(const expert_call *call, scratch *from)
     read_together(call, together, from);
     round_of_experts a = {.call = call, .inner_stride = 1, .active_stride = 1};
     for (int e = 0; e < call->count; e++) {
-        const expert *each = call->experts[e];
+        const expert *each = expert_of(call, e);
         a.inner_stride = larger(a.inner_stride, each->first.outputs);
         a.active_stride = larger(a.active_stride, each->down.inputs);
     }
@@ -190,6 +195,39 @@ static void whole_call(const expert_call *call, scratch *from)
         most = larger(most, from->used);
     }
     from->used = most;
+}
+
+static int is_place(const group_call *call, int place)
+{
+    const int64_t id = call->ids[place];
+    return call->weights[place] != 0 && id >= 0 && id < call->experts;
+}
+
+/* Counted, then laid out: an expert's places stay in their order. */
+EXPORT int32_t moestro_group(const group_call *call)
+{
+    const int total = call->tokens * call->k;
+    int32_t *at = call->room;
+    int found = 0, start = 0;
+    for (int e = 0; e < call->experts; e++)
+        at[e] = 0;
+    for (int place = 0; place < total; place++)
+        if (is_place(call, place) && !at[call->ids[place]]++)
+            call->which[found++] = (int32_t)call->ids[place];
+    for (int i = 0; i < found; i++) {
+        const int count = at[call->which[i]];
+        call->starts[i] = at[call->which[i]] = start;
+        start += count;
+    }
+    call->starts[found] = start;
+    for (int place = 0; place < total; place++) {
+        if (!is_place(call, place))
+            continue;
+        const int row = at[call->ids[place]]++;
+        call->rows[row] = place / call->k;
+        call->places[row] = place;
+    }
+    return found;
 }
 
 EXPORT int64_t moestro_experts(const expert_call *call)

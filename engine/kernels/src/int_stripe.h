@@ -60,7 +60,9 @@ INLINE void int_chunk(const step *s, const uint8_t *x, iv *sums, const int T, co
 #endif
         for (; from < end; from += 4) {
             if (direct)
-                fetch(w + AHEAD_BYTES), fetch(v + AHEAD_BYTES);
+                fetch(w + AHEAD_BYTES);
+            if (direct && T > 1)
+                fetch(v + AHEAD_BYTES);
             dot_lines(a, w, v, from, T, R);
             w += 4 * TILE, v += 4 * TILE;
         }
@@ -169,12 +171,12 @@ static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g
 }
 
 #ifdef GROUPED
-/* f += inputs k to k + inputs, whole groups: GROUPED rows from r on times T tiles. A group's sums are
+/* f += inputs k to k + inputs, whole groups: R rows from r on times T tiles. A group's sums are
    scaled while they are in registers; the operations are those of `add_group`. */
 INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[STRIPE], int r,
-                        fv *f, const int T, const int format, const int zero_kind, const int ahead)
+                        fv *f, const int T, const int R, const int format, const int zero_kind,
+                        const int ahead)
 {
-    enum { R = GROUPED };
     const uint8_t *panel = s->panels + r / PANEL * s->panel_bytes;
     const uint8_t *x = panel + r % PANEL * ROW_BYTES;
     const uint8_t *scales = panel + values_bytes(m) + r % PANEL * 4;
@@ -197,7 +199,7 @@ INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[
             k += some;
             for (const uint8_t *end = from + some; from < end; from += 4) {
                 if (ahead)
-                    fetch(w + AHEAD_BYTES), fetch(v + AHEAD_BYTES);
+                    fetch(w + AHEAD_BYTES);
                 dot_lines(a, w, v, from, T, R);
                 w += 4 * TILE, v += 4 * TILE;
             }
@@ -218,16 +220,19 @@ INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[
 INLINE void group_chunks(const step *s, const matrix *m, const group_end (*ends)[STRIPE], fv *f,
                          const int T, const int format, const int zero_kind)
 {
-    if (format == INT8 && s->count <= GROUPED) { /* all of the next block would be fetched at once */
-        if (fetches_ahead)
-            group_chunk(s, m, ends, 0, f, T, format, zero_kind, 1);
+    if (format == INT8 && T == 1) { /* all of the next block would be fetched at once */
+        if (s->count <= GROUPED && !fetches_ahead)
+            group_chunk(s, m, ends, 0, f, T, GROUPED, format, zero_kind, 0);
+        else if (s->count <= GROUPED)
+            group_chunk(s, m, ends, 0, f, T, GROUPED, format, zero_kind, 1);
         else
-            group_chunk(s, m, ends, 0, f, T, format, zero_kind, 0);
+            for (int r = 0; r < s->count; r += 2 * GROUPED)
+                group_chunk(s, m, ends, r, f + r, T, 2 * GROUPED, format, zero_kind, 1);
         return;
     }
     for (int r = 0; r < s->count; r += GROUPED) {
         fetch_part(s, r, GROUPED);
-        group_chunk(s, m, ends, r, f + r, T, format, zero_kind, 0);
+        group_chunk(s, m, ends, r, f + r, T, GROUPED, format, zero_kind, 0);
     }
 }
 
@@ -349,9 +354,7 @@ static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv 
 static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
 {
 #ifdef GROUPED
-    /* Of int8, with as many rows as wait for memory, the other one is faster. */
-    const int enough = m->format != INT8 || s->count > 4 * GROUPED || s->count <= GROUPED;
-    if (enough && kernel == int_lines && m->row_group >= LEAST_GROUP && m->row_group <= INT_BLOCK)
+    if (kernel == int_lines && m->row_group >= LEAST_GROUP && m->row_group <= INT_BLOCK)
         group_stripe(s, m, w, f);
     else
 #endif

@@ -21,6 +21,8 @@
 #define CHUNK 6 /* 12 sums, and two registers of weights */
 #define STRIPE 1
 #define CHAINS 4
+#define DOTS 4
+#define COLUMNS 2
 
 typedef struct {
     __m256 a, b;
@@ -70,6 +72,11 @@ INLINE float fv_sum(fv x)
     __m128 h = _mm_add_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+INLINE void fv_sums(const fv *x, float *out)
+{
+    for (int i = 0; i < DOTS; i++)
+        out[i] = fv_sum(x[i]);
 }
 INLINE __m256 half_bf16(const void *p)
 {

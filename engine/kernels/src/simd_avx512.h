@@ -13,6 +13,8 @@
 #define INT_CHUNK 8
 #define GROUPED 4 /* at once of those whose groups are scaled in registers */
 #define STRIPE 2 /* with so many tiles: 16 sums and three registers */
+#define DOTS 16   /* rows at once that one row is multiplied with, */
+#define COLUMNS 4 /* registers of each row that are added up */
 #define CHAINS 4 /* accumulators of a lone row: a dot product waits for the one before */
 
 typedef __m512 fv;
@@ -32,6 +34,22 @@ INLINE fv fv_max(fv a, fv b) { return _mm512_max_ps(a, b); }
 INLINE fv fv_abs(fv a) { return _mm512_abs_ps(a); }
 INLINE float fv_largest(fv a) { return _mm512_reduce_max_ps(a); }
 INLINE float fv_sum(fv a) { return _mm512_reduce_add_ps(a); }
+INLINE fv fv_folded(fv x, fv y)
+{
+    return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+}
+/* out[i] = the sum of x[i]'s lanes: pairs of registers are folded into one, four times. */
+INLINE void fv_sums(const fv *x, float *out)
+{
+    fv each[DOTS / 4];
+    for (int i = 0; i < DOTS / 4; i++, x += 4)
+        each[i] = fv_folded(fv_folded(x[0], x[2]), fv_folded(x[1], x[3]));
+    for (int i = 0; i < DOTS / 4; i += 2)
+        each[i / 2] = _mm512_add_ps(_mm512_shuffle_f32x4(each[i], each[i + 1], 0x44),
+                                    _mm512_shuffle_f32x4(each[i], each[i + 1], 0xee));
+    fv_store(out, _mm512_add_ps(_mm512_shuffle_f32x4(each[0], each[1], 0x88),
+                                _mm512_shuffle_f32x4(each[0], each[1], 0xdd)));
+}
 INLINE fv fv_load_bf16(const void *p)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));

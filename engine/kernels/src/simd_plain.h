@@ -11,6 +11,8 @@
 #define MOST_ROWS 2 /* at once, */
 #define MOST_FLOAT_ROWS 2
 #define CHAINS 1
+#define DOTS 2
+#define COLUMNS 1
 
 typedef float fv __attribute__((vector_size(64)));
 typedef int32_t iv __attribute__((vector_size(64)));
@@ -59,6 +61,11 @@ INLINE float fv_sum(fv x)
     for (int i = 0; i < TILE; i++)
         found += x[i];
     return found;
+}
+INLINE void fv_sums(const fv *x, float *out)
+{
+    for (int i = 0; i < DOTS; i++)
+        out[i] = fv_sum(x[i]);
 }
 /* fp16 in the low halves of lanes, widened: exponents are shifted, those of all ones stay so. */
 INLINE fv fv_widened(bv h)

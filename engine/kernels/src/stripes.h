@@ -15,6 +15,13 @@ static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int 
             write_tile(m, tile + t, f[t * BLOCK_ROWS + r], out[r], bias);
 }
 
+/* One tile at a time: memory comes as one stream, which the processor goes on reading at a tile's
+   end. Two streams stop together after some KiB, and few rows do not cover the wait. */
+INLINE int is_narrow(const matrix *m, int count, int_kernel *kernel)
+{
+    return m->format == INT8 && count <= PANEL && kernel == int_lines;
+}
+
 static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *panels, int count,
                              float *const *out, const float *bias, int_kernel *kernel)
 {
@@ -26,7 +33,7 @@ static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *
         s.count = lesser(BLOCK_ROWS, count - since);
         const int rows = (s.count + PANEL - 1) / PANEL * PANEL;
         for (int t = tile; t < end; t += s.tiles) {
-            s.tiles = end - t < STRIPE ? 1 : STRIPE;
+            s.tiles = end - t < STRIPE || is_narrow(m, s.count, kernel) ? 1 : STRIPE;
             for (int u = 0; u < s.tiles; u++)
                 w[u] = m->tiles + (t + u) * m->tile_bytes;
             for (int u = 0; u < s.tiles; u++)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from moestro.engine.kernels import (
+    ExpertTable,
+    Groups,
     Routed,
     Scratch,
     TileExpert,
@@ -102,7 +104,7 @@ def run(
     out = torch.full((sum(counts), WIDTH), float("nan"))
     own = (kind, ALPHA, LIMIT) if isinstance(kind, int) else kind
     tiles, routed = [each.tile for each in experts], dealt(counts, len(rows))
-    multiply_experts(tiles, routed, rows, out, own, Scratch())
+    multiply_experts(ExpertTable(tiles), routed, rows, out, own, Scratch())
     return out
 
 
@@ -165,10 +167,12 @@ def test_a_row_is_the_same_in_any_company(form: TileFormat, instruction_set: str
         places = [*range(count), *range(count, 2 * count)]
         routed = Routed((0, count, 2 * count), [*range(count)] * 2, places)
         known = (SILU_MUL, 0.0, 0.0)
-        multiply_experts([one.tile, other.tile], routed, few, out, known, Scratch())
+        multiply_experts(ExpertTable([one.tile, other.tile]), routed, few, out, known, Scratch())
         assert torch.equal(out[:count], alone[:count]), count
     routed, out = Routed((0, 2, 3), [9, 4, 15], range(3)), torch.empty((3, WIDTH))
-    multiply_experts([one.tile, other.tile], routed, rows, out, (SILU_MUL, 0.0, 0.0), Scratch())
+    multiply_experts(
+        ExpertTable([one.tile, other.tile]), routed, rows, out, (SILU_MUL, 0.0, 0.0), Scratch()
+    )
     assert torch.equal(out[:2], alone[[9, 4]]), "of rows that mostly no expert asks for"
 
 
@@ -183,7 +187,7 @@ def test_more_rows_than_a_cache_holds(threads: int, instruction_set: str) -> Non
     known, scratch, tiles = (SILU_MUL, 0.0, 0.0), Scratch(), [each.tile for each in experts]
     try:
         assert set_pool_threads(threads) == threads
-        multiply_experts(tiles, routed, rows, out, known, scratch, energies)
+        multiply_experts(ExpertTable(tiles), routed, rows, out, known, scratch, energies)
     finally:
         set_pool_threads(1)
     assert scratch.size_bytes < 4 * total * (2 * 96 + 96), "what lies between never does as a whole"
@@ -192,7 +196,13 @@ def test_more_rows_than_a_cache_holds(threads: int, instruction_set: str) -> Non
         tokens = [(3 * row) % len(rows) for row in range(start, start + count)]
         alone, own = torch.empty((count, WIDTH)), torch.empty(count)
         multiply_experts(
-            [tile], Routed((0, count), tokens, range(count)), rows, alone, known, Scratch(), own
+            ExpertTable([tile]),
+            Routed((0, count), tokens, range(count)),
+            rows,
+            alone,
+            known,
+            Scratch(),
+            own,
         )
         places = slice(total - start - count, total - start)  # places are in reverse
         assert torch.equal(out[places].flip(0), alone)
@@ -262,7 +272,7 @@ def test_energies_are_the_activations_squared_norms_and_change_no_result(
     total, found = sum(counts), []
     for own in ((SILU_MUL, ALPHA, LIMIT), function):
         energies, out = torch.full((total + 1,), 7.0), torch.empty((total, WIDTH))
-        multiply_experts(tiles, routed, rows, out, own, Scratch(), energies)
+        multiply_experts(ExpertTable(tiles), routed, rows, out, own, Scratch(), energies)
         assert energies[total] == 7
         plain = run(experts, counts, rows, SILU_MUL if isinstance(own, tuple) else own)
         assert torch.equal(out, plain)
@@ -278,3 +288,47 @@ def test_energies_are_the_activations_squared_norms_and_change_no_result(
         )
     for energies in found:
         assert torch.allclose(energies.double(), exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "tokens,k,experts", [(1, 1, 1), (1, 4, 8), (8, 12, 24), (3, 2, 40), (0, 2, 4)]
+)
+def test_groups_are_the_places_of_each_expert(tokens: int, k: int, experts: int) -> None:
+    """Beside a dictionary; also with ids that are none, weights of 0 and experts chosen twice."""
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-1, experts + 2, (tokens, k), generator=generator)
+    weights = torch.rand((tokens, k), generator=generator)
+    weights[torch.rand((tokens, k), generator=generator) < 0.2] = 0
+    weights.view(-1)[1::7] = float("nan")  # is not 0
+    wanted: dict[int, list[int]] = {}
+    for place, (expert, weight) in enumerate(
+        zip(ids.flatten().tolist(), weights.flatten().tolist(), strict=True)
+    ):
+        if weight != 0 and 0 <= expert < experts:
+            wanted.setdefault(expert, []).append(place)
+    groups = Groups(ids, weights, experts)
+    assert list(groups.by_expert.items()) == list(wanted.items())
+    assert groups.experts == list(wanted)
+    assert groups.places == [place for places in wanted.values() for place in places]
+    assert (groups.count, groups.rows) == (len(wanted), len(groups.places))
+
+
+def test_groups_choose_among_the_experts_of_a_layer(instruction_set: str) -> None:
+    """As the same experts do in a call of their own; places of nobody stay as they were."""
+    torch.manual_seed(0)
+    rows, known = torch.randn(5, WIDTH), (SILU_MUL, 0.0, 0.0)
+    layer = [made(MIXED[i % 2], 32 + 16 * (i % 3), gated=True, bias=i > 2) for i in range(6)]
+    ids = torch.tensor([[4, 1], [1, 9], [5, 4], [1, 1], [4, 3]])
+    weights = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    groups = Groups(ids, weights, 6)
+    assert groups.experts == [4, 1, 3]
+    out, found = torch.full((10, WIDTH), 7.0), torch.full((10,), 7.0)
+    table = ExpertTable([each.tile for each in layer])
+    multiply_experts(table, groups, rows, out, known, Scratch(), found)
+    same, energies = torch.full((10, WIDTH), 7.0), torch.full((10,), 7.0)
+    places = groups.places
+    routed = Routed((0, 3, 7, 8), [place // 2 for place in places], places)
+    own = ExpertTable([layer[expert].tile for expert in groups.experts])
+    multiply_experts(own, routed, rows, same, known, Scratch(), energies)
+    assert torch.equal(out, same) and torch.equal(found, energies)
+    assert [place for place in range(10) if bool((out[place] == 7).all())] == [3, 4]
