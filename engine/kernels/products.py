@@ -5,7 +5,7 @@ Shape letters: n rows, N outputs, K inputs, T tokens, k experts per token.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -178,37 +178,38 @@ class Groups:
     expert is loaded for nothing. Experts come in the order of their first place.
     """
 
-    def __init__(self, ids: torch.Tensor, weights: torch.Tensor, experts: int) -> None:
-        """`ids` int64 and `weights` fp32 [T, k], contiguous."""
-        tokens, k = ids.shape
-        self._most, self._places = min(experts, tokens * k), tokens * k
-        lengths = (self._most, self._most + 1, self._places, self._places, experts)
-        self._numbers = torch.empty(sum(lengths), dtype=torch.int32)
-        *addresses, _ = accumulate((4 * each for each in lengths), initial=self._numbers.data_ptr())
-        call = GroupCall(ids.data_ptr(), weights.data_ptr(), *addresses, tokens, k, experts)
-        self.count = int(loaded().moestro_group(call))
+    def __init__(self, tokens: int, k: int, experts: int) -> None:
+        self.shape = (tokens, k, experts)
+        self._most, places = min(experts, tokens * k), tokens * k
+        lengths = (self._most, self._most + 1, places, places, experts)
+        self._numbers = (ctypes.c_int32 * sum(lengths))()
+        start = ctypes.addressof(self._numbers)
+        *addresses, _ = accumulate((4 * each for each in lengths), initial=start)
+        self._call = GroupCall(None, None, *addresses, tokens, k, experts)
         self.which, *self.addresses = addresses[:4]
-        self.experts: list[int] = self._numbers[: self.count].tolist()
+        self._starts, self._places = self._most, 2 * self._most + 1 + places
+        self.count, self.experts = 0, list[int]()
 
-    def _part(self, start: int, length: int) -> list[int]:
-        found: list[int] = self._numbers[start : start + length].tolist()
-        return found
+    def take(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """`ids` int64 and `weights` fp32 [T, k], contiguous. What was taken before is gone."""
+        self._call.ids, self._call.weights = ids.data_ptr(), weights.data_ptr()
+        self.count = loaded().moestro_group(self._call)
+        self.experts = self._numbers[: self.count]
 
     @property
     def rows(self) -> int:
         """How many places are in a group."""
-        return int(self._numbers[self._most + self.count])
+        return self._numbers[self._starts + self.count]
 
     @property
     def places(self) -> list[int]:
         """Of all groups, one after the other."""
-        return self._part(2 * self._most + 1 + self._places, self.rows)
+        return self._numbers[self._places : self._places + self.rows]
 
-    @cached_property
     def by_expert(self) -> dict[int, list[int]]:
         """The places of each expert."""
-        starts, places = self._part(self._most, self.count + 1), self.places
-        spans = zip(self.experts, pairwise(starts), strict=True)
+        starts = self._numbers[self._starts : self._starts + self.count + 1]
+        spans, places = zip(self.experts, pairwise(starts), strict=True), self.places
         return {expert: places[start:end] for expert, (start, end) in spans}
 
 

@@ -48,6 +48,7 @@ class ExpertMath:
         self._tiled: dict[int, tuple[TileExpert, _Expert]] = {}
         self._tables: dict[int, tuple[ExpertTable, object]] = {}  # by a layer's views, which stay
         self._scratch, self._results = Scratch(), Scratch()
+        self._groups: Groups | None = None  # of the sizes of the last call
 
     def open(self, tensors: dict[str, torch.Tensor]) -> _Expert:
         """Views are made once per slot: each would cost a microsecond."""
@@ -80,6 +81,14 @@ class ExpertMath:
         """fp32 [count, width] for `together`, until the next call; zeros unless `complete`."""
         results = self._results.rows(count, width)
         return results if complete else results.zero_()
+
+    def groups(self, ids: torch.Tensor, weights: torch.Tensor, experts: int) -> Groups:
+        """The places of each expert, until the next call; `weights` fp32."""
+        shape = (*ids.shape, experts)
+        if self._groups is None or self._groups.shape != shape:
+            self._groups = Groups(*shape)
+        self._groups.take(ids.contiguous(), weights)
+        return self._groups
 
     def together(
         self,

@@ -189,10 +189,10 @@ class OffloadedExperts:
         (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
         few, hidden = tokens <= FEW_TOKENS, hidden.contiguous()
         shares = weights.float().contiguous()
-        groups = Groups(ids.contiguous(), shares, num_experts)
+        groups = self.math.groups(ids, shares, num_experts)
         results = self.math.results(tokens * k, hidden.shape[1], complete=groups.rows == tokens * k)
         experts = groups.experts if few else sorted(groups.experts)
-        routed = self._routed(tokens, (len(groups.by_expert[each]) for each in experts))
+        routed = self._told(tokens, groups, experts)
         here = self.cache.resident(self.layer, experts, self.step.phase, routed)
         if here is not None:
             self._look_ahead(hidden)
@@ -200,11 +200,11 @@ class OffloadedExperts:
         else:
             below = self.compute_below if few else None
             event = (self.layer, experts, self.step.phase, routed, below)
-            known = self._activation
+            wanted, known = groups.by_expert(), self._activation
             with self.cache.acquire(*event) as lease:
                 self._look_ahead(hidden)
                 for group in lease.groups() if few else ([each] for each in lease):
-                    rows = rows_of([groups.by_expert[expert] for expert, _ in group], k)
+                    rows = rows_of([wanted[expert] for expert, _ in group], k)
                     views = [tensors for _, tensors in group]
                     self.math.together(module, views, rows, hidden, results, known, energies)
         if self.ahead is not None:
@@ -212,6 +212,13 @@ class OffloadedExperts:
         if self.output_scale != 1.0:
             shares = shares * self.output_scale
         return combine(shares, results)
+
+    def _told(self, tokens: int, groups: Groups, experts: Sequence[int]) -> Routed | None:
+        """As `_routed`, of `experts` in this order."""
+        if self.step.phase is Phase.DECODE:
+            return None
+        wanted = groups.by_expert()
+        return self._routed(tokens, (len(wanted[expert]) for expert in experts))
 
     def _few_tokens(
         self,

@@ -84,10 +84,10 @@ def norm_of(module: torch.nn.Module) -> Norm | None:
 
 def fits(*tensors: object) -> bool:
     """The library reads such: fp32 on the host."""
-    return all(
-        isinstance(each, torch.Tensor) and each.dtype == torch.float32 and each.device.type == "cpu"
-        for each in tensors
-    )
+    for each in tensors:
+        if not isinstance(each, torch.Tensor) or each.dtype != torch.float32 or not each.is_cpu:
+            return False
+    return True
 
 
 def are_turns(given: object) -> bool:

@@ -49,6 +49,10 @@ class StepMemory:
             room = self._rooms[key] = StepRoom(tokens, parts)
         return room
 
+    def knows(self, turns: object) -> bool:
+        """They are those of the pass, which another layer was given."""
+        return turns is not None and turns is self._of
+
     def turns(self, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
         """Addresses of cosines and sines [T, R]; all layers of a pass are given the same ones."""
         if self._of is not given or self._turns is None:
@@ -100,7 +104,7 @@ class ThinLayer:
             not (self.trusted or self.comparing)
             or others
             or self._cache.rows is None
-            or not are_turns(turns)
+            or not (self._memory.knows(turns) or are_turns(turns))
             or not fits(hidden_states)
             or keywords.get("attention_mask") is not None
             or keywords.get("past_key_values") is not self._cache

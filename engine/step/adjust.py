@@ -50,15 +50,24 @@ class Adjustments:
 
     def apply(self, logits: Floats) -> Floats:
         """`logits` [V] are left alone: a changed copy, or themselves where nothing changes."""
-        ending = self._generated_tokens < self._params.min_tokens
-        if not (self._changes or ending):
+        if not self.changing:
             return logits
         changed = logits.copy()
         self._penalize(changed)
         changed[self._bias_ids] += self._bias
         if self._constraint is not None:
             self._constraint.forbid(changed)
-        return self._unended(changed) if ending else changed
+        return self._unended(changed) if self._ending else changed
+
+    @property
+    def changing(self) -> bool:
+        """The next logits are not left as they are."""
+        return self._changes or self._ending
+
+    @property
+    def _ending(self) -> bool:
+        """It is too early to end."""
+        return self._generated_tokens < self._params.min_tokens
 
     @property
     def finished(self) -> bool:

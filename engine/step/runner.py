@@ -58,7 +58,8 @@ class Runner:
         for part in batch.parts:
             part.sequence.computed_tokens += part.tokens
         scores = {key: found for one in ran for key, found in one.prompt_logprobs.items()}
-        return Ran(torch.cat([one.logits for one in ran]), scores)
+        logits = [one.logits for one in ran]
+        return Ran(logits[0] if len(ran) == 1 else torch.cat(logits), scores)
 
     def fork(self, sequence: Sequence, twins: Collection[Sequence]) -> None:
         """Each of `twins` goes on from where `sequence` is, on pages of its own."""

@@ -37,7 +37,8 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> int:
         """`logits` [V], fp32, on the host. Raises NonFiniteLogits, GrammarFault."""
         raw: Floats = logits.numpy()
-        _check(raw)
+        if self._adjustments.changing:  # else what is chosen tells
+            _check(raw)
         scores = self._adjustments.apply(raw)
         best = int(np.argmax(scores))
         _check(scores[best : best + 1])
@@ -55,6 +56,6 @@ class Sampler:
 
 
 def _check(logits: Floats) -> None:
-    """numpy's maximum is NaN where any number is."""
+    """numpy's maximum is NaN where any number is, and the place of its maximum that number's."""
     if not np.isfinite(logits.max()):
         raise NonFiniteLogits("the model's logits are not finite")

@@ -20,6 +20,10 @@ class StopStrings:
         self._matched = [0] * len(stop)
 
     @property
+    def any(self) -> bool:
+        return bool(self._stop)
+
+    @property
     def open_chars(self) -> int:
         """How much of the text's end may still become a stop string."""
         return max(self._matched, default=0)

@@ -39,6 +39,8 @@ class TextStream:
             return Piece("", "")
         parts = self._reader.push(token_id)
         own = "".join(part.text for part in parts if part.shown)
+        if not self._stops.any:
+            return Piece(own, own)
         return Piece("".join(self._take(part) for part in parts), own)
 
     def finish(self) -> str:

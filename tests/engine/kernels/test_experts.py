@@ -306,8 +306,10 @@ def test_groups_are_the_places_of_each_expert(tokens: int, k: int, experts: int)
     ):
         if weight != 0 and 0 <= expert < experts:
             wanted.setdefault(expert, []).append(place)
-    groups = Groups(ids, weights, experts)
-    assert list(groups.by_expert.items()) == list(wanted.items())
+    groups = Groups(tokens, k, experts)
+    groups.take(ids.clone().fill_(0), weights)
+    groups.take(ids, weights)
+    assert list(groups.by_expert().items()) == list(wanted.items())
     assert groups.experts == list(wanted)
     assert groups.places == [place for places in wanted.values() for place in places]
     assert (groups.count, groups.rows) == (len(wanted), len(groups.places))
@@ -320,7 +322,8 @@ def test_groups_choose_among_the_experts_of_a_layer(instruction_set: str) -> Non
     layer = [made(MIXED[i % 2], 32 + 16 * (i % 3), gated=True, bias=i > 2) for i in range(6)]
     ids = torch.tensor([[4, 1], [1, 9], [5, 4], [1, 1], [4, 3]])
     weights = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
-    groups = Groups(ids, weights, 6)
+    groups = Groups(5, 2, 6)
+    groups.take(ids, weights)
     assert groups.experts == [4, 1, 3]
     out, found = torch.full((10, WIDTH), 7.0), torch.full((10,), 7.0)
     table = ExpertTable([each.tile for each in layer])
