@@ -76,31 +76,13 @@ INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, 
     const int group = m->group, groups = m->padded / group;
     UNROLL for (int u = 0; u < R; u++) f[u] = fv_set(0);
     for (int g = 0; g < groups; g++) {
-        const uint8_t *after = w + group * (TILE / 2);
         iv a[2 * MOST_ROWS];
-        fv scales, zeros = fv_set(0);
-        if (mx) {
-            /* 2^(e - 127) by its bits, half of it for the half steps */
-            scales = fv_mul(fv_bits(iv_left(iv_load_u8(after), 23)), fv_set(0.5f));
-            UNROLL for (int u = 0; u < R; u++) a[2 * u] = iv_set(-MXFP4_OFFSET * x[u].sums[g]);
-            after += TILE;
-        } else {
-            scales = load_scales(after, scale_type);
-            after += scale_bytes(scale_type);
-            if (zero_kind == ZERO_FLOAT) {
-                zeros = load_scales(after, scale_type);
-                after += scale_bytes(scale_type);
-                UNROLL for (int u = 0; u < R; u++) a[2 * u] = iv_set(0);
-            } else if (zero_kind == ZERO_INTEGER) {
-                const iv integer = iv_load_u8(after);
-                after += TILE;
-                UNROLL for (int u = 0; u < R; u++) a[2 * u] =
-                    iv_mul(integer, iv_set(-x[u].sums[g]));
-            } else {
-                UNROLL for (int u = 0; u < R; u++) a[2 * u] = iv_set(-8 * x[u].sums[g]);
-            }
+        UNROLL for (int u = 0; u < R; u++)
+        {
+            const int32_t sum = x[u].sums[g];
+            a[2 * u] = iv_set(mx ? -MXFP4_OFFSET * sum : zero_kind == ZERO_NONE ? -8 * sum : 0);
+            a[2 * u + 1] = iv_set(0);
         }
-        UNROLL for (int u = 0; u < R; u++) a[2 * u + 1] = iv_set(0);
         for (int k = g * group; k < (g + 1) * group; k += 8) {
             if (ahead)
                 fetch(w + AHEAD_BYTES);
@@ -115,6 +97,26 @@ INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, 
             }
             w += 4 * TILE;
         }
+        /* read in the order in which they lie: the processor asks for what follows by itself */
+        fv scales, zeros = fv_set(0);
+        if (mx) {
+            /* 2^(e - 127) by its bits, half of it for the half steps */
+            scales = fv_mul(fv_bits(iv_left(iv_load_u8(w), 23)), fv_set(0.5f));
+            w += TILE;
+        } else {
+            scales = load_scales(w, scale_type);
+            w += scale_bytes(scale_type);
+        }
+        if (!mx && zero_kind == ZERO_FLOAT) {
+            zeros = load_scales(w, scale_type);
+            w += scale_bytes(scale_type);
+        }
+        if (!mx && zero_kind == ZERO_INTEGER) {
+            const iv integer = iv_load_u8(w);
+            w += TILE;
+            UNROLL for (int u = 0; u < R; u++) a[2 * u] =
+                iv_add(a[2 * u], iv_mul(integer, iv_set(-x[u].sums[g])));
+        }
         UNROLL for (int u = 0; u < R; u++)
         {
             const fv sum = fv_of(iv_add(a[2 * u], a[2 * u + 1]));
@@ -122,7 +124,6 @@ INLINE void nibble_tile(const uint8_t *w, const matrix *m, const row *x, fv *f, 
             if (zero_kind == ZERO_FLOAT)
                 f[u] = fv_fma(zeros, fv_set(x[u].scales[g] * (float)x[u].sums[g]), f[u]);
         }
-        w = after;
     }
 }
 
