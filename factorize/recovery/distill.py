@@ -20,7 +20,6 @@ from .student import Student
 
 TIMED_STEPS = 8  # before a bound in minutes becomes a number of steps
 WARM_UP_STEPS = 15
-LEAST_RATE = 0.02  # of the full one, at the end
 BETAS = (0.9, 0.98)
 CLIP_NORM = 1.0
 ROWS = 32  # of logits at a time
@@ -60,12 +59,13 @@ class Distillation:
     done: int = 0
 
     def scale_rates(self) -> None:
-        """They fall in a line (Defazio et al., 2023, "When, why and how much?").
+        """They fall in a line to nothing (Defazio et al., 2023, "When, why and how much?").
 
-        One window's gradient is mostly noise: what it adds goes as the rates do.
+        One window's gradient is mostly noise, of which Adam makes steps as long as the rate. What
+        is learnt first is worth them; later they only carry the weights away.
         """
         share = self.done / self.steps if self.steps else 0.0
-        scale = min(1.0, (self.done + 1) / WARM_UP_STEPS) * max(LEAST_RATE, 1 - share)
+        scale = min(1.0, (self.done + 1) / WARM_UP_STEPS) * (1 - share)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
 
