@@ -20,6 +20,8 @@ from .student import Student
 
 TIMED_STEPS = 8  # before a bound in minutes becomes a number of steps
 WARM_UP_STEPS = 15
+CONSTANT_SHARE = 0.6  # of the steps; then the rates fall in a line
+LEAST_RATE = 0.05  # of the full one, at the end
 BETAS = (0.9, 0.98)
 CLIP_NORM = 1.0
 ROWS = 32  # of logits at a time
@@ -40,7 +42,7 @@ class DistillOptions:
     steps: int | None = None  # None: as many as fit into the minutes
     minutes: float = 60.0
     rank: int = 5
-    lessons: tuple[Lesson, ...] = (Lesson(12), Lesson(12), Lesson(12), Lesson(6))  # in turns
+    lessons: tuple[Lesson, ...] = (Lesson(12), Lesson(12), Lesson(6))  # in turns
     into_rate: float = 2e-3
     out_of_rate: float = 4e-4
     router_rate: float = 3e-3  # of the routers' spread
@@ -59,13 +61,10 @@ class Distillation:
     done: int = 0
 
     def scale_rates(self) -> None:
-        """They fall in a line to nothing (Defazio et al., 2023, "When, why and how much?").
-
-        One window's gradient is mostly noise, of which Adam makes steps as long as the rate. What
-        is learnt first is worth them; later they only carry the weights away.
-        """
         share = self.done / self.steps if self.steps else 0.0
-        scale = min(1.0, (self.done + 1) / WARM_UP_STEPS) * (1 - share)
+        scale = min(1.0, (self.done + 1) / WARM_UP_STEPS)
+        if share > CONSTANT_SHARE:
+            scale *= max(LEAST_RATE, (1 - share) / (1 - CONSTANT_SHARE))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
 

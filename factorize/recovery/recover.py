@@ -26,7 +26,7 @@ from .student import Student
 
 STAGES = ("repair", "lora")
 MODES = ("token", "sequence")
-RECIPE = 3  # counts the ways a distillation has been done: a kept one of another does not go on
+RECIPE = 2  # counts the ways a distillation has been done: a kept one of another does not go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +118,10 @@ def _whole_parts(student: Student) -> torch.Tensor:
 
 
 def _lessons(plan: Plan, options: RecoverOptions) -> DistillOptions:
-    """Three steps at the plan's own number of experts for one at half of it; one by the prompt."""
+    """Two steps at the plan's own number of experts for each at half of it, in each mode."""
     top_k = plan.facts.options.top_k
     turns = {
-        "token": (*[Lesson(top_k)] * 3, Lesson(max(1, top_k // 2))),
+        "token": (Lesson(top_k), Lesson(top_k), Lesson(max(1, top_k // 2))),
         "sequence": (Lesson(top_k, by_prompt=True),),
     }
     return DistillOptions(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from moestro.engine import Progress
 from moestro.factorize import FactorizeError, Plan, apply_plan
-from moestro.factorize.recovery.distill import DistillOptions, Lesson, begin, distill
+from moestro.factorize.recovery.distill import DistillOptions, Lesson, distill
 from moestro.factorize.recovery.distill import divergence as loss_and_slope
 from moestro.factorize.recovery.kept import KeptFile
 from moestro.factorize.recovery.recover import (
@@ -167,16 +167,6 @@ def test_distillation_brings_the_student_nearer(student: Student) -> None:
     options = DistillOptions(steps=90, lessons=(Lesson(TOP_K),), into_rate=1e-2, out_of_rate=2e-3)
     assert distill(student, windows(6), options, quiet) == 90
     assert divergence(student, windows(6)) < 0.8 * before
-
-
-def test_rates_fall_from_the_start_and_to_nothing(student: Student) -> None:
-    options = DistillOptions(into_rate=8e-3, out_of_rate=4e-3)
-    for steps, done, share in ((400, 0, 1 / 15), (400, 100, 0.75), (400, 399, 0.0025)):
-        state = begin(student, 8, options)
-        state.steps, state.done = steps, done
-        state.scale_rates()
-        out_of, into, _ = (group["lr"] for group in state.optimizer.param_groups)
-        assert into == pytest.approx(8e-3 * share) and out_of == into / 2
 
 
 def test_the_slope_is_the_losses_own(
