@@ -189,12 +189,13 @@ class Groups:
         self.which, *self.addresses = addresses[:4]
         self._starts, self._places = self._most, 2 * self._most + 1 + places
         self.count, self.experts = 0, list[int]()
+        self._by_expert: dict[int, list[int]] | None = None
 
     def take(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """`ids` int64 and `weights` fp32 [T, k], contiguous. What was taken before is gone."""
         self._call.ids, self._call.weights = ids.data_ptr(), weights.data_ptr()
         self.count = loaded().moestro_group(self._call)
-        self.experts = self._numbers[: self.count]
+        self.experts, self._by_expert = self._numbers[: self.count], None
 
     @property
     def rows(self) -> int:
@@ -208,9 +209,11 @@ class Groups:
 
     def by_expert(self) -> dict[int, list[int]]:
         """The places of each expert."""
-        starts = self._numbers[self._starts : self._starts + self.count + 1]
-        spans, places = zip(self.experts, pairwise(starts), strict=True), self.places
-        return {expert: places[start:end] for expert, (start, end) in spans}
+        if self._by_expert is None:
+            starts = self._numbers[self._starts : self._starts + self.count + 1]
+            spans, places = zip(self.experts, pairwise(starts), strict=True), self.places
+            self._by_expert = {expert: places[start:end] for expert, (start, end) in spans}
+        return self._by_expert
 
 
 class ExpertTable:

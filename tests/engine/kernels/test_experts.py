@@ -308,6 +308,7 @@ def test_groups_are_the_places_of_each_expert(tokens: int, k: int, experts: int)
             wanted.setdefault(expert, []).append(place)
     groups = Groups(tokens, k, experts)
     groups.take(ids.clone().fill_(0), weights)
+    assert set(groups.by_expert()) <= {0}
     groups.take(ids, weights)
     assert list(groups.by_expert().items()) == list(wanted.items())
     assert groups.experts == list(wanted)
