@@ -36,7 +36,9 @@ def log_found(blueprint: Blueprint, config: EngineConfig, threads: Threads) -> N
                 100 * (config.sequence_density or blueprint.manifest.sequence_density),
             )
     if (routers := blueprint.checkpoint.routers) is not None:
-        log.info("routers: from %s, %s", ROUTERS_NAME, routers.words)
+        log.info(
+            "routers: %s%s", f"from {ROUTERS_NAME}, " if routers.has_file else "", routers.words
+        )
     if (quantized := own_grid_line(config, blueprint)) is not None:
         log.info("%s", quantized)
     device = blueprint.device

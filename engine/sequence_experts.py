@@ -1,6 +1,7 @@
 """What a model lets a sequence have of its own: which experts, and who chooses among them."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -37,10 +38,10 @@ def sequence_experts(
         _refuse_default(config)
         return None
     counts = [entry.num_experts for entry in blueprint.experts]
-    weight, rankings = None, list[Ranking | None]([None] * len(counts))
+    weights, rankings = None, list[Ranking | None]([None] * len(counts))
     mlps = dict[torch.nn.Module, Mlp]()
     if blueprint.manifest is not None:
-        weight, how = 1 / blueprint.experts_per_token, "all that it keeps run"
+        weights, how = _kept_weights(blueprint), "all that it keeps run"
     else:
         places = zip(blueprint.topology.routers, counts, strict=True)
         with torch.inference_mode():
@@ -56,9 +57,31 @@ def sequence_experts(
     log.info("experts of a sequence (mode sequence): %s", how)
     least, place = config.sequence_least_tokens, blueprint.device.place
     neurons = list(mlps.values())
-    found = SequenceExperts(counts, weight, least, place, rankings, neurons, trim_heap)
+    found = SequenceExperts(
+        counts, weights, least, place, rankings, neurons, trim_heap, _density_of(blueprint)
+    )
     log_neurons(config, found)
     return found
+
+
+def _kept_weights(blueprint: Blueprint) -> tuple[float, ...]:
+    """What an expert of each layer weighs, of a factorized model."""
+    asked, routers = blueprint.experts_per_token, blueprint.checkpoint.routers
+    if routers is None:
+        return (1 / asked,) * len(blueprint.experts)
+    return tuple(routers.weight_of(layer, asked) for layer in range(len(blueprint.experts)))
+
+
+def _density_of(blueprint: Blueprint) -> Callable[[int, float], float]:
+    """What a layer keeps of its experts where a sequence keeps a density of all."""
+    routers, experts = blueprint.checkpoint.routers, blueprint.experts
+
+    def density_of(layer: int, density: float) -> float:
+        if routers is None:
+            return density
+        return routers.density_of(layer, density, experts[layer].num_experts)
+
+    return density_of
 
 
 def _refuse_default(config: EngineConfig) -> None:

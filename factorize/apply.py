@@ -103,7 +103,9 @@ def output_factors(plan: Plan) -> list[float]:
 
     The manifest names k alone: served with K experts and K / k, a layer's sum keeps its scale.
     """
-    factors = [plan.facts.options.experts_per_token * scale for scale in plan.scales.tolist()]
+    options = plan.facts.options
+    counts = options.layers or (options.experts_per_token,) * len(plan.scales)
+    factors = [count * scale for count, scale in zip(counts, plan.scales.tolist(), strict=True)]
     # k times a rounded E / k is meant to be E
     return [float(round(f)) if math.isclose(f, round(f), rel_tol=1e-6) else f for f in factors]
 

@@ -11,7 +11,7 @@ import torch
 from moestro.engine import ProgressFn
 from moestro.factorize.facts import Deltas, FactorizeError, Plan, SplitOptions, disk_errors
 from moestro.factorize.methods import make_plan, read_windows
-from moestro.factorize.recovery import RecoverOptions
+from moestro.factorize.recovery import TRIES, RecoverOptions
 from moestro.factorize.sources import DenseModel
 
 from .apply import apply_plan, output_factors, storage_dtype
@@ -23,9 +23,10 @@ from .forecast import (
     apply_stage,
     distill_stage,
     forecast,
+    layers_stage,
     repair_stage,
 )
-from .recovering import run_recovery
+from .recovering import LAYERS_TOKENS, run_measured_layers, run_recovery
 from .report import forecast_table, plan_screen, router_lines, seconds_of, summary
 
 DEMO = ("demo", "demo-dense")  # as a source, both are the dense model that the demo is made of
@@ -40,6 +41,7 @@ class Inputs:
     deltas: Path | None = None  # of a recovery, to be applied with `plan` or to go on from
     work: Path | None = None  # what the model did is kept here, and found again
     cache_dir: Path | None = None  # has the demo's dense model; None: where the result is written
+    measures_layers: bool = False  # how many experts each layer takes; the plan's own: False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ def run_factorize(
             folder, options, inputs.calibration, progress, command=command, work=inputs.work
         )
     deltas = None if inputs.deltas is None else Deltas.read(inputs.deltas)
+    if inputs.measures_layers:
+        plan = run_measured_layers(folder, plan, inputs.calibration, progress)
     if recovery is not None:
         plan, deltas = run_recovery(
             folder, plan, inputs.calibration, recovery, progress, command, inputs.work, deltas
@@ -98,6 +102,8 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
     """Raises FactorizeError for what does not go together."""
     if inputs.deltas is not None and inputs.plan is None:
         raise FactorizeError("--deltas go with the --plan that the same recovery wrote; give both")
+    if inputs.measures_layers:
+        _check_measured(inputs, options)
     if recovery is None:
         return
     recovery.check()
@@ -110,6 +116,24 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
         )
     if not inputs.calibration:
         raise FactorizeError("recovery learns from text that people wrote; give --calibration")
+
+
+def _check_measured(inputs: Inputs, options: SplitOptions) -> None:
+    """Raises FactorizeError for what layers cannot be measured with."""
+    if inputs.deltas is not None:
+        raise FactorizeError(
+            "--deltas were learnt with the plan's own layers; measure them before a recovery, "
+            "or leave out --layer-top-k"
+        )
+    if not inputs.calibration:
+        raise FactorizeError(
+            "--layer-top-k measured looks at text that people wrote; give --calibration"
+        )
+    if inputs.plan is None and (options.router == "none" or router_lines(options)):
+        raise FactorizeError(
+            "--layer-top-k measured needs linear routers; leave out --router none, "
+            "--router-hidden, --router-bias and --tau, or give each layer's number"
+        )
 
 
 def _check_recoverable(folder: Path, recovery: RecoverOptions | None) -> None:
@@ -154,10 +178,15 @@ def run_dry(
         stored = storage_dtype(dense.carried_dtype, output_factors(recipe)).itemsize
         if recovery is not None:
             recipe.check_recoverable()
-        stages = [*_recovery_stages(shape, options, recovery), apply_stage(shape, stored)]
+        stages = [
+            *_layers_stages(shape, options, inputs),
+            *_recovery_stages(shape, options, recovery),
+            apply_stage(shape, stored),
+        ]
         table = forecast_table(source, out, stages, None, None, recovery)
         return "\n".join([table, *router_lines(recipe.facts.options)])
     options.expert_neurons(dense.neurons)
+    options.check_layers(dense.layers)
     stages = forecast(
         shape,
         options,
@@ -165,9 +194,18 @@ def run_dry(
         keeps_work=inputs.work is not None,
         stored_weight_bytes=_stored(dense, options).itemsize,
     )
-    stages[-1:-1] = _recovery_stages(shape, options, recovery)
+    stages[-1:-1] = [
+        *_layers_stages(shape, options, inputs),
+        *_recovery_stages(shape, options, recovery),
+    ]
     table = forecast_table(source, out, stages, options, inputs.work, recovery)
     return "\n".join([table, *router_lines(options)])
+
+
+def _layers_stages(shape: DenseShape, options: SplitOptions, inputs: Inputs) -> list[Stage]:
+    if not inputs.measures_layers:
+        return []
+    return [layers_stage(shape, LAYERS_TOKENS, TRIES, options.window_tokens)]
 
 
 def _recovery_stages(
@@ -211,6 +249,10 @@ def factorize_command(
     if options.router_hidden:
         words += ["--router-hidden", str(options.router_hidden)]
     words += ["--router-bias"] if options.router_bias else []
+    if inputs.measures_layers:
+        words += ["--layer-top-k", "measured"]
+    elif options.layer_top_k:
+        words += ["--layer-top-k", options.layer_top_k.replace(" ", ",")]
     if options.tau < 1:
         words += ["--tau", f"{options.tau:g}"]
     if recovery is not None:
@@ -278,5 +320,8 @@ def _text_bytes(texts: Sequence[Path]) -> int:
 
 def _stored(dense: DenseModel, options: SplitOptions) -> torch.dtype:
     """As far as known before: a calibrated scale is no whole number."""
-    known = {"one": float(options.top_k), "inverse-k": float(options.experts)}
-    return storage_dtype(dense.carried_dtype, [known.get(options.scale, options.top_k + 0.5)])
+    counts = {
+        "one": tuple(map(float, options.layer_counts(1))),
+        "inverse-k": (float(options.experts),),
+    }
+    return storage_dtype(dense.carried_dtype, counts.get(options.scale, (options.top_k + 0.5,)))

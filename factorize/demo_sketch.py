@@ -15,6 +15,7 @@ from moestro.factorize.sources import DenseModel
 
 from .apply import manifest, stored_dtype, twin_config
 from .demo import demo_deltas, demo_plan
+from .sidecar import name_own_routers
 
 DENSE_NAME = "demo_dense.json"  # the config.json that the demo's dense model is converted with
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -27,5 +28,6 @@ def sketch_demo(folder: Path) -> StoredWeights:
     fields = json.loads((resources.files("moestro.factorize") / DENSE_NAME).read_text("utf-8"))
     dense = DenseModel(folder, LlamaConfig.from_dict(fields), {}, torch.bfloat16)
     twin_config(dense, plan).save_pretrained(folder)
+    name_own_routers(plan, folder)
     manifest(plan, deltas).write(folder)
     return StoredWeights(dtype_name=NAMES[stored_dtype(dense.dtype, plan, deltas)], wide=(ROUTER,))

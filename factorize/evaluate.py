@@ -32,6 +32,10 @@ def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
     Raises FactorizeError.
     """
     config = _own_config(folder)
+    if experts_per_token is not None:
+        factor = _checked_factor(Manifest.read(folder), experts_per_token, folder)
+        config = read_config(folder)
+        config.num_experts_per_tok = experts_per_token
     with quiet_bars(), nullcontext() if config is None else _no_report():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -45,7 +49,8 @@ def load_model(folder: Path, experts_per_token: int | None = None) -> Any:
             raise FactorizeError(f"{folder} is not a model that loads: {error}") from error
     load_routers(model, folder)
     if experts_per_token is not None:
-        _set_experts(model, Manifest.read(folder), experts_per_token, folder)
+        for layer in model.model.layers:
+            layer.block_sparse_moe.experts.down_proj.data *= experts_per_token / factor
     return model.eval()
 
 
@@ -70,7 +75,8 @@ def _no_report() -> Iterator[None]:
         transformers_logging.set_verbosity(told)
 
 
-def _set_experts(model: Any, manifest: Manifest | None, experts: int, folder: Path) -> None:
+def _checked_factor(manifest: Manifest | None, experts: int, folder: Path) -> float:
+    """What the outputs of experts are stored times. Raises FactorizeError."""
     if manifest is None:
         raise FactorizeError(
             f"{folder} was not made by `moestro factorize`: its number of experts per token is "
@@ -80,9 +86,7 @@ def _set_experts(model: Any, manifest: Manifest | None, experts: int, folder: Pa
         raise FactorizeError(f"{folder} has no router: its tokens take all experts")
     if not 1 <= experts <= manifest.num_experts:
         raise FactorizeError(f"between 1 and {manifest.num_experts} experts, not {experts}")
-    for layer in model.model.layers:
-        layer.block_sparse_moe.router.top_k = experts
-        layer.block_sparse_moe.experts.down_proj.data *= experts / manifest.output_factor
+    return manifest.output_factor
 
 
 @torch.inference_mode()

@@ -144,6 +144,15 @@ def distill_stage(shape: DenseShape, steps: int, window_tokens: int) -> Stage:
     return Stage("distill", 0, 0, 6.0 * weights * steps * window_tokens, held * FLOAT_BYTES)
 
 
+def layers_stage(shape: DenseShape, tokens: int, tries: int, window_tokens: int) -> Stage:
+    """Each layer some times anew, with all that are behind it; a stream for every layer is held."""
+    weights = shape.source_bytes // shape.weight_bytes
+    passes = 2 + tries * shape.layers / 2
+    held = weights + tokens * (shape.layers * shape.hidden + shape.vocabulary // 4)
+    held += tokens * 3 * shape.neurons + window_tokens * shape.vocabulary
+    return Stage("layers", 0, 0, 2.0 * weights * tokens * passes, held * FLOAT_BYTES)
+
+
 def apply_stage(shape: DenseShape, stored_weight_bytes: int) -> Stage:
     """Reads the source once for its checksum and once for its weights; nothing is computed."""
     written = shape.source_bytes * stored_weight_bytes // shape.weight_bytes

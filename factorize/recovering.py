@@ -1,13 +1,36 @@
 """A recovery on files: the dense model's folder and texts in, a better plan and deltas out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moestro.engine import ProgressFn
 from moestro.factorize.facts import Deltas, Plan
 from moestro.factorize.methods import load_dense, load_tokenizer, read_windows
-from moestro.factorize.recovery import RecoverOptions, recover
+from moestro.factorize.recovery import RecoverOptions, measured_layers, recover
 from moestro.factorize.sources import DenseModel
+
+LAYERS_TOKENS = 4096  # that tell what each layer loses
+
+
+def run_measured_layers(
+    folder: Path, plan: Plan, texts: Sequence[Path], progress: ProgressFn
+) -> Plan:
+    """`plan` with the number of experts for each layer that loses least on `texts`.
+
+    Raises SourceRefused for a model that `plan` was not made for, FactorizeError for routers that
+    are not linear or texts that are too short.
+    """
+    dense = DenseModel.open(folder)
+    plan.check_recoverable()
+    plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
+    window = plan.facts.options.window_tokens
+    windows = read_windows(load_tokenizer(folder), texts, LAYERS_TOKENS, window)
+    counts = measured_layers(load_dense(folder), plan, windows, progress)
+    words = (
+        f"{plan.facts.method}; experts per token by layer, as measured on {LAYERS_TOKENS} tokens"
+    )
+    return plan.with_layers(counts, replace(plan.facts, method=words))
 
 
 def run_recovery(

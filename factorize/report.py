@@ -14,12 +14,12 @@ def summary(plan: Plan, dense: DenseModel, out: Path, deltas: Deltas | None = No
     """Of a model that was just written to `out`."""
     options = plan.facts.options
     each = (dense.neurons - options.shared_neurons) / options.experts
-    share = (options.shared_neurons + options.top_k * each) / dense.neurons
+    share = (options.shared_neurons + options.mean_top_k * each) / dense.neurons
     size_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     experts = f"{options.experts} experts of {_widths(options, dense.neurons)}"
     lines = [
         f"{out}: {dense.layers} layers, each {options.shared_neurons} neurons always on and "
-        f"{experts}, {options.top_k} {_chosen_for(options)} "
+        f"{experts}, {_counts(options)} {_chosen_for(options)} "
         f"({share:.1%} of the FFN), {size_bytes / 1e6:.0f} MB",
         f"plan {plan.sha256[:16]}: {plan.facts.method}",
     ]
@@ -62,15 +62,13 @@ def plan_screen(path: Path, plan: Plan) -> str:
         "source": f"{facts.source}, weights {facts.source_sha256[:16]}",
         "shape": f"{layers} layers, each {options.shared_neurons} of {neurons} neurons always on "
         f"and {options.experts} experts of {_widths(options, neurons)}; "
-        f"{options.top_k} experts {_chosen_for(options)}{running}",
+        f"{_counts(options)} experts {_chosen_for(options)}{running}",
         "text": f"up to {options.calibration_tokens} tokens in windows of {options.window_tokens}, "
         f"ids {facts.texts_sha256[:16]}",
         "split": f"{options.split}, seed {options.seed}",
         "router": f"{options.router} ({trained}); matrices {tuple(routers.last.shape[1:])}{kind}",
         "router hit": f"{facts.router_hit:.1%} of the experts that matter most, on the text itself",
-        "written as": "weights and a file of routers, for moestro alone"
-        if plan.needs_router_file
-        else "a stock checkpoint",
+        "written as": _written_as(plan),
         "scale": _scales(plan),
         "method": facts.method,
         "command": facts.command or "not noted",
@@ -82,6 +80,20 @@ def _widths(options: SplitOptions, neurons: int) -> str:
     sizes, places = options.expert_sizes(neurons), options.expert_neurons(neurons)
     words = " or ".join(str(size) for size in sorted({*sizes}, reverse=True))
     return words if {*sizes} == {places} else f"{words} (stored as {places})"
+
+
+def _counts(options: SplitOptions) -> str:
+    if not options.layers:
+        return str(options.top_k)
+    return f"{min(options.layers)} to {max(options.layers)} ({options.mean_top_k:.4g} on average)"
+
+
+def _written_as(plan: Plan) -> str:
+    if plan.needs_router_file:
+        return "weights and a file of routers, for moestro alone"
+    if plan.facts.options.layer_top_k:
+        return f"weights for moestro alone; experts per token: {plan.facts.options.layer_top_k}"
+    return "a stock checkpoint"
 
 
 def _chosen_for(options: SplitOptions) -> str:

@@ -27,22 +27,30 @@ def write_routers(plan: Plan, folder: Path) -> None:
 
     Stock transformers refuses the folder then, which it would answer wrongly from.
     """
-    if not plan.needs_router_file:
+    if plan.needs_router_file:
+        parts = plan.router_weights.tensors()
+        tensors = {
+            f"model.layers.{layer}.{MODULE}.{name}": part[layer].contiguous()
+            for name, part in parts.items()
+            for layer in range(len(part))
+        }
+        save_file(tensors, folder / ROUTERS_NAME, {"format": "pt"})
+    name_own_routers(plan, folder)
+
+
+def name_own_routers(plan: Plan, folder: Path) -> None:
+    """Says in the stock config.json of `folder` what the routers are more than stock ones."""
+    options, weights = plan.facts.options, plan.router_weights
+    if not plan.needs_router_file and not options.layer_top_k:
         return
-    parts = plan.router_weights.tensors()
-    tensors = {
-        f"model.layers.{layer}.{MODULE}.{name}": part[layer].contiguous()
-        for name, part in parts.items()
-        for layer in range(len(part))
-    }
-    save_file(tensors, folder / ROUTERS_NAME, {"format": "pt"})
-    options, first = plan.facts.options, plan.router_weights.first
     facts = RouterFacts(
         module=MODULE,
         target=options.router,
-        hidden=0 if first is None else first.shape[1],
-        activation=plan.router_weights.activation,
-        bias=int(plan.router_weights.bias is not None),
+        hidden=0 if weights.first is None else weights.first.shape[1],
+        activation=weights.activation,
+        bias=int(weights.bias is not None),
         tau=float(options.tau),
+        top_k=options.top_k,
+        layer_top_k=options.layer_top_k,
     )
     name_routers(folder, facts)

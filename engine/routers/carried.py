@@ -3,8 +3,10 @@
 Shape letters: T tokens, H width, N outputs of a first layer, E experts, k experts per token.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +26,26 @@ AGREE = 1e-5  # of the largest logit: how far the library's products may be from
 class CarriedRouter(torch.nn.Module):
     """Rows [T, H] -> logits [T, E], weights and ids [T, k], the largest logit first.
 
-    Each chosen expert weighs 1/k. One that does not run (see RouterFacts) has weight 0 and the id
-    E, which is no expert: it is neither loaded nor guessed. All in fp32.
+    All chosen experts weigh the same. One that does not run (see RouterFacts) has weight 0 and the
+    id E, which is no expert: it is neither loaded nor guessed. All in fp32.
     """
 
     last: torch.nn.Parameter  # [E, H], or [E, N] behind a first layer
     first: torch.nn.Parameter | None  # [N, H]
     bias: torch.nn.Parameter | None  # [E]
 
-    def __init__(self, stock: torch.nn.Module, facts: RouterFacts) -> None:
-        """In the shape of `stock`, and on its device; the weights are to be loaded."""
+    def __init__(self, stock: torch.nn.Module, facts: RouterFacts, layer: int = 0) -> None:
+        """In the shape of `stock`, and on its device; the weights are to be loaded.
+
+        `layer` of those with experts.
+        """
         super().__init__()
-        weight, k = stock._parameters.get("weight"), getattr(stock, "top_k", None)
-        if weight is None or weight.dim() != 2 or not isinstance(k, int):
+        weight, asked = stock._parameters.get("weight"), getattr(stock, "top_k", None)
+        if weight is None or weight.dim() != 2 or not isinstance(asked, int):
             raise ModelRefused(f"{type(stock).__name__} is no router that another could stand for")
         self.num_experts, width = weight.shape
-        self.top_k, self.tau = k, facts.tau
+        self.facts, self.layer, self.tau = facts, layer, facts.tau
+        self.serve(asked)
         self._activate = ACTIVATIONS.get(facts.activation)
         self._product: Product = F.linear
         shapes = {
@@ -54,11 +60,16 @@ class CarriedRouter(torch.nn.Module):
                 empty = torch.nn.Parameter(numbers, requires_grad=False)
             self.register_parameter(name, empty)
 
+    def serve(self, asked: int) -> None:
+        """From now on with so many experts per token, or what the layer has of them."""
+        self.top_k = self.facts.experts_of(self.layer, asked, self.num_experts)
+        self.share = self.facts.weight_of(self.layer, asked)
+
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = self._logits(rows.float(), self._product)
         best, ids = logits.sort(dim=-1, descending=True, stable=True)  # of equal ones the first
         best, ids = best[:, : self.top_k], ids[:, : self.top_k]
-        weights = torch.full_like(best, 1 / self.top_k)
+        weights = torch.full_like(best, self.share)
         if self.tau < 1:
             norms = best.clamp(min=0)
             runs = norms >= (1 - self.tau) * norms[:, :1]
@@ -96,21 +107,46 @@ def _row_by_row(
     return logits
 
 
+class EvenShares:
+    """In place of a stock router's `forward`: each expert that it chooses weighs `share`."""
+
+    def __init__(self, stock: Callable[..., Any], share: float) -> None:
+        self._stock, self._share = stock, share
+
+    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, weights, ids = self._stock(rows)
+        return logits, torch.full_like(weights, self._share), ids
+
+
 def carry_routers(model: PreTrainedModel, facts: RouterFacts | None) -> None:
     """Puts them where `facts` says; without, nothing changes. Raises ModelRefused."""
     if facts is None:
         return
     paths = [path for path, _ in model.named_modules() if path.endswith(f".{facts.module}")]
     layers = sum(is_experts_module(module) for module in model.modules())
-    if not paths or len(paths) != layers:
+    if not paths or {len(paths), len(facts.layers) or layers} != {layers}:
+        counted = f" and {len(facts.layers)} numbers of experts" if facts.layers else ""
         raise ModelRefused(
-            f"config.json: {len(paths)} modules are called {facts.module!r}, for {layers} layers"
-            " of experts; the routers are not this model's"
+            f"config.json: {len(paths)} modules are called {facts.module!r}{counted}, for {layers}"
+            " layers of experts; the routers are not this model's"
         )
-    for path in paths:
-        model.set_submodule(path, CarriedRouter(model.get_submodule(path), facts))
+    for layer, path in enumerate(paths):
+        stock = model.get_submodule(path)
+        if facts.has_file:
+            model.set_submodule(path, CarriedRouter(stock, facts, layer))
+        else:
+            _count(stock, facts, layer)
     strict = set(model._keep_in_fp32_modules_strict or ())
     model._keep_in_fp32_modules_strict = strict | {facts.module}
+
+
+def _count(stock: Any, facts: RouterFacts, layer: int) -> None:
+    """Gives a stock router, whose k chosen experts weigh 1/k, the number of experts of `layer`."""
+    asked = stock.top_k
+    stock.top_k = facts.experts_of(layer, asked, stock.num_experts)
+    share = facts.weight_of(layer, asked)
+    if not math.isclose(share * stock.top_k, 1.0, rel_tol=1e-6):
+        stock.forward = EvenShares(stock.forward, share)
 
 
 def load_routers(model: PreTrainedModel, folder: Path) -> None:
@@ -121,8 +157,10 @@ def load_routers(model: PreTrainedModel, folder: Path) -> None:
     facts = RouterFacts.of(folder)
     if facts is None:
         return
-    path = facts.checked_file(folder)
     carry_routers(model, facts)
+    if not facts.has_file:
+        return
+    path = facts.checked_file(folder)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     wanted = {

@@ -137,16 +137,16 @@ class StepRows:
         tokens: int,
         prompts: Sequence[tuple[int, int, PromptShares]],
         kept: Mapping[int, Kept],
-        kept_weight: float | None,
+        kept_weights: Sequence[float] | None,
         rankings: Sequence[Ranking | None],
     ) -> None:
         """`tokens`: T. `prompts`: rows [start, end) to be looked at; `kept`: by row.
 
-        `kept_weight`: every kept expert runs, with this weight; None: the router chooses among
-        them, where `rankings` has its order of all; else of its own choice the kept ones stay.
+        `kept_weights`: every kept expert runs, with its layer's weight; None: the router chooses
+        among them, where `rankings` has its order of all; else the kept ones of its own choice do.
         """
         self._tokens, self._prompts = tokens, prompts
-        self._kept, self._weight = kept, kept_weight
+        self._kept, self._weights = kept, kept_weights
         self._rankings = rankings
         self._owners: list[tuple[list[int], Kept]] = []  # of copies, with their rows
         if any(any(each.neurons.copies) for each in kept.values()):
@@ -195,8 +195,8 @@ class StepRows:
         assert len(ids) == self._tokens, "a row of the experts is no token"
         if not self._kept:
             return Spread(ids, weights, ())
-        if self._weight is not None:
-            return self._all_kept(layer, ids, weights, self._weight)
+        if self._weights is not None:
+            return self._all_kept(layer, ids, weights, self._weights[layer])
         rows = index_on(list(self._kept), ids.device)
         mask = torch.stack([kept.masks[layer] for kept in self._kept.values()])
         own_ids, own = ids.index_select(0, rows), weights.index_select(0, rows)
@@ -216,7 +216,7 @@ class StepRows:
         found = [list(row) for row in guessed[: self._tokens]]  # what stands there again, once
         for row, kept in self._kept.items():
             experts = kept.layers[layer]
-            said = [] if self._weight is not None else [e for e in found[row] if e in experts]
+            said = [] if self._weights is not None else [e for e in found[row] if e in experts]
             found[row] = list(dict.fromkeys([*said, *experts]))
         return found
 

@@ -44,21 +44,24 @@ class SequenceExperts:
     def __init__(
         self,
         num_experts: Sequence[int],
-        kept_weight: float | None,
+        kept_weights: Sequence[float] | None,
         least_prompt_tokens: int,
         device: torch.device,
         rankings: Sequence[Ranking | None],
         neurons: Sequence[NeuronLayer] = (),
         after_copies: Callable[[], None] = lambda: None,
+        density_of: Callable[[int, float], float] = lambda layer, density: density,
     ) -> None:
-        """`num_experts` of each layer; `kept_weight` and `rankings` as in StepRows.
+        """`num_experts` of each layer; `kept_weights` and `rankings` as in StepRows.
 
         Prompts shorter than `least_prompt_tokens` tell too little: their tokens choose. Of
         `neurons` the same density of blocks is kept as of experts. `after_copies` is called
-        whenever copies of them have been let go: others wait for their memory.
+        whenever copies of them have been let go: others wait for their memory. `density_of` a layer
+        is what it keeps of its experts where a sequence keeps so many of all.
         """
+        self._density_of = density_of
         self._num_experts = tuple(num_experts)
-        self._weight = kept_weight
+        self._weights = kept_weights
         self._least_tokens = least_prompt_tokens
         self._device = device
         self._rankings = tuple(rankings)
@@ -103,7 +106,7 @@ class SequenceExperts:
             row += part.tokens
         if not prompts and not kept:
             return None
-        return StepRows(row, prompts, kept, self._weight, self._rankings)
+        return StepRows(row, prompts, kept, self._weights, self._rankings)
 
     def end(self, parts: Sequence[PartRows]) -> None:
         """`parts` have been computed: where a prompt ends, its sequence chooses."""
@@ -150,9 +153,10 @@ class SequenceExperts:
         elif shares is None:
             self._requests["short_prompt"] += 1
         else:
-            chosen = [largest(each, part.density) for each in shares.shares()]
-            layers = chosen[: len(self._num_experts)]
-            blocks = [tuple(sorted(each)) for each in chosen[len(layers) :]]
+            density, found = part.density, shares.shares()
+            routed = enumerate(found[: len(self._num_experts)])
+            layers = [largest(each, self._density_of(layer, density)) for layer, each in routed]
+            blocks = [tuple(sorted(largest(each, density))) for each in found[len(layers) :]]
             copies = [
                 None if len(own) == layer.blocks else layer.copy(own)
                 for layer, own in zip(self._neurons, blocks, strict=True)

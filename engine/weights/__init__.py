@@ -25,7 +25,7 @@ from .linears import (
     settle,
 )
 from .manifest import MANIFEST_NAME, Manifest
-from .routers import ROUTERS_NAME, RouterFacts, name_routers
+from .routers import ROUTERS_NAME, RouterFacts, in_proportion, name_routers
 from .weight_files import INDEX_NAME, gguf_source, weight_files
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "json_object",
     "kept_on_host",
     "load_dense",
+    "in_proportion",
     "name_routers",
     "read_config",
     "read_quantization",

@@ -68,7 +68,8 @@ class Checkpoint:
                 found = self.gguf.tensors(self.config)
         else:
             self.routers = RouterFacts.of(folder)
-            beside = [] if self.routers is None else [self.routers.checked_file(folder)]
+            routers = self.routers
+            beside = [routers.checked_file(folder)] if routers and routers.has_file else []
             found = open_weights([*weight_files(folder), *beside])
         self._file_of_key = {key: path for key, (path, _) in found.items()}
         self._slices: dict[str, Any] = {key: part for key, (_, part) in found.items()}

@@ -1,4 +1,4 @@
-"""Routers that no stock class has: a file beside the checkpoint, and what config.json says of it.
+"""Routers that no stock class has: what config.json says of them, and maybe a file beside it.
 
 Such a config.json names a type that stock transformers does not know and therefore refuses; the
 config of the stock class, which has everything but the routers, stands inside. Knows no module.
@@ -21,7 +21,13 @@ STOCK_KEY = "moestro_stock"  # of config.json: the stock class's own config, wit
 TYPE_KEY = "moestro_stock_type"  # a class that is named by hand would find a config of its type
 FACTS_KEY = "moestro_routers"
 ACTIVATIONS = ("relu", "tanh")
+LATER = {"top_k": 0, "layer_top_k": ""}  # what folders did not say at first
 AGAIN = "make the folder anew with `moestro factorize`, or copy all of its files again"
+
+
+def in_proportion(own: int, usual: int, asked: int, num_experts: int) -> int:
+    """Experts per token of a layer that has `own` where `usual` are, where `asked` are instead."""
+    return min(num_experts, max(1, round(own * asked / usual)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,10 @@ class RouterFacts:
 
     Of the k experts with the largest logits those run whose r = max(logit, 0) is at least
     (1 - tau) times the largest one (D2DMoE, arXiv 2310.04361); with tau 1 all k do.
+
+    Layers may differ in k: `layer_top_k` has it for each, written as "24 12 8", where a token is
+    said to have `top_k` experts. Without a `sha256` there is no file: the routers are the stock
+    ones, and `layer_top_k` is all that is not.
     """
 
     module: str  # how the paths of the routers end
@@ -39,6 +49,8 @@ class RouterFacts:
     bias: int  # 1: there is one
     tau: float  # 0 to 1
     sha256: str = ""  # of the file
+    top_k: int = 0  # experts per token, in words; in truth so many only where layers do not differ
+    layer_top_k: str = ""  # empty: they do not
 
     @classmethod
     def of(cls, folder: Path) -> "RouterFacts | None":
@@ -48,7 +60,9 @@ class RouterFacts:
         if raw.get("model_type") != ROUTED_TYPE:
             return None
         try:
-            facts = read_fields(cls, raw.get(FACTS_KEY))
+            said = raw.get(FACTS_KEY)
+            facts = read_fields(cls, LATER | said if isinstance(said, dict) else said)
+            facts._check_layers()
             if (facts.hidden > 0) != (facts.activation in ACTIVATIONS) or facts.hidden < 0:
                 raise ValueError(f"{facts.hidden} hidden neurons, activation {facts.activation!r}")
             if facts.bias not in (0, 1) or not 0 <= facts.tau <= 1:
@@ -58,10 +72,55 @@ class RouterFacts:
         return facts
 
     @property
+    def has_file(self) -> bool:
+        return bool(self.sha256)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """k of each layer; empty where they do not differ."""
+        return tuple(int(word) for word in self.layer_top_k.split())
+
+    def experts_of(self, layer: int, asked: int, num_experts: int) -> int:
+        """k of a layer where `asked` experts per token are: its own in proportion, at least one."""
+        if not self.layer_top_k:
+            return asked
+        return in_proportion(self.layers[layer], self.top_k, asked, num_experts)
+
+    def weight_of(self, layer: int, asked: int) -> float:
+        """What each chosen expert of a layer weighs where `asked` experts per token are.
+
+        The outputs are stored times the layer's own k, and an engine multiplies the sums of all
+        layers with asked / top_k.
+        """
+        return self.top_k / (asked * self.layers[layer]) if self.layer_top_k else 1 / asked
+
+    def density_of(self, layer: int, density: float, num_experts: int) -> float:
+        """Which share of a layer's experts a sequence keeps that keeps `density` of all.
+
+        From none over the layer's own k at top_k of `num_experts` to all at 1, in lines.
+        """
+        if not self.layer_top_k:
+            return density
+        own, usual = self.layers[layer] / num_experts, self.top_k / num_experts
+        if density <= usual:
+            return density * own / usual
+        return own + (density - usual) * (1 - own) / (1 - usual)
+
+    def _check_layers(self) -> None:
+        """Raises ValueError."""
+        words = self.layer_top_k.split()
+        counts = all(word.isdecimal() and int(word) > 0 for word in words)
+        if self.layer_top_k and (not words or not counts or self.top_k < 1):
+            raise ValueError(f"layer_top_k {self.layer_top_k!r}, top_k {self.top_k}")
+
+    @property
     def words(self) -> str:
         """For people, in one line."""
         parts = ["linear"] if not self.hidden else [f"{self.hidden} neurons ({self.activation})"]
         parts += ["a bias"] if self.bias else []
+        if self.layer_top_k:
+            least, most = min(self.layers), max(self.layers)
+            parts.append(f"{least} to {most} experts per token, by layer")
         share = f"experts run from {1 - self.tau:g} of the largest norm on"
         return ", ".join([*parts, share] if self.tau < 1 else parts)
 
@@ -96,9 +155,9 @@ def stock_config(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 def name_routers(folder: Path, facts: RouterFacts) -> None:
     """Makes the stock config.json of `folder`, which has the file already, one of ours."""
-    path = folder / "config.json"
+    path, file = folder / "config.json", folder / ROUTERS_NAME
     stock = json.loads(path.read_text("utf-8"))
-    written = hashlib.sha256((folder / ROUTERS_NAME).read_bytes()).hexdigest()
+    written = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
     outer = {
         "model_type": ROUTED_TYPE,
         # a class that is named by hand asks for no type, but for its sizes

@@ -4,6 +4,7 @@ from .deltas import BITS, PARTS, DeltaFacts, Deltas, low_rank
 from .errors import DownloadCorrupt, FactorizeError, SourceRefused
 from .folder_note import damage, file_sha256, looks_whole, write_note
 from .groups import expert_groups, expert_members, with_none
+from .layer_experts import least_loss
 from .options import ROUTERS, SCALES, SPLITS, SplitOptions
 from .plan import BYTES_FORMAT, Plan, PlanFacts
 from .router_weights import ACTIVATIONS, RouterWeights
@@ -36,6 +37,7 @@ __all__ = [
     "expert_members",
     "file_sha256",
     "key_of",
+    "least_loss",
     "looks_whole",
     "low_rank",
     "publish",

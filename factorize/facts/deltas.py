@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from moestro.cache import read_fields
 
-from .described_file import read_described
+from .described_file import read_described, replace_file
 from .errors import FactorizeError, SourceRefused
 
 DELTAS_FORMATS = {8: 1, 4: 2}  # of a file, by the bits of its thin matrices
@@ -66,7 +66,7 @@ class Deltas:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def write(self, path: Path) -> None:
-        path.write_bytes(self.to_bytes())
+        replace_file(path, self.to_bytes())
 
     @classmethod
     def read(cls, path: Path) -> "Deltas":

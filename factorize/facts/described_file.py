@@ -1,6 +1,7 @@
 """Tensors with facts about them, in one safetensors file."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +23,16 @@ def read_described(path: Path, key: str) -> tuple[dict[str, Any], Tensors]:
     if not isinstance(facts, dict):
         raise TypeError("its facts are no JSON object")
     return facts, tensors
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Whole or not at all: what has the file that was there open, or mapped, keeps that.
+
+    Raises OSError.
+    """
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -20,7 +20,8 @@ FIRST_FORMAT = (  # what plans of format 1 say; the others had their defaults th
     "seed",
 )
 
-AFTER_FORMAT_2 = {"tau": 1.0}  # plans of format 2 say these only where they are something else
+AFTER_FORMAT_2: dict[str, object] = {"tau": 1.0, "layer_top_k": ""}
+"""Plans of format 2 say these only where they are something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,21 @@ class SplitOptions:
     router_hidden: int = 0  # neurons of a trained router's first layer; 0: it has none
     router_bias: int = 0  # 1: a trained router has a bias
     tau: float = 1.0  # experts run from (1 - tau) of the largest foretold norm on; 1: all top_k
+    layer_top_k: str = ""  # "24 12 8": experts per token of each layer, where they differ
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Experts per token of each layer; empty where all have top_k."""
+        return tuple(int(word) for word in self.layer_top_k.split())
+
+    @property
+    def mean_top_k(self) -> float:
+        """Over the layers."""
+        return sum(self.layers) / len(self.layers) if self.layers else float(self.top_k)
+
+    def layer_counts(self, layers: int) -> tuple[int, ...]:
+        """Experts per token of each of so many layers."""
+        return self.layers or (self.top_k,) * layers
 
     @property
     def experts_per_token(self) -> int:
@@ -51,6 +67,14 @@ class SplitOptions:
     def sequence_density(self) -> float:
         """The share of the experts that a prompt keeps where no router chooses; 0 elsewhere."""
         return self.top_k / self.experts if self.router == "none" else 0.0
+
+    def check_layers(self, layers: int) -> None:
+        """Raises FactorizeError where it counts the experts of another number of layers."""
+        if len(self.layer_counts(layers)) != layers:
+            raise FactorizeError(
+                f"{len(self.layers)} layers' experts per token are given, and the model has "
+                f"{layers} layers"
+            )
 
     def expert_neurons(self, neurons: int) -> int:
         """Places for neurons in each routed expert of an FFN's `neurons`. Raises FactorizeError.
@@ -88,6 +112,7 @@ class SplitOptions:
             chosen = getattr(self, word)
             if chosen not in names:
                 yield f"there is no {word} {chosen!r}; choose one of {', '.join(names)}"
+        yield from self._unknown_layers()
         if self.router_steps < 1 or self.router_hidden < 0 or self.router_bias not in (0, 1):
             yield "a router is trained for at least one step, with no or some hidden neurons"
         if not 0 <= self.tau <= 1:
@@ -104,6 +129,22 @@ class SplitOptions:
             )
         if self.router in ("ridge", "none") and (self.router_hidden or self.router_bias):
             yield "only trained routers have hidden neurons or a bias, not ridge and none"
+
+    def _unknown_layers(self) -> Iterator[str]:
+        words = self.layer_top_k.split()
+        if not words:
+            return
+        if not all(word.isdecimal() and 1 <= int(word) <= self.experts for word in words):
+            yield (
+                f"each layer takes 1 to {self.experts} experts per token, not {self.layer_top_k!r}"
+            )
+        elif self.router == "none":
+            yield "without a router the prompt chooses, in all layers alike; leave out layers' own"
+        elif round(self.mean_top_k) != self.top_k:
+            yield (
+                f"the layers take {self.mean_top_k:.2f} experts per token on average, which is "
+                f"not the {self.top_k} that the model is said to take"
+            )
 
 
 def with_defaults(options: dict[str, object]) -> dict[str, object]:

@@ -6,6 +6,7 @@ Letters: L layers, I neurons of one FFN, E experts, H hidden size.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import save
 
 from moestro.cache import read_fields
 
-from .described_file import read_described
+from .described_file import read_described, replace_file
 from .errors import FactorizeError, SourceRefused
 from .options import AFTER_FORMAT_2, COUNTS, FIRST_FORMAT, SplitOptions, with_defaults
 from .router_weights import ACTIVATIONS, RouterWeights, narrow, on_grid, widen
@@ -67,8 +68,13 @@ class Plan:
 
     @property
     def needs_router_file(self) -> bool:
-        """Its routers are more than a stock checkpoint carries."""
+        """Its routers are more than a stock checkpoint carries, but for the layers' numbers."""
         return self.facts.options.tau < 1 or any(self.router_weights.beyond_stock())
+
+    @property
+    def layer_counts(self) -> tuple[int, ...]:
+        """Experts per token of each layer."""
+        return self.facts.options.layer_counts(len(self.order))
 
     def check_recoverable(self) -> None:
         """Raises FactorizeError where there are no linear routers of top_k experts to train."""
@@ -114,12 +120,19 @@ class Plan:
         weights = RouterWeights(on_grid(routers))
         return replace(self, router_weights=weights, facts=facts, format=BYTES_FORMAT)
 
+    def with_layers(self, counts: Sequence[int], facts: PlanFacts) -> "Plan":
+        """The same with so many experts per token in each layer."""
+        options = replace(facts.options, layer_top_k=" ".join(map(str, counts)))
+        return replace(
+            self, facts=replace(facts, options=options), format=max(self.format, PLAN_FORMAT)
+        )
+
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def write(self, path: Path) -> None:
-        path.write_bytes(self.to_bytes())
+        replace_file(path, self.to_bytes())
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
@@ -136,7 +149,8 @@ class Plan:
 
     def check_fits(self, layers: int, neurons: int, hidden: int, source_sha256: str) -> None:
         """Raises SourceRefused unless the plan was made from this very model."""
-        experts, routers = self.facts.options.experts, self.router_weights
+        options, routers = self.facts.options, self.router_weights
+        experts = options.experts
         width = hidden if routers.first is None else routers.first.shape[1]
         found = {"order": self.order, "scales": self.scales} | routers.tensors()
         wanted: dict[str, tuple[int, ...]] = {
@@ -146,7 +160,8 @@ class Plan:
             "first": (layers, width, hidden),
             "bias": (layers, experts),
         }
-        if any(tuple(tensor.shape) != wanted[name] for name, tensor in found.items()):
+        fits = all(tuple(tensor.shape) == wanted[name] for name, tensor in found.items())
+        if not fits or len(options.layer_counts(layers)) != layers:
             raise SourceRefused(
                 f"the plan was made for {self.facts.source}, whose shapes are others"
             )

@@ -61,6 +61,7 @@ def make_plan(
     """
     dense = DenseModel.open(source)
     options.expert_neurons(dense.neurons)
+    options.check_layers(dense.layers)
     source_sha256 = dense.content_sha256()
     place = WorkFolder(work) if work is not None else None
     windows = _windows(source, options, calibration_texts, place, source_sha256, progress)

@@ -44,7 +44,8 @@ class Stages:
         o = options
         split = (*observed, o.split, o.experts, o.shared_neurons, o.seed)
         form = (o.router_steps, o.router_hidden, o.router_bias, *(["norms"] if o.tau < 1 else []))
-        route = (*split, o.top_k, o.router, o.scale, o.ridge, *form)
+        layers = [o.layer_top_k] if o.layer_top_k else []
+        route = (*split, o.top_k, o.router, o.scale, o.ridge, *form, *layers)
         self.collected = place.inside(f"collect-{key_of(*observed)}") if place else None
         self._split = place.inside(f"split-{key_of(*split)}") if place else None
         self._routed = place.inside(f"route-{key_of(*route)}") if place else None
@@ -65,7 +66,10 @@ class Stages:
         order = self._order(layer, sample)
         groups = expert_groups(order, self._options)
         whole = _with_none(sample) if self._options.has_empty_places(len(order)) else sample
-        fit = LayerFit(order, *route(whole, groups, self._options))
+        own = self._options
+        if own.layers:
+            own = replace(own, top_k=own.layers[layer], layer_top_k="")
+        fit = LayerFit(order, *route(whole, groups, own))
         if self._routed is not None:
             numbers = {"scale": fit.scale, "hit": fit.hit}
             exact = {n: torch.tensor(value, dtype=torch.float64) for n, value in numbers.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from moestro.engine import in_proportion
 from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan, expert_members
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -167,6 +168,7 @@ class Student:
     def __init__(self, model: Any, plan: Plan, rank: int, start: Deltas | None = None) -> None:
         """`start`: deltas of `plan` to begin with. Raises FactorizeError for a larger rank."""
         self.model = model.requires_grad_(False)
+        self.plan = plan
         model.lm_head = FrozenLinear(model.lm_head)
         self.ffns: list[StudentFFN] = []
         for layer, order, router, scale in zip(
@@ -192,9 +194,15 @@ class Student:
 
     @contextmanager
     def active(self, top_k: int | None, prompt_tokens: int | None = None) -> Iterator[None]:
-        """Inside, `top_k` experts of each layer; None is the teacher."""
-        for ffn in self.ffns:
-            ffn.top_k, ffn.prompt_tokens = top_k, prompt_tokens
+        """Inside, `top_k` experts of each layer, or what it has where a token is said to have so
+
+        many; None is the teacher.
+        """
+        options = self.plan.facts.options
+        for ffn, own in zip(self.ffns, self.plan.layer_counts, strict=True):
+            ffn.prompt_tokens = prompt_tokens
+            if top_k is not None:
+                ffn.top_k = in_proportion(own, options.top_k, top_k, options.experts)
         try:
             yield
         finally:

@@ -325,6 +325,7 @@ def factorize(
     experts: making.Experts = 24,
     shared: making.Shared = 768,
     top_k: making.TopK = 12,
+    layer_top_k: making.LayerTopK = "same",
     split: making.Split = "coactivation",
     router: making.Router = "ridge",
     router_steps: making.RouterSteps = 300,
@@ -356,7 +357,7 @@ def factorize(
     Examples:
       moestro factorize demo-dense ./demo-moe --calibration text.txt --write-plan plan.safetensors
       moestro factorize ./my-llama ./my-moe --experts 8 --shared 0 --top-k 6 --work ./work
-      moestro factorize ./my-llama ./my-moe --router norm --router-hidden 128 --tau 0.8
+      moestro factorize ./my-llama ./my-moe --router norm --tau 0.8
       moestro factorize ./my-llama ./my-moe --calibration text.txt --recover repair,lora
       moestro factorize ./my-llama ./my-moe --dry-run
       moestro factorize --show-plan plan.safetensors

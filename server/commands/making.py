@@ -12,6 +12,8 @@ from moestro.server.facts import Refused
 
 from .start import watched_progress
 
+SAME, MEASURED = "same", "measured"  # in place of a number of experts for each layer
+
 
 @contextmanager
 def _refusals() -> Iterator[None]:
@@ -41,6 +43,7 @@ def factorize(
     recover_rank: int = 5,
     recover_bits: int = 8,
     recover_mode: str = "token",
+    layer_top_k: str = SAME,
     deltas: Path | None = None,
     write_deltas: Path | None = None,
     **choices: Any,
@@ -53,10 +56,17 @@ def factorize(
         bounds = (recover_minutes, recover_steps, recover_tokens, recover_rank)
         stages, modes = toolbox.recovery_stages(recover), toolbox.recovery_modes(recover_mode)
         recovery = toolbox.RecoverOptions(stages, *bounds, seed, modes, recover_bits)
+    named = layer_top_k in (SAME, MEASURED)
+    layers = "" if named else " ".join(layer_top_k.replace(",", " ").split())
     options = toolbox.SplitOptions(
-        shared_neurons=shared, seed=seed, router_bias=int(router_bias), **choices
+        shared_neurons=shared,
+        seed=seed,
+        router_bias=int(router_bias),
+        layer_top_k=layers,
+        **choices,
     )
-    inputs = toolbox.Inputs(tuple(calibration), plan, deltas, work, cache_dir)
+    measured = layer_top_k == MEASURED
+    inputs = toolbox.Inputs(tuple(calibration), plan, deltas, work, cache_dir, measured)
     outputs = toolbox.Outputs(write_plan, write_deltas)
     with _refusals():
         if dry_run:

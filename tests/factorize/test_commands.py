@@ -2,6 +2,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -298,3 +299,56 @@ def test_recoveries_that_cannot_be_are_refused_before_any_work(
 ) -> None:
     with pytest.raises(FactorizeError, match=words):
         run_factorize("/none", tmp_path / "out", SPLIT, given, Outputs(), quiet, recovery=recovery)
+
+
+def test_layers_take_what_was_measured(long_dense: Path, texts: list[Path], tmp_path: Path) -> None:
+    """Of a new plan, and of one that is there; what was measured can be given by hand."""
+    outputs, given = Outputs(plan=tmp_path / "plan.safetensors"), Inputs(calibration=tuple(texts))
+    run_factorize(str(long_dense), tmp_path / "same", SPLIT, given, outputs, quiet)
+    same = Plan.read(tmp_path / "plan.safetensors")
+    measuring = replace(given, measures_layers=True)
+    said = run_dry(str(long_dense), tmp_path / "out", SPLIT, measuring)
+    assert re.search(r"^layers +0", said, re.MULTILINE)
+    said = run_factorize(str(long_dense), tmp_path / "out", SPLIT, measuring, outputs, quiet)
+    found = Plan.read(tmp_path / "plan.safetensors")
+    assert "--layer-top-k measured" in found.facts.command
+    counts = found.layer_counts
+    assert max(counts) > min(counts) and sum(counts) <= 3 * 3
+    assert f"{min(counts)} to {max(counts)} ({sum(counts) / 3:.4g} on average) per token" in said
+    assert f"experts per token: {' '.join(map(str, counts))}" in show_plan(
+        tmp_path / "plan.safetensors"
+    )
+    same.write(tmp_path / "same.safetensors")
+    of_plan = replace(measuring, plan=tmp_path / "same.safetensors")
+    run_factorize(str(long_dense), tmp_path / "of-plan", SPLIT, of_plan, Outputs(), quiet)
+    by_hand = replace(SPLIT, layer_top_k=" ".join(map(str, counts)))
+    run_factorize(str(long_dense), tmp_path / "by-hand", by_hand, given, Outputs(), quiet)
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("out", "of-plan", "by-hand", "same")
+    ]
+    assert weights[0] == weights[1] == weights[2] != weights[3]
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "words"),
+    [
+        ({}, {"calibration": ()}, "looks at text that people wrote; give --calibration"),
+        ({"router": "none"}, {}, "needs linear routers"),
+        ({"router": "norm", "router_bias": 1}, {}, "needs linear routers"),
+        ({}, {"plan": Path("p"), "deltas": Path("d")}, "measure them before a recovery"),
+    ],
+)
+def test_layers_that_cannot_be_measured(
+    options: dict[str, Any],
+    inputs: dict[str, Any],
+    words: str,
+    long_dense: Path,
+    texts: list[Path],
+    tmp_path: Path,
+) -> None:
+    given = replace(Inputs(calibration=tuple(texts), measures_layers=True), **inputs)
+    with pytest.raises(FactorizeError, match=words):
+        run_factorize(
+            str(long_dense), tmp_path / "out", replace(SPLIT, **options), given, Outputs(), quiet
+        )

@@ -61,7 +61,7 @@ def test_shares_are_means_over_tokens_and_add_up_over_chunks():
 def test_rows_of_all_kept_experts_repeat_behind_the_others():
     ids, weights = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.full((3, 2), 0.5)
     kept = Kept([(5, 0, 3)], [6], CPU)
-    rows = StepRows(3, [], {1: kept}, 0.25, [None])
+    rows = StepRows(3, [], {1: kept}, [0.25], [None])
     hidden = torch.tensor([[1.0], [2.0], [3.0]])
     spread = rows.spread(0, hidden, ids, weights)
     assert spread.ids.tolist() == [[0, 1], [5, 0], [4, 5], [3, 0]]
@@ -73,5 +73,7 @@ def test_rows_of_all_kept_experts_repeat_behind_the_others():
 
 @pytest.mark.parametrize(("weight", "wanted"), [(0.5, [5, 0, 3]), (None, [0, 5, 3])])
 def test_guesses_are_the_fixed_set(weight, wanted):
-    rows = StepRows(2, [], {1: Kept([(5, 0, 3)], [6], CPU)}, weight, [None])
+    rows = StepRows(
+        2, [], {1: Kept([(5, 0, 3)], [6], CPU)}, None if weight is None else [weight], [None]
+    )
     assert rows.guesses(0, [[1, 2], [0, 4], [4, 0]]) == [[1, 2], wanted]  # the last one repeats

@@ -221,3 +221,39 @@ def test_tau_is_said_where_it_is_not_one(plan: Plan, tmp_path: Path) -> None:
 def test_a_threshold_needs_foretold_norms(options: SplitOptions, words: str) -> None:
     with pytest.raises(FactorizeError, match=words):
         options.expert_neurons(2304)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (SplitOptions(layer_top_k="12 x"), "1 to 24 experts per token, not '12 x'"),
+        (SplitOptions(layer_top_k="25 1"), "1 to 24 experts per token"),
+        (SplitOptions(layer_top_k="0 24"), "1 to 24 experts per token"),
+        (SplitOptions(layer_top_k="24 2"), "13.00 experts per token on average"),
+        (SplitOptions(layer_top_k="20 4", router="none"), "the prompt chooses, in all layers"),
+    ],
+)
+def test_layers_that_do_not_work_out(options: SplitOptions, words: str) -> None:
+    with pytest.raises(FactorizeError, match=words):
+        options.expert_neurons(1536)
+
+
+def test_layers_are_said_where_they_differ(plan: Plan, tmp_path: Path) -> None:
+    uneven = plan.with_layers((4, 3, 2), plan.facts)
+    uneven.write(tmp_path / "plan.safetensors")
+    again = Plan.read(tmp_path / "plan.safetensors")
+    assert again.sha256 == uneven.sha256 != plan.sha256
+    assert again.layer_counts == (4, 3, 2) and plan.layer_counts == (3, 3, 3)
+    assert b"layer_top_k" not in plan.to_bytes()
+    with pytest.raises(SourceRefused, match="shapes are others"):
+        plan.with_layers((4, 2), plan.facts).check_fits(3, 64, 32, plan.facts.source_sha256)
+
+
+def test_a_plan_that_is_in_use_can_be_written_over(plan: Plan, tmp_path: Path) -> None:
+    """Its tensors are mapped from the file: `--plan P --write-plan P` reads and writes one."""
+    path = tmp_path / "plan.safetensors"
+    plan.write(path)
+    mapped = Plan.read(path)
+    replace(plan, order=plan.order.flip(1), scales=plan.scales * 3).write(path)
+    assert torch.equal(mapped.order, plan.order) and torch.equal(mapped.scales, plan.scales)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]

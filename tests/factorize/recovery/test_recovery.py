@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from moestro.engine import Progress
 from moestro.factorize import FactorizeError, Plan, apply_plan
+from moestro.factorize.evaluate import load_model
 from moestro.factorize.recovery.distill import DistillOptions, Lesson, distill
 from moestro.factorize.recovery.distill import divergence as loss_and_slope
 from moestro.factorize.recovery.kept import KeptFile
+from moestro.factorize.recovery.layer_losses import measured_layers
 from moestro.factorize.recovery.recover import (
     RecoverOptions,
     recover,
@@ -78,6 +80,59 @@ def test_with_masks_it_is_the_twin(
         wanted = twin(ids).logits.log_softmax(-1)
     student = Student(dense_model(dense), plan, rank=2)
     assert (logits(student, ids, plan.facts.options.top_k) - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("asked", [3, 1, 4])
+def test_layers_with_numbers_of_their_own_are_the_twins(
+    asked: int, dense: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float32_only(monkeypatch)
+    uneven = plan.with_layers((4, 3, 2), plan.facts)
+    apply_plan(uneven, dense, tmp_path / "twin", quiet)
+    ids = windows(2)
+    with torch.no_grad():
+        wanted = load_model(tmp_path / "twin", asked)(ids).logits.log_softmax(-1)
+    student = Student(dense_model(dense), uneven, rank=2)
+    assert (logits(student, ids, asked) - wanted).abs().max() < 1e-4
+
+
+def test_layers_are_measured_on_a_text(
+    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many experts in all as before, and nearer to the dense model on that text."""
+    float32_only(monkeypatch)
+    ids = windows()
+    counts = measured_layers(dense_model(dense), plan, ids, quiet)
+    assert counts != plan.layer_counts and sum(counts) <= sum(plan.layer_counts)
+    uneven = plan.with_layers(counts, plan.facts)
+    assert whole_divergence(dense, uneven, ids) < whole_divergence(dense, plan, ids)
+
+
+def test_what_a_layer_loses_is_what_the_whole_model_does(
+    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float32_only(monkeypatch)
+    monkeypatch.setattr("moestro.factorize.recovery.layer_losses.STRIDE", 1)
+    seen: list[list[dict[int, float]]] = []
+
+    def all_alike(losses: list[dict[int, float]], total: int) -> tuple[int, ...]:
+        seen.append(losses)
+        return plan.layer_counts
+
+    monkeypatch.setattr("moestro.factorize.recovery.layer_losses.least_loss", all_alike)
+    measured_layers(dense_model(dense), plan, windows(), quiet)
+    counts = list(plan.layer_counts)
+    counts[1] = EXPERTS
+    uneven = plan.with_layers(counts, plan.facts)
+    more = whole_divergence(dense, uneven, windows()) - whole_divergence(dense, plan, windows())
+    assert seen[0][1][EXPERTS] == pytest.approx(more, abs=1e-5)
+
+
+def whole_divergence(dense: Path, plan: Plan, ids: torch.Tensor) -> float:
+    """At all places but the last, with as many experts as the plan says."""
+    student, top_k = Student(dense_model(dense), plan, rank=1), plan.facts.options.top_k
+    wanted, found = logits(student, ids, None)[:, :-1], logits(student, ids, top_k)[:, :-1]
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
 
 def test_bfloat16_products_stay_near(student: Student, plan: Plan, dense: Path) -> None:

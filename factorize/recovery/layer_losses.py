@@ -1,0 +1,79 @@
+"""What each layer loses with fewer or more experts than the others, measured on a text."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from moestro.engine import Progress, ProgressFn
+from moestro.factorize.facts import Plan, least_loss
+
+from .student import Student
+
+TRIES = 3  # numbers of experts that each layer is tried with, beside the usual one
+STRIDE = 4  # of the tokens whose predictions are compared
+
+
+@torch.no_grad()
+def measured_layers(
+    model: Any, plan: Plan, windows: torch.Tensor, progress: ProgressFn
+) -> tuple[int, ...]:
+    """Experts per token of each layer, as many in all as `plan` has, of the least loss.
+
+    `model` is the dense model of `plan`, which this changes; `windows` [N, S] are token ids. Each
+    layer is run alone with fewer and with all experts while the others take top_k: the loss is how
+    far the next-token distribution diverges from the dense one's.
+    """
+    student, options = Student(model, plan, rank=1), plan.facts.options
+    k, experts = options.top_k, options.experts
+    tries = sorted({max(1, k // 2), max(1, k * 2 // 3), experts} - {k})
+    assert len(tries) <= TRIES
+    losses = _Losses(student, windows, k)
+    table: list[dict[int, float]] = []
+    for layer in range(len(student.ffns)):
+        progress(Progress("layers", layer, len(student.ffns), "layers"))
+        table.append({k: 0.0} | {count: losses.of(layer, count) for count in tries})
+    progress(Progress("layers", len(student.ffns), len(student.ffns), "layers"))
+    return least_loss(table, k * len(student.ffns))
+
+
+class _Losses:
+    """Of one student. What comes before the layer in question is computed once."""
+
+    def __init__(self, student: Student, windows: torch.Tensor, top_k: int) -> None:
+        self._student, self._top_k = student, top_k
+        self._model = student.model.model
+        places = torch.arange(windows.shape[1])[None]
+        rows = self._model.embed_tokens(windows)
+        self._turns = self._model.rotary_emb(rows, position_ids=places)
+        self._wanted = [*self._distributions(self._pass(rows, 0, None)[-1])]
+        self._before = self._pass(rows, 0, [top_k] * len(student.ffns))
+        self._usual = self._divergence(self._before[-1])
+
+    def of(self, layer: int, count: int) -> float:
+        """More than with the usual number in all layers."""
+        counts = [self._top_k] * len(self._student.ffns)
+        counts[layer] = count
+        return self._divergence(self._pass(self._before[layer], layer, counts)[-1]) - self._usual
+
+    def _pass(
+        self, rows: torch.Tensor, first: int, counts: Sequence[int] | None
+    ) -> list[torch.Tensor]:
+        """[N, S, H] before each layer from `first` on, and after the last. None: all neurons."""
+        found = [rows]
+        for place in range(first, len(self._student.ffns)):
+            self._student.ffns[place].top_k = None if counts is None else counts[place]
+            layer = self._model.layers[place]
+            found.append(layer(found[-1], position_embeddings=self._turns))
+        return found
+
+    def _divergence(self, rows: torch.Tensor) -> float:
+        total = 0.0
+        for wanted, found in zip(self._wanted, self._distributions(rows), strict=True):
+            total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        return total / len(self._wanted)
+
+    def _distributions(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Of one window after the other [S / STRIDE, V]."""
+        student = self._student
+        return map(student.log_probabilities, self._model.norm(rows)[:, :-1:STRIDE])
