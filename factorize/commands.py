@@ -108,11 +108,13 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
         return
     recovery.check()
     if inputs.plan is None and options.router == "none":
-        raise FactorizeError("recovery trains routers, and --router none has none; leave one out")
+        raise FactorizeError(
+            "recovery practises what routers choose, and --router none has none; leave one out"
+        )
     if inputs.plan is None and router_lines(options):
         raise FactorizeError(
-            "recovery trains linear routers alone; leave out --router-hidden, --router-bias and "
-            "--tau, or --recover"
+            "recovery practises what linear routers choose; leave out --router-hidden, "
+            "--router-bias and --tau, or --recover"
         )
     if not inputs.calibration:
         raise FactorizeError("recovery learns from text that people wrote; give --calibration")

@@ -77,10 +77,10 @@ class Plan:
         return self.facts.options.layer_counts(len(self.order))
 
     def check_recoverable(self) -> None:
-        """Raises FactorizeError where there are no linear routers of top_k experts to train."""
+        """Raises FactorizeError where there are no linear routers, whose choices are practised."""
         if self.facts.options.router == "none":
             raise FactorizeError(
-                "the plan has no routers, which is what recovery trains; make one with --router "
+                "the plan has no routers, whose choices recovery practises; make one with --router "
                 "ridge, and recover it in --recover-mode sequence for choices by the prompt"
             )
         self.check_carried()
@@ -93,7 +93,7 @@ class Plan:
         if needed:
             raise FactorizeError(
                 f"the plan's routers have {' and '.join(needed)}, which no stock checkpoint "
-                "carries and recovery does not train; make a plan with linear routers "
+                "carries and recovery does not practise; make a plan with linear routers "
                 "(router_hidden 0, router_bias 0, tau 1)"
             )
 

@@ -1,8 +1,9 @@
 """Teaches the student, end to end, to predict what the dense model predicts.
 
-Low-rank deltas on gate, up and down (Hu et al., 2021, "LoRA") and the routers learn; the loss is
-the divergence of the student's next-token distribution from the teacher's (Hinton et al., 2015).
-The same seed, steps and threads give the same result on one machine.
+Low-rank deltas on gate, up and down learn (Hu et al., 2021, "LoRA"); the loss is the divergence of
+the student's next-token distribution from the teacher's (Hinton et al., 2015). Routers stay as they
+are: what a choice of experts costs has no derivative, and stand-ins for it were noise. The same
+seed, steps and threads give the same result on one machine.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from moestro.engine import Progress, ProgressFn
 from moestro.factorize.facts import FactorizeError
 
+from .directions import begin_along_slopes
 from .student import Student
 
 TIMED_STEPS = 8  # before a bound in minutes becomes a number of steps
@@ -25,6 +27,7 @@ LEAST_RATE = 0.05  # of the full one, at the end
 BETAS = (0.9, 0.98)
 CLIP_NORM = 1.0
 ROWS = 32  # of logits at a time
+SLOPE_WINDOWS = 12  # that tell the directions in which deltas begin, twice
 KEEP_STEPS = 20  # between two notes of where it stands
 
 
@@ -41,12 +44,11 @@ class DistillOptions:
 
     steps: int | None = None  # None: as many as fit into the minutes
     minutes: float = 60.0
-    rank: int = 5
-    lessons: tuple[Lesson, ...] = (Lesson(12), Lesson(12), Lesson(6))  # in turns
-    into_rate: float = 2e-3
-    out_of_rate: float = 4e-4
-    router_rate: float = 3e-3  # of the routers' spread
+    lessons: tuple[Lesson, ...] = (Lesson(12), Lesson(12), Lesson(12), Lesson(6))  # in turns
+    into_rate: float = 1e-3
+    out_of_rate: float = 2e-4
     seed: int = 0
+    goes_on: bool = False  # from deltas that are there: they begin where they are
 
 
 @dataclass(slots=True)
@@ -81,11 +83,10 @@ class Kept(Protocol):
 
 def begin(student: Student, windows: int, options: DistillOptions) -> Distillation:
     groups = student.learning()
-    spread = float(torch.stack([router.detach().std() for router in groups["routers"]]).mean())
-    rates = [options.out_of_rate, options.into_rate, options.router_rate * spread]
+    rates = [options.out_of_rate, options.into_rate]
     parameters = [
         {"params": groups[name], "lr": rate}
-        for name, rate in zip(("out_of", "into", "routers"), rates, strict=True)
+        for name, rate in zip(("out_of", "into"), rates, strict=True)
     ]
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(windows, generator=generator)
@@ -105,37 +106,59 @@ def distill(
 
     Raises FactorizeError if it diverges.
     """
+    first_s = clock()
     state = begin(student, len(windows), options)
-    if kept is not None:
-        kept.restore(state)
+    if not (kept is not None and kept.restore(state)) and not options.goes_on:
+        _point(student, windows[state.order], options, progress)
+        state = begin(student, len(windows), options)
     began_s, began = clock(), state.done
     while state.steps is None or state.done < state.steps:
         if state.steps is None and state.done == began + TIMED_STEPS:
             step_s = (clock() - began_s) / TIMED_STEPS
-            state.steps = max(TIMED_STEPS, int(60 * options.minutes / max(step_s, 1e-6)))
+            left_s = 60 * options.minutes - (began_s - first_s)
+            state.steps = max(began + TIMED_STEPS, int(left_s / max(step_s, 1e-6)))
             continue
         lesson = options.lessons[state.done % len(options.lessons)]
         window = windows[state.order[state.done % len(windows)]][None]
         loss = _step(state, window, lesson)
-        if not math.isfinite(loss):
-            raise FactorizeError(
-                f"recovery diverged at step {state.done}: the loss is {loss}; give other texts"
-            )
+        _check_finite(loss, state.done)
         progress(Progress("distill", state.done, state.steps or 0, "steps"))
         if kept is not None and state.steps and state.done % KEEP_STEPS == 0:
             kept.keep(state)
     return state.done
 
 
+def _check_finite(loss: float, done: int) -> None:
+    """Raises FactorizeError."""
+    if not math.isfinite(loss):
+        raise FactorizeError(
+            f"recovery diverged at step {done}: the loss is {loss}; give other texts"
+        )
+
+
+def _point(
+    student: Student, windows: torch.Tensor, options: DistillOptions, progress: ProgressFn
+) -> None:
+    """Begins the deltas along the slopes of the last `windows` [N, S], which are read last."""
+    told, lesson = windows[-SLOPE_WINDOWS:], options.lessons[0]
+    done = 0
+
+    def slopes() -> None:
+        nonlocal done
+        for window in told:
+            progress(Progress("directions", done, 2 * len(told), "windows"))
+            found, slope, loss = _slope(student, window[None], lesson)
+            _check_finite(loss, 0)
+            found.backward(slope)  # type: ignore[no-untyped-call]
+            done += 1
+
+    begin_along_slopes(student.parts(), slopes, options.seed)
+    progress(Progress("directions", done, 2 * len(told), "windows"))
+
+
 def _step(state: Distillation, window: torch.Tensor, lesson: Lesson) -> float:
-    """The loss at all places of one window [1, S], or at those behind a prompt that chose."""
-    student, tokens = state.student, window.shape[1]
-    prompt_tokens = tokens // 2 if lesson.by_prompt else None
-    places = slice(prompt_tokens or 0, tokens - 1)
-    with torch.no_grad():
-        wanted = student.hidden(window, None)[0, places]
-    found = student.hidden(window, lesson.top_k, prompt_tokens)[0, places]
-    loss, slope = divergence(student, wanted, found.detach())
+    """The loss before it."""
+    found, slope, loss = _slope(state.student, window, lesson)
     state.scale_rates()
     state.optimizer.zero_grad()
     found.backward(slope)  # type: ignore[no-untyped-call]
@@ -144,6 +167,23 @@ def _step(state: Distillation, window: torch.Tensor, lesson: Lesson) -> float:
     state.optimizer.step()
     state.done += 1
     return loss
+
+
+def _slope(
+    student: Student, window: torch.Tensor, lesson: Lesson
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(what the student found [T, H], the loss's slope by it, the loss) of one window [1, S].
+
+    At all of its places, or at those behind a prompt that chose.
+    """
+    tokens = window.shape[1]
+    prompt_tokens = tokens // 2 if lesson.by_prompt else None
+    places = slice(prompt_tokens or 0, tokens - 1)
+    with torch.no_grad():
+        wanted = student.hidden(window, None)[0, places]
+    found = student.hidden(window, lesson.top_k, prompt_tokens)[0, places]
+    loss, slope = divergence(student, wanted, found.detach())
+    return found, slope, loss
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from moestro.factorize.facts import Plan, least_loss
 
 from .student import Student
 
-TRIES = 3  # numbers of experts that each layer is tried with, beside the usual one
+TRIES = 2  # numbers of experts that each layer is tried with, beside the usual one
+SURE = 2.0  # standard errors that a change loses in addition, for what is only the text's chance
 STRIDE = 4  # of the tokens whose predictions are compared
 
 
@@ -22,11 +23,11 @@ def measured_layers(
 
     `model` is the dense model of `plan`, which this changes; `windows` [N, S] are token ids. Each
     layer is run alone with fewer and with all experts while the others take top_k: the loss is how
-    far the next-token distribution diverges from the dense one's.
+    far the next-token distribution diverges from the dense one's, less sure where windows differ.
     """
     student, options = Student(model, plan, rank=1), plan.facts.options
-    k, experts = options.top_k, options.experts
-    tries = sorted({max(1, k // 2), max(1, k * 2 // 3), experts} - {k})
+    k = options.top_k
+    tries = sorted({max(1, k * 2 // 3), options.experts} - {k})
     assert len(tries) <= TRIES
     losses = _Losses(student, windows, k)
     table: list[dict[int, float]] = []
@@ -48,13 +49,15 @@ class _Losses:
         self._turns = self._model.rotary_emb(rows, position_ids=places)
         self._wanted = [*self._distributions(self._pass(rows, 0, None)[-1])]
         self._before = self._pass(rows, 0, [top_k] * len(student.ffns))
-        self._usual = self._divergence(self._before[-1])
+        self._usual = self._divergences(self._before[-1])
 
     def of(self, layer: int, count: int) -> float:
-        """More than with the usual number in all layers."""
+        """More than with the usual number in all layers, at most but for rare texts."""
         counts = [self._top_k] * len(self._student.ffns)
         counts[layer] = count
-        return self._divergence(self._pass(self._before[layer], layer, counts)[-1]) - self._usual
+        found = self._divergences(self._pass(self._before[layer], layer, counts)[-1]) - self._usual
+        error = found.std() / len(found) ** 0.5 if len(found) > 1 else torch.tensor(0.0)
+        return float(found.mean() + SURE * error)
 
     def _pass(
         self, rows: torch.Tensor, first: int, counts: Sequence[int] | None
@@ -67,11 +70,12 @@ class _Losses:
             found.append(layer(found[-1], position_embeddings=self._turns))
         return found
 
-    def _divergence(self, rows: torch.Tensor) -> float:
-        total = 0.0
-        for wanted, found in zip(self._wanted, self._distributions(rows), strict=True):
-            total += float((wanted.exp() * (wanted - found)).sum(-1).mean())
-        return total / len(self._wanted)
+    def _divergences(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N], of each window."""
+        pairs = zip(self._wanted, self._distributions(rows), strict=True)
+        return torch.tensor(
+            [float((wanted.exp() * (wanted - found)).sum(-1).mean()) for wanted, found in pairs]
+        )
 
     def _distributions(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Of one window after the other [S / STRIDE, V]."""

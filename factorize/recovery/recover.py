@@ -1,4 +1,4 @@
-"""Recovery as one stage: from a plan to a plan with better routers, and deltas of the weights."""
+"""Recovery as one stage: from a plan to deltas of the weights, and the plan that tells of them."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from .student import Student
 
 STAGES = ("repair", "lora")
 MODES = ("token", "sequence")
-RECIPE = 2  # counts the ways a distillation has been done: a kept one of another does not go on
+RECIPE = 3  # counts the ways a distillation has been done: a kept one of another does not go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +92,12 @@ def recover(
         lessons = _lessons(plan, options)
         if start is not None:
             # near the end of what can be learnt, the first rates would undo it
-            lessons = replace(lessons, into_rate=2e-4, out_of_rate=4e-5, router_rate=1.5e-3)
+            lessons = replace(lessons, into_rate=2e-4, out_of_rate=4e-5, goes_on=True)
         kept = None if state is None else KeptFile(state, _key(plan, windows, options, start))
         steps = distill(student, windows, lessons, progress, kept=kept)
         tensors |= _low_rank_parts(student, options)
     words = _words(options, steps)
-    routers = torch.stack([ffn.router.detach() for ffn in student.ffns])
-    facts = replace(plan.facts, method=f"{plan.facts.method}; {words}")
-    recovered = plan.with_routers(routers, facts)
+    recovered = replace(plan, facts=replace(plan.facts, method=f"{plan.facts.method}; {words}"))
     made = DeltaFacts(
         plan_sha256=recovered.sha256,
         texts_sha256=_sha256(windows),
@@ -118,10 +116,10 @@ def _whole_parts(student: Student) -> torch.Tensor:
 
 
 def _lessons(plan: Plan, options: RecoverOptions) -> DistillOptions:
-    """Two steps at the plan's own number of experts for each at half of it, in each mode."""
+    """Three steps at the plan's own number of experts for one at half of it; one by the prompt."""
     top_k = plan.facts.options.top_k
     turns = {
-        "token": (Lesson(top_k), Lesson(top_k), Lesson(max(1, top_k // 2))),
+        "token": (*[Lesson(top_k)] * 3, Lesson(max(1, top_k // 2))),
         "sequence": (Lesson(top_k, by_prompt=True),),
     }
     return DistillOptions(
@@ -147,8 +145,7 @@ def _words(options: RecoverOptions, steps: int) -> str:
     bits = "" if options.bits == 8 else f" in int{options.bits}"
     words = {
         "repair": "down projections repaired layer by layer",
-        "lora": f"{steps} steps of distillation into deltas of rank {options.rank}{bits} and "
-        f"the routers{modes}",
+        "lora": f"{steps} steps of distillation into deltas of rank {options.rank}{bits}{modes}",
     }
     return ", ".join(words[stage] for stage in STAGES if stage in options.stages)
 

@@ -1,8 +1,8 @@
 """The dense model made to compute what its factorized twin will, differentiable: the student.
 
 All neurons are computed and those of experts that the router leaves out are set to zero: slower
-than the twin, but gradients reach the weights, the router and what was left out. With the masks off
-it is the teacher. Letters: T tokens, H hidden size, I neurons, E experts, r rank.
+than the twin, but in products that are fast. With the masks off it is the teacher. Letters:
+T tokens, H hidden size, I neurons, E experts, r rank.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from moestro.engine import in_proportion
 from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan, expert_members
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
-GATE_WIDTH = 0.5  # of the logistic curve that stands in for the mask's derivative, in logits
 
 
 class FrozenLinear(nn.Module):
@@ -49,7 +48,7 @@ class LowRank(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.linear = FrozenLinear(linear)
-        outputs, inputs = linear.weight.shape
+        outputs, inputs = self.shape = tuple(linear.weight.shape)
         first = torch.randn(rank, inputs, generator=generator) / inputs**0.5
         self.out_of = nn.Parameter(first)  # [r, inputs]
         self.into = nn.Parameter(torch.zeros(outputs, rank))  # [outputs, r]
@@ -106,7 +105,7 @@ class StudentFFN(nn.Module):
         self.gate = LowRank(_linear(mlp, "gate_proj"), rank, generator)
         self.up = LowRank(_linear(mlp, "up_proj"), rank, generator)
         self.down = LowRank(_linear(mlp, "down_proj"), rank, generator)
-        self.router = nn.Parameter(router.float())  # [E, H]
+        self.router = router.float()  # [E, H]
         self.top_k: int | None = None
         self.prompt_tokens: int | None = None
         self.scale = scale  # of the sum of the experts that are on
@@ -116,7 +115,7 @@ class StudentFFN(nn.Module):
         changed = self.top_k is not None
         neurons = self.act_fn(self.gate(inputs, changed=changed)) * self.up(inputs, changed=changed)
         if self.top_k is not None:
-            mask = straight_through(inputs @ self.router.T, self.top_k)
+            mask = largest(inputs.detach() @ self.router.T, self.top_k)
             if self.prompt_tokens is not None:
                 mask = self._chosen_by_prompt(mask, neurons, self.top_k, self.prompt_tokens)
             mask = mask * self.scale
@@ -150,16 +149,9 @@ def _multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def straight_through(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """[..., E] ones for the `top_k` largest of `logits`; backwards, a logistic curve round their
-
-    border (Bengio et al., 2013, "Estimating or propagating gradients through stochastic neurons").
-    """
-    ranked = logits.detach().topk(min(top_k + 1, logits.shape[-1]), dim=-1)
-    mask = torch.zeros_like(logits).scatter(-1, ranked.indices[..., :top_k], 1.0)
-    border = ranked.values[..., top_k - 1 :].mean(dim=-1, keepdim=True)
-    soft = torch.sigmoid((logits - border) / GATE_WIDTH)
-    return mask + soft - soft.detach()
+def largest(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[..., E] ones for the `top_k` largest of `logits`."""
+    return torch.zeros_like(logits).scatter(-1, logits.topk(top_k, dim=-1).indices, 1.0)
 
 
 class Student:
@@ -183,14 +175,14 @@ class Student:
             for part in PARTS if start is not None else ():
                 getattr(ffn, part).begin_at(start, part, number)
 
+    def parts(self) -> list[LowRank]:
+        """Of all layers."""
+        return [part for ffn in self.ffns for part in (ffn.gate, ffn.up, ffn.down)]
+
     def learning(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by kind: `out_of` and `into` of the low-rank deltas, `routers`."""
-        parts = [part for ffn in self.ffns for part in (ffn.gate, ffn.up, ffn.down)]
-        return {
-            "out_of": [part.out_of for part in parts],
-            "into": [part.into for part in parts],
-            "routers": [ffn.router for ffn in self.ffns],
-        }
+        """The parameters by kind: `out_of` and `into` of the low-rank deltas."""
+        parts = self.parts()
+        return {"out_of": [part.out_of for part in parts], "into": [part.into for part in parts]}
 
     @contextmanager
     def active(self, top_k: int | None, prompt_tokens: int | None = None) -> Iterator[None]:

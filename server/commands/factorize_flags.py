@@ -256,7 +256,8 @@ WriteDeltas = Annotated[
         parser=named_path,
         metavar="FILE",
         show_default=False,
-        help="Keep what recovery has added to the weights; --write-plan keeps its routers.",
+        help="Keep what recovery has added to the weights; --write-plan keeps the plan that goes"
+        " with it.",
     ),
 ]
 Work = Annotated[

@@ -7,13 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moestro.engine import Progress
+from moestro.engine import Progress, ProgressFn
 from moestro.factorize import FactorizeError, Plan, apply_plan
-from moestro.factorize.evaluate import load_model
+from moestro.factorize.recovery.directions import begin_along_slopes
 from moestro.factorize.recovery.distill import DistillOptions, Lesson, distill
 from moestro.factorize.recovery.distill import divergence as loss_and_slope
 from moestro.factorize.recovery.kept import KeptFile
-from moestro.factorize.recovery.layer_losses import measured_layers
 from moestro.factorize.recovery.recover import (
     RecoverOptions,
     recover,
@@ -21,7 +20,7 @@ from moestro.factorize.recovery.recover import (
     recovery_stages,
 )
 from moestro.factorize.recovery.repair import RepairOptions, repair
-from moestro.factorize.recovery.student import Student, straight_through
+from moestro.factorize.recovery.student import LowRank, Student, largest
 
 EXPERTS, TOP_K = 4, 2
 
@@ -82,72 +81,52 @@ def test_with_masks_it_is_the_twin(
     assert (logits(student, ids, plan.facts.options.top_k) - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("asked", [3, 1, 4])
-def test_layers_with_numbers_of_their_own_are_the_twins(
-    asked: int, dense: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    float32_only(monkeypatch)
-    uneven = plan.with_layers((4, 3, 2), plan.facts)
-    apply_plan(uneven, dense, tmp_path / "twin", quiet)
-    ids = windows(2)
-    with torch.no_grad():
-        wanted = load_model(tmp_path / "twin", asked)(ids).logits.log_softmax(-1)
-    student = Student(dense_model(dense), uneven, rank=2)
-    assert (logits(student, ids, asked) - wanted).abs().max() < 1e-4
-
-
-def test_layers_are_measured_on_a_text(
-    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As many experts in all as before, and nearer to the dense model on that text."""
-    float32_only(monkeypatch)
-    ids = windows()
-    counts = measured_layers(dense_model(dense), plan, ids, quiet)
-    assert counts != plan.layer_counts and sum(counts) <= sum(plan.layer_counts)
-    uneven = plan.with_layers(counts, plan.facts)
-    assert whole_divergence(dense, uneven, ids) < whole_divergence(dense, plan, ids)
-
-
-def test_what_a_layer_loses_is_what_the_whole_model_does(
-    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    float32_only(monkeypatch)
-    monkeypatch.setattr("moestro.factorize.recovery.layer_losses.STRIDE", 1)
-    seen: list[list[dict[int, float]]] = []
-
-    def all_alike(losses: list[dict[int, float]], total: int) -> tuple[int, ...]:
-        seen.append(losses)
-        return plan.layer_counts
-
-    monkeypatch.setattr("moestro.factorize.recovery.layer_losses.least_loss", all_alike)
-    measured_layers(dense_model(dense), plan, windows(), quiet)
-    counts = list(plan.layer_counts)
-    counts[1] = EXPERTS
-    uneven = plan.with_layers(counts, plan.facts)
-    more = whole_divergence(dense, uneven, windows()) - whole_divergence(dense, plan, windows())
-    assert seen[0][1][EXPERTS] == pytest.approx(more, abs=1e-5)
-
-
-def whole_divergence(dense: Path, plan: Plan, ids: torch.Tensor) -> float:
-    """At all places but the last, with as many experts as the plan says."""
-    student, top_k = Student(dense_model(dense), plan, rank=1), plan.facts.options.top_k
-    wanted, found = logits(student, ids, None)[:, :-1], logits(student, ids, top_k)[:, :-1]
-    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
-
-
 def test_bfloat16_products_stay_near(student: Student, plan: Plan, dense: Path) -> None:
     """Whether this processor has them or not; the teacher and the student round alike."""
     wanted = dense_model(dense)(windows(2)).logits.log_softmax(-1)
     assert (logits(student, windows(2), None) - wanted).abs().mean() < 0.1
 
 
-def test_a_mask_has_the_largest_and_a_gradient_at_its_border() -> None:
-    scores = torch.tensor([[3.0, 1.0, 2.0, -4.0]], requires_grad=True)
-    mask = straight_through(scores, 2)
-    assert mask.detach().tolist() == [[1.0, 0.0, 1.0, 0.0]]
-    mask.sum().backward()
-    assert scores.grad is not None and bool((scores.grad > 0).all())
-    assert scores.grad[0, 3] < scores.grad[0, 1]
+def test_a_mask_has_the_largest() -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.0, -4.0]])
+    assert largest(scores, 2).tolist() == [[1.0, 0.0, 1.0, 0.0]]
+
+
+def test_deltas_begin_along_the_loss_s_slopes(student: Student) -> None:
+    """The first right singular vectors of the gradient by each whole weight, and they add nothing.
+
+    The gradients are made by hand: of a loss that is linear in every weight, so that all windows
+    tell the same one.
+    """
+    draw = torch.Generator().manual_seed(2)
+    wanted: list[torch.Tensor] = []
+    for part in student.parts():
+        outputs, inputs = part.shape
+        ramp = 2.0 ** -torch.arange(min(outputs, inputs))
+        left, _ = torch.linalg.qr(torch.randn(outputs, len(ramp), generator=draw))
+        right, _ = torch.linalg.qr(torch.randn(inputs, len(ramp), generator=draw))
+        wanted.append(left @ (ramp[:, None] * right.T))
+
+    def slopes() -> None:
+        for part, gradient in zip(student.parts(), wanted, strict=True):
+            assert not (part.into.detach() @ part.out_of.detach()).any()
+            ((part.into @ part.out_of) * gradient).sum().backward()
+
+    begin_along_slopes(student.parts(), slopes, seed=0)
+    for part, gradient in zip(student.parts(), wanted, strict=True):
+        _, _, exact = torch.linalg.svd(gradient)
+        assert part.out_of.shape == (2, part.shape[1]) and not part.into.any()
+        assert ((part.out_of @ exact[:2].T).abs() - torch.eye(2)).abs().max() < 0.02
+
+
+def test_more_rank_than_a_matrix_has_is_filled_up() -> None:
+    part = LowRank(torch.nn.Linear(4, 3, bias=False), 6, torch.Generator().manual_seed(0))
+
+    def slopes() -> None:
+        (part.into @ part.out_of).sum().backward()
+
+    begin_along_slopes([part], slopes, seed=0)
+    assert part.out_of.shape == (6, 4) and part.into.shape == (3, 6)
 
 
 def test_repair_leaves_a_whole_model_alone(student: Student) -> None:
@@ -251,15 +230,14 @@ def test_the_same_seed_teaches_the_same(dense: Path, plan: Plan) -> None:
 
 
 def test_minutes_become_steps(student: Student) -> None:
-    """Of a clock on which every step takes a quarter of a minute."""
-    ticks = iter(range(0, 10_000, 120))
+    """Of a clock on which every step takes a quarter of a minute, and their directions half one."""
+    ticks = iter((0, 30, 30 + 8 * 15))
     options = DistillOptions(minutes=3.0, lessons=(Lesson(TOP_K),))
-    assert distill(student, windows(4), options, quiet, clock=lambda: next(ticks)) == 12
+    assert distill(student, windows(4), options, quiet, clock=lambda: next(ticks)) == 10
 
 
 def test_a_loss_that_is_no_number_ends_it(student: Student) -> None:
-    student.ffns[0].router.data.fill_(float("nan"))
-    student.ffns[0].down.into.data.fill_(float("inf"))
+    student.ffns[0].down.whole = torch.full((32, 48), float("inf"))
     with pytest.raises(FactorizeError, match="diverged at step"):
         distill(student, windows(4), DistillOptions(steps=4, lessons=(Lesson(TOP_K),)), quiet)
 
@@ -279,10 +257,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     with pytest.raises(KeyboardInterrupt):
         stopped = Student(dense_model(dense), plan, rank=2)
         distill(stopped, windows(6), options, stop, kept=kept)
-    again, seen = Student(dense_model(dense), plan, rank=2), []
-    distill(again, windows(6), options, lambda news: seen.append(news.done), kept=kept)
+    again = Student(dense_model(dense), plan, rank=2)
+    seen: list[int] = []
+    distill(again, windows(6), options, steps_into(seen), kept=kept)
     assert seen == list(range(21, 46))
     assert torch.equal(logits(whole, windows(2), TOP_K), logits(again, windows(2), TOP_K))
+
+
+def steps_into(seen: list[int]) -> ProgressFn:
+    def note(news: Progress) -> None:
+        if news.phase == "distill":
+            seen.append(news.done)
+
+    return note
 
 
 def test_another_runs_state_is_not_taken(dense: Path, plan: Plan, tmp_path: Path) -> None:
@@ -291,7 +278,7 @@ def test_another_runs_state_is_not_taken(dense: Path, plan: Plan, tmp_path: Path
     distill(student, windows(2), options, quiet, kept=KeptFile(tmp_path / "state", "one"))
     seen: list[int] = []
     other = KeptFile(tmp_path / "state", "two")
-    distill(student, windows(2), options, lambda news: seen.append(news.done), kept=other)
+    distill(student, windows(2), options, steps_into(seen), kept=other)
     assert seen == list(range(1, 21))
     (tmp_path / "state").write_bytes(b"nothing")
     with pytest.raises(FactorizeError, match="remove it to start anew"):
@@ -304,7 +291,7 @@ def test_another_runs_state_is_not_taken(dense: Path, plan: Plan, tmp_path: Path
 def test_what_recovery_gives_is_what_it_has_learnt(
     stages: tuple[str, ...], bits: int, dense: Path, plan: Plan
 ) -> None:
-    """The dense weights with the deltas, under the new routers, predict what the student does."""
+    """The dense weights with the deltas predict what the student does."""
     options = RecoverOptions(stages, steps=12, rank=8, bits=bits)
     student_model = dense_model(dense)
     recovered, deltas = recover(student_model, plan, windows(64), options, quiet, "the command")
