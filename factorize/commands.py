@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -74,7 +74,7 @@ def run_factorize(
     _check_recoverable(folder, recovery)
     command = factorize_command(source, inputs, outputs, options, recovery)
     if inputs.plan is not None:
-        plan = Plan.read(inputs.plan)
+        plan = _with_given_layers(Plan.read(inputs.plan), options)
     else:
         plan = make_plan(
             folder, options, inputs.calibration, progress, command=command, work=inputs.work
@@ -102,6 +102,11 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
     """Raises FactorizeError for what does not go together."""
     if inputs.deltas is not None and inputs.plan is None:
         raise FactorizeError("--deltas go with the --plan that the same recovery wrote; give both")
+    if inputs.deltas is not None and (inputs.measures_layers or options.layer_top_k):
+        raise FactorizeError(
+            "--deltas were learnt with the plan's own layers; choose those before a recovery, "
+            "or leave out --layer-top-k"
+        )
     if inputs.measures_layers:
         _check_measured(inputs, options)
     if recovery is None:
@@ -120,13 +125,19 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
         raise FactorizeError("recovery learns from text that people wrote; give --calibration")
 
 
+def _with_given_layers(plan: Plan, options: SplitOptions) -> Plan:
+    """`plan`, with the numbers of experts that `options` give each layer. Raises FactorizeError."""
+    if not options.layer_top_k:
+        return plan
+    words = f"{plan.facts.method}; experts per token by layer, as given"
+    given = plan.with_layers(options.layers, replace(plan.facts, method=words))
+    given.facts.options.expert_neurons(plan.order.shape[1])
+    given.facts.options.check_layers(len(plan.order))
+    return given
+
+
 def _check_measured(inputs: Inputs, options: SplitOptions) -> None:
     """Raises FactorizeError for what layers cannot be measured with."""
-    if inputs.deltas is not None:
-        raise FactorizeError(
-            "--deltas were learnt with the plan's own layers; measure them before a recovery, "
-            "or leave out --layer-top-k"
-        )
     if not inputs.calibration:
         raise FactorizeError(
             "--layer-top-k measured looks at text that people wrote; give --calibration"

@@ -26,8 +26,13 @@ AGAIN = "make the folder anew with `moestro factorize`, or copy all of its files
 
 
 def in_proportion(own: int, usual: int, asked: int, num_experts: int) -> int:
-    """Experts per token of a layer that has `own` where `usual` are, where `asked` are instead."""
-    return min(num_experts, max(1, round(own * asked / usual)))
+    """Experts per token of a layer that has `own` where `usual` are, where `asked` are instead.
+
+    In a line from none to its own, and in another one from there to all, where all are asked.
+    """
+    if asked <= usual:
+        return max(1, round(own * asked / usual))
+    return own + round((num_experts - own) * (asked - usual) / (num_experts - usual))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class RouterFacts:
         return tuple(int(word) for word in self.layer_top_k.split())
 
     def experts_of(self, layer: int, asked: int, num_experts: int) -> int:
-        """k of a layer where `asked` experts per token are: its own in proportion, at least one."""
+        """k of a layer where `asked` experts per token are."""
         if not self.layer_top_k:
             return asked
         return in_proportion(self.layers[layer], self.top_k, asked, num_experts)

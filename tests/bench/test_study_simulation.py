@@ -54,6 +54,8 @@ def test_the_simulation_is_the_stock_model_of_the_served_folder(
         router_steps=5,
     )
     plan = make_plan(source, options, (), lambda _: None)
+    if router == "prior":  # and layers with numbers of their own
+        plan = plan.with_layers([3, 1, 2][: len(plan.order)], plan.facts)
     apply_plan(plan, source, tmp_path / "served", lambda _: None)
     counted: list[torch.Tensor] = []
     for top_k in (1, 2, 4):
@@ -62,7 +64,11 @@ def test_the_simulation_is_the_stock_model_of_the_served_folder(
         found = logits(Simulation(dense, Experts(plan, top_k, counted)))
         torch.testing.assert_close(found, served, rtol=0, atol=1e-4)
         assert (torch.equal(found, logits(Simulation(dense, None)))) == (top_k == 4)
-    assert [tuple(each.shape) for each in counted[:6:3]] == [(64, 1), (64, 2)]
+    layers = len(plan.order)
+    widths = [each.shape[1] for each in counted[: 2 * layers]]
+    if router == "ridge":
+        assert widths == [1] * layers + [2] * layers
+    assert widths[layers:] == list(plan.layer_counts)
 
 
 def test_the_dense_model_is_left_as_it_was(dense: Any) -> None:

@@ -50,7 +50,7 @@ def wanted(demo: Path, cache_dir: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-@pytest.mark.parametrize("slots", [720, 360, 180, 12])
+@pytest.mark.parametrize("slots", [720, 360, 180, 24])
 def test_greedy_text_is_the_same_for_every_budget(
     slots: int, prefetch: bool, demo: Path, cache_dir: Path, wanted: list[list[int]]
 ) -> None:
@@ -144,8 +144,8 @@ def test_the_books_balance_after_20_requests(
             moved += value
     generated = found["moestro_generation_tokens_total", ()]
     assert generated == sum(1 + number % 4 for number in range(20))
-    # a decode step asks for 12 of each of 30 layers, a prompt of a few tokens for at least that
-    assert sum(results.values()) >= generated * 12 * 30
+    # a decode step asks for each layer's number, a prompt of a few tokens for at least that
+    assert sum(results.values()) >= generated * sum(demo_plan().layer_counts)
     assert moved == loads * BLOB
     if flags:
         assert loads == results["miss"] and results["prefetch_hit"] == 0

@@ -327,11 +327,16 @@ def test_layers_take_what_was_measured(
     run_factorize(str(long_dense), tmp_path / "of-plan", SPLIT, of_plan, Outputs(), quiet)
     by_hand = replace(SPLIT, layer_top_k=" ".join(map(str, counts)))
     run_factorize(str(long_dense), tmp_path / "by-hand", by_hand, given, Outputs(), quiet)
+    there = Inputs(plan=tmp_path / "same.safetensors")
+    run_factorize(str(long_dense), tmp_path / "by-hand-of-plan", by_hand, there, Outputs(), quiet)
     weights = [
         (tmp_path / name / "model.safetensors").read_bytes()
-        for name in ("out", "of-plan", "by-hand", "same")
+        for name in ("out", "of-plan", "by-hand", "by-hand-of-plan", "same")
     ]
-    assert weights[0] == weights[1] == weights[2] != weights[3]
+    assert weights[0] == weights[1] == weights[2] == weights[3] != weights[4]
+    few = replace(SPLIT, layer_top_k="3 3")
+    with pytest.raises(FactorizeError, match="2 layers' experts per token are given, and the mod"):
+        run_factorize(str(long_dense), tmp_path / "few", few, there, Outputs(), quiet)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +345,7 @@ def test_layers_take_what_was_measured(
         ({}, {"calibration": ()}, "looks at text that people wrote; give --calibration"),
         ({"router": "none"}, {}, "needs linear routers"),
         ({"router": "norm", "router_bias": 1}, {}, "needs linear routers"),
-        ({}, {"plan": Path("p"), "deltas": Path("d")}, "measure them before a recovery"),
+        ({}, {"plan": Path("p"), "deltas": Path("d")}, "choose those before a recovery"),
     ],
 )
 def test_layers_that_cannot_be_measured(

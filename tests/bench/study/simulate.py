@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moestro.engine import in_proportion
 from moestro.factorize import Deltas, Plan
 
 PARTS = (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down"))
@@ -75,9 +76,10 @@ class Griffin:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A plan's: shared neurons always, of the others those of the `top_k` largest logits' experts.
+    """A plan's: shared neurons always, of the others those of the `top_k` largest logits' experts,
 
-    While `chosen` is a list, each call adds its experts [T, top_k] there.
+    or what a layer has where so many are asked for. While `chosen` is a list, each call adds its
+    experts [T, k] there.
     """
 
     plan: Plan
@@ -98,7 +100,9 @@ class Experts:
         self, layer: int, inputs: torch.Tensor, neurons: torch.Tensor, sections: Sections
     ) -> torch.Tensor:
         logits = inputs @ self.plan.routers[layer].float().T
-        experts = logits.topk(self.top_k, dim=1).indices
+        options, own = self.plan.facts.options, self.plan.layer_counts[layer]
+        count = in_proportion(own, options.top_k, self.top_k, options.experts)
+        experts = logits.topk(count, dim=1).indices
         if self.chosen is not None:
             self.chosen.append(experts)
         factors = torch.zeros(len(inputs), logits.shape[1] + 1)
