@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from moestro.engine import ProgressFn
 from moestro.factorize.facts import Deltas, FactorizeError, Plan, SplitOptions, disk_errors
 from moestro.factorize.methods import make_plan, read_windows
-from moestro.factorize.recovery import TRIES, RecoverOptions
+from moestro.factorize.recovery import MODES, TRIES, RecoverOptions
 from moestro.factorize.sources import DenseModel
 
 from .apply import apply_plan, output_factors, storage_dtype
@@ -28,6 +29,7 @@ from .forecast import (
 )
 from .recovering import LAYERS_TOKENS, run_measured_layers, run_recovery
 from .report import forecast_table, plan_screen, router_lines, seconds_of, summary
+from .sequence_scores import prompts_can_choose, prompts_choose
 
 DEMO = ("demo", "demo-dense")  # as a source, both are the dense model that the demo is made of
 
@@ -290,19 +292,27 @@ def run_evaluate(
     tokens: int,
     experts_per_token: int | None,
     progress: ProgressFn,
+    mode: str = MODES[0],
 ) -> str:
     """Perplexity of the model in `folder` on the first `tokens` tokens of each text; one line each.
 
-    Raises FactorizeError.
+    In the mode sequence of the second halves of windows whose first halves choose the experts; a
+    dense model has none to choose, and is compared with on the same places. Raises FactorizeError.
     """
     if not texts:
         raise FactorizeError("no text given; name one or more text files")
-    model = load_model(folder, experts_per_token)
-    tokenizer = tokenizer_of(folder)
+    if mode not in MODES:
+        raise FactorizeError(f"experts are chosen in the modes {' and '.join(MODES)}, not {mode}")
+    by_prompt = mode == MODES[1]
+    chooses = by_prompt and prompts_can_choose(folder)
+    model, tokenizer = load_model(folder, experts_per_token), tokenizer_of(folder)
     lines = []
-    for text in texts:
-        found = score(model, read_windows(tokenizer, [text], tokens), text, progress)
-        lines.append(f"{text}: perplexity {found.value:.3f} over {found.tokens} tokens")
+    with prompts_choose(model) if chooses else nullcontext():
+        for text in texts:
+            windows = read_windows(tokenizer, [text], tokens)
+            first = windows.shape[1] // 2 if by_prompt else 0
+            found = score(model, windows, text, progress, first)
+            lines.append(f"{text}: perplexity {found.value:.3f} over {found.tokens} tokens")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from moestro.factorize.methods import load_tokenizer, quiet_bars, read_windows
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Over `tokens` scored ones: the first of each window only serves as context."""
+    """Over `tokens` scored ones: the first of each window, or its first half, is only context."""
 
     text: Path
     value: float
@@ -108,13 +108,16 @@ def perplexity(
 
 
 @torch.inference_mode()
-def score(model: Any, windows: torch.Tensor, text: Path, progress: ProgressFn) -> Perplexity:
-    """`windows` [N, S] ids of `text`."""
+def score(
+    model: Any, windows: torch.Tensor, text: Path, progress: ProgressFn, first: int = 0
+) -> Perplexity:
+    """`windows` [N, S] ids of `text`; those behind place `first` are scored."""
     loss, scored = 0.0, 0
     for done, window in enumerate(windows):
         progress(Progress(f"evaluate {text.name}", done, len(windows), "windows"))
-        logits = model(window[None], use_cache=False).logits[0, :-1].float()
-        loss += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-        scored += len(window) - 1
+        logits = model(window[None], use_cache=False).logits[0, first:-1].float()
+        wanted = window[first + 1 :]
+        loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        scored += len(wanted)
     progress(Progress(f"evaluate {text.name}", len(windows), len(windows), "windows"))
     return Perplexity(text, math.exp(loss / scored), scored)

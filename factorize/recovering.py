@@ -1,5 +1,6 @@
 """A recovery on files: the dense model's folder and texts in, a better plan and deltas out."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from moestro.factorize.facts import Deltas, Plan
 from moestro.factorize.methods import load_dense, load_tokenizer, read_windows
 from moestro.factorize.recovery import RecoverOptions, measured_layers, recover
 from moestro.factorize.sources import DenseModel
+
+log = logging.getLogger("moestro.factorize")
 
 LAYERS_TOKENS = 4096  # that tell what each layer loses
 
@@ -27,6 +30,7 @@ def run_measured_layers(
     window = plan.facts.options.window_tokens
     windows = read_windows(load_tokenizer(folder), texts, LAYERS_TOKENS, window)
     counts = measured_layers(load_dense(folder), plan, windows, progress)
+    log.info("experts per token, layer by layer: %s", ",".join(map(str, counts)))
     words = (
         f"{plan.facts.method}; experts per token by layer, as measured on {LAYERS_TOKENS} tokens"
     )

@@ -387,14 +387,14 @@ def evaluate(
     text: making.Texts,
     tokens: making.EvaluationTokens = 8192,
     experts_per_token: making.EvaluationExperts = None,
+    experts_mode: making.EvaluationMode = "token",
 ) -> None:
     """Measure how well a checkpoint predicts a text (perplexity).
 
     \b
-    Example:
       moestro evaluate ./demo-moe --text book.txt --experts-per-token 6
     """
     with _command_imports():
         from .making import evaluate as measure
 
-    measure(folder, text, tokens, experts_per_token)
+    measure(folder, text, tokens, experts_per_token, experts_mode)

@@ -356,6 +356,14 @@ EXPORT_HELP = """Turn a factorized model back into its dense one, for other tool
 EvaluationTokens = Annotated[
     int, Option("--tokens", metavar="N", min=2, help="How much of the text.")
 ]
+EvaluationMode = Annotated[
+    Literal["token", "sequence"],
+    Option(
+        "--experts-mode",
+        help="sequence: the first half of each window of 512 tokens chooses the experts of its"
+        " second half, which alone is scored (of a dense model, to compare with, too).",
+    ),
+]
 EvaluationExperts = Annotated[
     int | None,
     Option(

@@ -88,12 +88,14 @@ def print_plan(path: Path) -> None:
     typer.echo(text)
 
 
-def evaluate(folder: Path, texts: list[Path], tokens: int, experts_per_token: int | None) -> None:
+def evaluate(
+    folder: Path, texts: list[Path], tokens: int, experts_per_token: int | None, mode: str
+) -> None:
     """Raises Refused."""
     from moestro.factorize import run_evaluate
 
     with _refusals(), watched_progress() as progress:
-        report = run_evaluate(folder, texts, tokens, experts_per_token, progress)
+        report = run_evaluate(folder, texts, tokens, experts_per_token, progress, mode)
     typer.echo(report)
 
 

@@ -18,6 +18,7 @@ from moestro.engine import (
 )
 from moestro.engine.planning import inspect
 from moestro.factorize.evaluate import load_model
+from moestro.factorize.sequence_scores import prompts_can_choose, prompts_choose
 from tiny_routed import EXPERTS, LAYERS, TOP_K, build_routed, plain_reference
 
 EXPERT_BYTES = 4096
@@ -112,6 +113,27 @@ def test_a_sequence_keeps_each_layers_part(kind: str, tmp_path: Path) -> None:
         with opened(folder, tmp_path / "cache") as loaded:
             generate(loaded.engine, [PROMPT], params)
             assert loaded.stats().selection.kept_experts == kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_that_of_the_stock_model_whose_prompt_chose(kind: str, tmp_path: Path) -> None:
+    """Every token behind the prompt, in one window of the stock model that ends with it."""
+    folder = build_routed(tmp_path, kind, layer_top_k=LAYER_TOP_K)
+    params = SamplingParams(
+        max_tokens=len(PROMPT), temperature=0.0, ignore_eos=True, expert_density=TOP_K / EXPERTS
+    )
+    with opened(folder, tmp_path / "cache") as loaded:
+        (answer,) = generate(loaded.engine, [PROMPT], params)
+    model = load_model(folder)
+    assert prompts_can_choose(folder)
+    with prompts_choose(model), torch.inference_mode():
+        logits = model(torch.tensor([PROMPT + answer.ids])).logits[0]
+    behind = slice(len(PROMPT) - 1, -1)
+    assert logits[behind].argmax(-1).tolist() == answer.ids
+    with torch.inference_mode():
+        by_token = model(torch.tensor([PROMPT + answer.ids])).logits[0]
+    assert (by_token - logits)[: len(PROMPT)].abs().max() < 1e-5
+    assert (by_token - logits)[len(PROMPT) :].abs().max() > 1e-2
 
 
 def test_a_plan_foretells_it(tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -188,30 +187,6 @@ def test_routers_with_more_are_told_of_everywhere(
         run_dry(str(long_dense), tmp_path / "again", options, given, RecoverOptions())
     dry = run_dry(str(long_dense), tmp_path / "again", SPLIT, Inputs(plan=path))
     assert "with a file of routers" in dry
-
-
-def test_evaluate(long_dense: Path, tmp_path: Path, texts: list[Path]) -> None:
-    text = write_text(tmp_path / "held-out.txt", seed=9)
-    given = Inputs(calibration=tuple(texts))
-    run_factorize(str(long_dense), tmp_path / "out", SPLIT, given, Outputs(), quiet)
-    dense = perplexity(long_dense, text, 1024, quiet)
-    assert (dense.tokens, dense.value > 1) == (1022, True)
-    whole = perplexity(tmp_path / "out", text, 1024, quiet, experts_per_token=4)
-    assert math.isclose(whole.value, dense.value, rel_tol=1e-4)
-    fewer = perplexity(tmp_path / "out", text, 1024, quiet)
-    assert not math.isclose(fewer.value, dense.value, rel_tol=1e-3)
-    said = run_evaluate(tmp_path / "out", [text], 1024, None, quiet)
-    assert said == f"{text}: perplexity {fewer.value:.3f} over 1022 tokens"
-
-
-def test_what_cannot_be_evaluated(long_dense: Path, tmp_path: Path) -> None:
-    text = write_text(tmp_path / "text.txt")
-    with pytest.raises(FactorizeError, match="not made by `moestro factorize`"):
-        run_evaluate(long_dense, [text], 1024, 2, quiet)
-    with pytest.raises(FactorizeError, match="not a model that loads"):
-        run_evaluate(tmp_path, [text], 1024, None, quiet)
-    with pytest.raises(FactorizeError, match="no text given"):
-        run_evaluate(long_dense, [], 1024, None, quiet)
 
 
 def test_a_dry_run_tells_of_recovery(long_dense: Path, texts: list[Path], tmp_path: Path) -> None:
