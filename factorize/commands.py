@@ -76,14 +76,13 @@ def run_factorize(
     _check_recoverable(folder, recovery)
     command = factorize_command(source, inputs, outputs, options, recovery)
     if inputs.plan is not None:
-        plan = _with_given_layers(Plan.read(inputs.plan), options)
+        plan = Plan.read(inputs.plan)
     else:
         plan = make_plan(
             folder, options, inputs.calibration, progress, command=command, work=inputs.work
         )
     deltas = None if inputs.deltas is None else Deltas.read(inputs.deltas)
-    if inputs.measures_layers:
-        plan = run_measured_layers(folder, plan, inputs.calibration, progress)
+    plan, deltas = _with_layers(folder, plan, deltas, options, inputs, progress)
     if recovery is not None:
         plan, deltas = run_recovery(
             folder, plan, inputs.calibration, recovery, progress, command, inputs.work, deltas
@@ -104,11 +103,6 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
     """Raises FactorizeError for what does not go together."""
     if inputs.deltas is not None and inputs.plan is None:
         raise FactorizeError("--deltas go with the --plan that the same recovery wrote; give both")
-    if inputs.deltas is not None and (inputs.measures_layers or options.layer_top_k):
-        raise FactorizeError(
-            "--deltas were learnt with the plan's own layers; choose those before a recovery, "
-            "or leave out --layer-top-k"
-        )
     if inputs.measures_layers:
         _check_measured(inputs, options)
     if recovery is None:
@@ -127,15 +121,30 @@ def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: Sp
         raise FactorizeError("recovery learns from text that people wrote; give --calibration")
 
 
-def _with_given_layers(plan: Plan, options: SplitOptions) -> Plan:
-    """`plan`, with the numbers of experts that `options` give each layer. Raises FactorizeError."""
-    if not options.layer_top_k:
-        return plan
-    words = f"{plan.facts.method}; experts per token by layer, as given"
-    given = plan.with_layers(options.layers, replace(plan.facts, method=words))
-    given.facts.options.expert_neurons(plan.order.shape[1])
-    given.facts.options.check_layers(len(plan.order))
-    return given
+def _with_layers(
+    folder: Path,
+    plan: Plan,
+    deltas: Deltas | None,
+    options: SplitOptions,
+    inputs: Inputs,
+    progress: ProgressFn,
+) -> tuple[Plan, Deltas | None]:
+    """Both with the numbers of experts that each layer was measured or given to take.
+
+    Raises FactorizeError.
+    """
+    if inputs.measures_layers:
+        found = run_measured_layers(folder, plan, inputs.calibration, progress, deltas)
+    elif inputs.plan is not None and options.layer_top_k:
+        words = f"{plan.facts.method}; experts per token by layer, as given"
+        found = plan.with_layers(options.layers, replace(plan.facts, method=words))
+        found.facts.options.expert_neurons(plan.order.shape[1])
+        found.facts.options.check_layers(len(plan.order))
+    else:
+        return plan, deltas
+    if deltas is not None and deltas.facts.plan_sha256 == plan.sha256:
+        deltas = deltas.of_plan(found.sha256)
+    return found, deltas
 
 
 def _check_measured(inputs: Inputs, options: SplitOptions) -> None:

@@ -17,19 +17,26 @@ LAYERS_TOKENS = 4096  # that tell what each layer loses
 
 
 def run_measured_layers(
-    folder: Path, plan: Plan, texts: Sequence[Path], progress: ProgressFn
+    folder: Path,
+    plan: Plan,
+    texts: Sequence[Path],
+    progress: ProgressFn,
+    start: Deltas | None = None,
 ) -> Plan:
     """`plan` with the number of experts for each layer that loses least on `texts`.
 
-    Raises SourceRefused for a model that `plan` was not made for, FactorizeError for routers that
-    are not linear or texts that are too short.
+    `start` has what a recovery has added to it. Raises SourceRefused for a model that `plan` was
+    not made for and for deltas of another plan, FactorizeError for routers that are not linear or
+    texts that are too short.
     """
     dense = DenseModel.open(folder)
     plan.check_recoverable()
     plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
     window = plan.facts.options.window_tokens
+    if start is not None:
+        start.check_fits(dense.layers, dense.neurons, dense.hidden, plan.sha256)
     windows = read_windows(load_tokenizer(folder), texts, LAYERS_TOKENS, window)
-    counts = measured_layers(load_dense(folder), plan, windows, progress)
+    counts = measured_layers(load_dense(folder), plan, windows, progress, start)
     log.info("experts per token, layer by layer: %s", ",".join(map(str, counts)))
     words = (
         f"{plan.facts.method}; experts per token by layer, as measured on {LAYERS_TOKENS} tokens"

@@ -8,7 +8,7 @@ there; they add up. Letters: L layers, O outputs and I inputs of a matrix, r ran
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,8 +62,19 @@ class Deltas:
         return 4 if any(tensor.dtype == torch.uint8 for tensor in self.tensors.values()) else 8
 
     @property
+    def rank(self) -> int:
+        """Of the thin matrices; 1 where there are none."""
+        return max(
+            (t.shape[1] for name, t in self.tensors.items() if name.endswith(".scale")), default=1
+        )
+
+    @property
     def sha256(self) -> str:
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def of_plan(self, plan_sha256: str) -> "Deltas":
+        """The same, for a plan that differs in how many experts its layers take."""
+        return replace(self, facts=replace(self.facts, plan_sha256=plan_sha256))
 
     def write(self, path: Path) -> None:
         replace_file(path, self.to_bytes())

@@ -6,27 +6,32 @@ from typing import Any
 import torch
 
 from moestro.engine import Progress, ProgressFn
-from moestro.factorize.facts import Plan, least_loss
+from moestro.factorize.facts import Deltas, Plan, least_loss
 
 from .student import Student
 
 TRIES = 2  # numbers of experts that each layer is tried with, beside the usual one
-SURE = 2.0  # standard errors that a change loses in addition, for what is only the text's chance
+SURE = 1.0  # standard error that a change loses in addition, for what is only the text's chance
 STRIDE = 4  # of the tokens whose predictions are compared
 
 
 @torch.no_grad()
 def measured_layers(
-    model: Any, plan: Plan, windows: torch.Tensor, progress: ProgressFn
+    model: Any,
+    plan: Plan,
+    windows: torch.Tensor,
+    progress: ProgressFn,
+    start: Deltas | None = None,
 ) -> tuple[int, ...]:
     """Experts per token of each layer, as many in all as `plan` has, of the least loss.
 
-    `model` is the dense model of `plan`, which this changes; `windows` [N, S] are token ids. Each
+    `model` is the dense model of `plan`, which this changes; `windows` [N, S] are token ids, and
+    `start` what a recovery has added. Each
     layer is run alone with fewer and with all experts while the others take top_k: the loss is how
     far the next-token distribution diverges from the dense one's, less sure where windows differ.
     """
-    student, options = Student(model, plan, rank=1), plan.facts.options
-    k = options.top_k
+    student = Student(model, plan, 1 if start is None else start.rank, start)
+    options, k = plan.facts.options, plan.facts.options.top_k
     tries = sorted({max(1, k * 2 // 3), options.experts} - {k})
     assert len(tries) <= TRIES
     losses = _Losses(student, windows, k)

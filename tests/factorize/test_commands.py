@@ -320,7 +320,6 @@ def test_layers_take_what_was_measured(
         ({}, {"calibration": ()}, "looks at text that people wrote; give --calibration"),
         ({"router": "none"}, {}, "needs linear routers"),
         ({"router": "norm", "router_bias": 1}, {}, "needs linear routers"),
-        ({}, {"plan": Path("p"), "deltas": Path("d")}, "choose those before a recovery"),
     ],
 )
 def test_layers_that_cannot_be_measured(
