@@ -7,6 +7,7 @@ import pytest
 
 from moestro.engine import Manifest, Progress
 from moestro.factorize import (
+    Deltas,
     FactorizeError,
     Inputs,
     Outputs,
@@ -335,3 +336,31 @@ def test_layers_that_cannot_be_measured(
         run_factorize(
             str(long_dense), tmp_path / "out", replace(SPLIT, **options), given, Outputs(), quiet
         )
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_layers_are_chosen_after_a_recovery_too(
+    measured: bool,
+    long_dense: Path,
+    texts: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The deltas then go with the new plan, and a recovery goes on from there."""
+    monkeypatch.setattr(layer_losses, "SURE", 0.0)
+    given = Inputs(calibration=tuple(texts))
+    kept = Outputs(tmp_path / "plan", tmp_path / "deltas")
+    recovery = RecoverOptions(("lora",), steps=3, tokens=1024)
+    source = str(long_dense)
+    run_factorize(source, tmp_path / "out", SPLIT, given, kept, quiet, recovery=recovery)
+    learnt = Deltas.read(tmp_path / "deltas")
+    after = replace(given, plan=kept.plan, deltas=kept.deltas, measures_layers=measured)
+    options = SPLIT if measured else replace(SPLIT, layer_top_k="4 2 3")
+    run_factorize(source, tmp_path / "uneven", options, after, kept, quiet)
+    plan, deltas = Plan.read(tmp_path / "plan"), Deltas.read(tmp_path / "deltas")
+    assert len(set(plan.layer_counts)) > 1 and deltas.facts.plan_sha256 == plan.sha256
+    assert all(deltas.tensors[name].equal(part) for name, part in learnt.tensors.items())
+    on = replace(after, measures_layers=False)
+    run_factorize(source, tmp_path / "on", SPLIT, on, kept, quiet, recovery=recovery)
+    assert Plan.read(tmp_path / "plan").layer_counts == plan.layer_counts
+    assert Deltas.read(tmp_path / "deltas").facts.steps == 6
