@@ -53,6 +53,7 @@ def make_off_grid(source: Path, out: Path, *, norms: bool = False, seed: int = 1
         if path.name not in (WEIGHTS, NOTE):
             shutil.copyfile(path, out / path.name)
     config = json.loads((source / "config.json").read_text("utf-8"))
+    config = config.get("moestro_stock", config)  # where layers differ in their number of experts
     draw = torch.Generator().manual_seed(seed)
     tensors = load_file(source / WEIGHTS)
     for layer in range(config["num_hidden_layers"]):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import report
-from transformers import AutoTokenizer
 
 from moestro.factorize import prepare_demo, prepare_dense
+from moestro.factorize.evaluate import tokenizer_of
 
 from .bars import medians, ratio_bar
 from .bench import Bench, TurnFailed, begin, finish
@@ -29,7 +29,7 @@ def run(bench: Bench) -> None:
     begin(f"P10 demo, one stream, {FORMAT}, against the dense model in stock fp32")
     demo = prepare_demo(bench.demo_cache, lambda _: None)
     dense = prepare_dense(bench.demo_cache, lambda _: None)
-    prompt: list[int] = AutoTokenizer.from_pretrained(demo)(PROMPT)["input_ids"]
+    prompt: list[int] = tokenizer_of(demo)(PROMPT)["input_ids"]
     turns: list[dict[str, float | None]] = []
     try:
         expert_bytes = ours(bench, demo, prompt, None)["all_bytes"]

@@ -10,9 +10,9 @@ do at the best, were its streaming to overlap perfectly with its compute.
 from typing import Any
 
 import report
-from transformers import AutoTokenizer
 
 from moestro.factorize import prepare_demo
+from moestro.factorize.evaluate import tokenizer_of
 
 from .bars import Bar, Link
 from .bench import Bench, TurnFailed, begin, finish
@@ -36,7 +36,7 @@ def run(bench: Bench) -> None:
 
 def compared(bench: Bench) -> dict[str, Any]:
     demo = prepare_demo(bench.demo_cache, lambda _: None)
-    prompt: list[int] = AutoTokenizer.from_pretrained(demo)(PROMPT)["input_ids"]
+    prompt: list[int] = tokenizer_of(demo)(PROMPT)["input_ids"]
     bench.only()
 
     def turn(**fields: Any) -> dict[str, Any]:
