@@ -2,7 +2,8 @@
 
 The object's keys, all sizes in bytes, all rates in tokens or bytes per second:
 
-    model    family, layers, experts_per_layer, experts_per_token, expert_bytes (one, as kept),
+    model    family, layers, experts_per_layer, experts_per_token (the mean where layers differ),
+             expert_bytes (one, as kept),
              expert_format (settled), expert_format_reason (of auto, a sentence; null for a named
              one), dense_format, stored_dtype, weights ("files", or "absent": the shapes
              are those of config.json), quantized (what becomes of the experts of a quantized

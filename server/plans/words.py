@@ -1,5 +1,6 @@
 """Sizes, times and shares in words, and what every plan begins with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from moestro.engine import CardForecast, Forecast
@@ -25,11 +26,11 @@ def rate_words(bytes_per_s: float) -> str:
 
 def model_lines(forecast: Forecast | CardForecast) -> list[str]:
     work = forecast.work
-    layer = work.layers[0]
+    layer, chosen = work.layers[0], [each.experts_per_token for each in work.layers]
     found = [
         f"{forecast.family}: {len(work.layers)} layers of {layer.num_experts} experts of"
-        f" {size_words(forecast.slot_bytes)} ({forecast.expert_format}), {layer.experts_per_token}"
-        " per token"
+        f" {size_words(forecast.slot_bytes)} ({forecast.expert_format}),"
+        f" {between(str(min(chosen)), str(max(chosen)))} per token"
     ]
     if not forecast.has_weights:
         found.append(
@@ -43,6 +44,12 @@ def model_lines(forecast: Forecast | CardForecast) -> list[str]:
     return found
 
 
+def _mean(counts: Sequence[int]) -> float:
+    """A whole number where it is one."""
+    mean = sum(counts) / len(counts)
+    return int(mean) if mean.is_integer() else mean
+
+
 def model_object(forecast: Forecast | CardForecast) -> dict[str, Any]:
     """What cpu.py describes under `model`."""
     work = forecast.work
@@ -51,7 +58,7 @@ def model_object(forecast: Forecast | CardForecast) -> dict[str, Any]:
         "family": forecast.family,
         "layers": len(work.layers),
         "experts_per_layer": layer.num_experts,
-        "experts_per_token": layer.experts_per_token,
+        "experts_per_token": _mean([each.experts_per_token for each in work.layers]),
         "expert_bytes": forecast.slot_bytes,
         "expert_format": forecast.expert_format,
         "expert_format_reason": forecast.format_reason,

@@ -19,6 +19,7 @@ from moestro.engine import (
 from moestro.engine.planning import inspect
 from moestro.factorize.evaluate import load_model
 from moestro.factorize.sequence_scores import prompts_can_choose, prompts_choose
+from moestro.server.plans.words import model_lines, model_object
 from tiny_routed import EXPERTS, LAYERS, TOP_K, build_routed, plain_reference
 
 EXPERT_BYTES = 4096
@@ -143,6 +144,8 @@ def test_a_plan_foretells_it(tmp_path: Path) -> None:
         forecast = plan_model(config, disk_bytes_per_s=1e9)
         assert tuple(layer.experts_per_token for layer in forecast.work.layers) == COUNTS
         assert forecast.has_weights == weights
+        assert model_lines(forecast)[0].endswith(", 1 to 6 per token")
+        assert model_object(forecast)["experts_per_token"] == 3
         (folder / "model.safetensors").unlink(missing_ok=True)
 
 
