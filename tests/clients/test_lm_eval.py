@@ -1,7 +1,8 @@
 """lm-evaluation-harness over HTTP gives what its own Hugging Face backend gives."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,33 @@ import pytest
 from tokenizers import Tokenizer
 
 from client_environments import HERE, environment, run_command
-from server_process import ServerProcess
+from moestro.factorize import apply_plan, demo_deltas, demo_plan, prepare_dense
+from server_process import ServerProcess, serving
 
 TASKS = HERE / "lm_eval_tasks"
 PER_TOKEN = 1e-4
 COMPLETIONS = "local_choices,local_rolling,local_generate"
 
 Evaluate = Callable[..., tuple[dict[str, Any], dict[str, list[Any]]]]
+
+
+@pytest.fixture(scope="module")
+def demo(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With as many experts in every layer: what transformers' own class, the oracle, carries."""
+    plan, folder = demo_plan(), tmp_path_factory.mktemp("even") / "demo"
+    even = replace(plan.facts.options, layer_top_k="")
+    plan = replace(plan, facts=replace(plan.facts, options=even))
+    dense = prepare_dense(cache_dir, lambda _: None)
+    apply_plan(plan, dense, folder, lambda _: None, demo_deltas().of_plan(plan.sha256))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    flags = ("--expert-format", "native", "--host-memory", "200MiB")
+    cache = tmp_path_factory.mktemp("even-cache")
+    with serving(demo, *flags, "--cache-dir", str(cache)) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
