@@ -367,8 +367,8 @@ def _compute(config: EngineConfig, blueprint: Blueprint, work: Work, threads: in
         sum(layer.num_experts * layer.numbers for layer in work.layers),
     )
     dense_codec = codec_of(config.dense_format, CPU.compute_dtype)
-    layer, tokens = work.layers[0], work.chunk_tokens
-    rows = max(1, round(tokens * layer.experts_per_token / layer.num_experts))
+    tokens, share = work.chunk_tokens, work.mean_experts_per_token * len(work.layers)
+    rows = max(1, round(tokens * share / work.total_experts))
     return ComputeSpeed(
         dense_decode=measure_multiply(dense_codec, dense, 1),
         dense_prefill=measure_multiply(dense_codec, dense, tokens),

@@ -4,7 +4,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ def run_factorize(
     started_s = time.monotonic()
     cache_dir = inputs.cache_dir or out.parent
     folder = prepare_dense(cache_dir, progress) if source in DEMO else Path(source)
-    _check_recoverable(folder, recovery)
+    _check_recoverable(folder, recovery, inputs)
     command = factorize_command(source, inputs, outputs, options, recovery)
     if inputs.plan is not None:
         plan = Plan.read(inputs.plan)
@@ -136,10 +136,7 @@ def _with_layers(
     if inputs.measures_layers:
         found = run_measured_layers(folder, plan, inputs.calibration, progress, deltas)
     elif inputs.plan is not None and options.layer_top_k:
-        words = f"{plan.facts.method}; experts per token by layer, as given"
-        found = plan.with_layers(options.layers, replace(plan.facts, method=words))
-        found.facts.options.expert_neurons(plan.order.shape[1])
-        found.facts.options.check_layers(len(plan.order))
+        found = plan.with_layers(options.layer_top_k, "as given")
     else:
         return plan, deltas
     if deltas is not None and deltas.facts.plan_sha256 == plan.sha256:
@@ -153,6 +150,11 @@ def _check_measured(inputs: Inputs, options: SplitOptions) -> None:
         raise FactorizeError(
             "--layer-top-k measured looks at text that people wrote; give --calibration"
         )
+    if inputs.plan is None and options.scale != "one":
+        raise FactorizeError(
+            "--layer-top-k measured compares sums of one scale; leave out --scale, or give each "
+            "layer's number"
+        )
     if inputs.plan is None and (options.router == "none" or router_lines(options)):
         raise FactorizeError(
             "--layer-top-k measured needs linear routers; leave out --router none, "
@@ -160,15 +162,15 @@ def _check_measured(inputs: Inputs, options: SplitOptions) -> None:
         )
 
 
-def _check_recoverable(folder: Path, recovery: RecoverOptions | None) -> None:
+def _check_recoverable(folder: Path, recovery: RecoverOptions | None, inputs: Inputs) -> None:
     """Raises FactorizeError where the twin's FFN is another form of what recovery would train."""
-    if recovery is None:
+    if recovery is None and not inputs.measures_layers:
         return
     dense = DenseModel.open(folder)
     if not dense.ffn_as_stored:
         raise FactorizeError(
             f"{dense.family.title} models are not recovered: their feed-forward weights are stored "
-            "in another form than the experts'; leave out --recover"
+            "in another form than the experts'; leave out --recover and --layer-top-k measured"
         )
 
 
@@ -186,7 +188,7 @@ def run_dry(
     _check_new(out)
     _check_recovery(inputs, recovery, options)
     dense = DenseModel.open(_found(source, inputs.cache_dir or out.parent))
-    _check_recoverable(dense.folder, recovery)
+    _check_recoverable(dense.folder, recovery, inputs)
     shape = DenseShape(
         layers=dense.layers,
         hidden=dense.hidden,

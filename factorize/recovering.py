@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from moestro.engine import ProgressFn
 from moestro.factorize.facts import Deltas, Plan
@@ -29,19 +30,11 @@ def run_measured_layers(
     not made for and for deltas of another plan, FactorizeError for routers that are not linear or
     texts that are too short.
     """
-    dense = DenseModel.open(folder)
-    plan.check_recoverable()
-    plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
-    window = plan.facts.options.window_tokens
-    if start is not None:
-        start.check_fits(dense.layers, dense.neurons, dense.hidden, plan.sha256)
-    windows = read_windows(load_tokenizer(folder), texts, LAYERS_TOKENS, window)
+    plan.check_layers_free()
+    windows = _windows(folder, plan, texts, LAYERS_TOKENS, start)
     counts = measured_layers(load_dense(folder), plan, windows, progress, start)
     log.info("experts per token, layer by layer: %s", ",".join(map(str, counts)))
-    words = (
-        f"{plan.facts.method}; experts per token by layer, as measured on {LAYERS_TOKENS} tokens"
-    )
-    return plan.with_layers(counts, replace(plan.facts, method=words))
+    return plan.with_layers(" ".join(map(str, counts)), f"as measured on {LAYERS_TOKENS} tokens")
 
 
 def run_recovery(
@@ -60,15 +53,22 @@ def run_recovery(
     Raises SourceRefused for a model that `plan` was not made for and for deltas of another plan,
     FactorizeError for unfit options or texts that are too short.
     """
-    dense = DenseModel.open(folder)
-    plan.check_recoverable()
-    plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
-    window = plan.facts.options.window_tokens
-    if start is not None:
-        start.check_fits(dense.layers, dense.neurons, dense.hidden, plan.sha256)
-    windows = read_windows(load_tokenizer(folder), texts, options.tokens, window)
+    windows = _windows(folder, plan, texts, options.tokens, start)
     state = None
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
         state = work / "distillation.safetensors"
     return recover(load_dense(folder), plan, windows, options, progress, command, state, start)
+
+
+def _windows(
+    folder: Path, plan: Plan, texts: Sequence[Path], tokens: int, start: Deltas | None
+) -> torch.Tensor:
+    """[N, S] ids of `texts`, for the model in `folder` that `plan` and `start` were made for."""
+    dense = DenseModel.open(folder)
+    plan.check_recoverable()
+    plan.check_fits(dense.layers, dense.neurons, dense.hidden, dense.content_sha256())
+    if start is not None:
+        start.check_fits(dense.layers, dense.neurons, dense.hidden, plan.sha256)
+    window = plan.facts.options.window_tokens
+    return read_windows(load_tokenizer(folder), texts, tokens, window)

@@ -61,11 +61,11 @@ def _all_resident(forecast: Forecast) -> Change:
 
 
 def _fewer_experts(forecast: Forecast) -> list[Change]:
-    most = max(layer.experts_per_token for layer in forecast.work.layers)
-    if not forecast.factorized or most < 2 or forecast.decode.low.limit != "disk":
+    usual = round(forecast.work.mean_experts_per_token)  # layers may differ, and change alike
+    if not forecast.factorized or usual < 2 or forecast.decode.low.limit != "disk":
         return []
     effect = "half of the bytes per token, and worse answers (`moestro evaluate` says how much)"
-    return [Change(f"--experts-per-token {most // 2}", effect)]
+    return [Change(f"--experts-per-token {usual // 2}", effect)]
 
 
 def _whole_context(forecast: Forecast) -> list[Change]:

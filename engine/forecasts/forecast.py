@@ -56,6 +56,11 @@ class Work:
     def total_experts(self) -> int:
         return sum(layer.num_experts for layer in self.layers)
 
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Over the layers."""
+        return sum(layer.experts_per_token for layer in self.layers) / len(self.layers)
+
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:

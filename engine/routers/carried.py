@@ -44,8 +44,8 @@ class CarriedRouter(torch.nn.Module):
         if weight is None or weight.dim() != 2 or not isinstance(asked, int):
             raise ModelRefused(f"{type(stock).__name__} is no router that another could stand for")
         self.num_experts, width = weight.shape
-        self.facts, self.layer, self.tau = facts, layer, facts.tau
-        self.serve(asked)
+        self.top_k = facts.experts_of(layer, asked, self.num_experts)
+        self.share, self.tau = facts.weight_of(layer, asked), facts.tau
         self._activate = ACTIVATIONS.get(facts.activation)
         self._product: Product = F.linear
         shapes = {
@@ -59,11 +59,6 @@ class CarriedRouter(torch.nn.Module):
                 numbers = torch.empty(shape, dtype=torch.float32, device=weight.device)
                 empty = torch.nn.Parameter(numbers, requires_grad=False)
             self.register_parameter(name, empty)
-
-    def serve(self, asked: int) -> None:
-        """From now on with so many experts per token, or what the layer has of them."""
-        self.top_k = self.facts.experts_of(self.layer, asked, self.num_experts)
-        self.share = self.facts.weight_of(self.layer, asked)
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = self._logits(rows.float(), self._product)
@@ -131,7 +126,12 @@ def carry_routers(model: PreTrainedModel, facts: RouterFacts | None) -> None:
             " layers of experts; the routers are not this model's"
         )
     for layer, path in enumerate(paths):
-        stock = model.get_submodule(path)
+        stock: Any = model.get_submodule(path)
+        if facts.layers and facts.layers[layer] > stock.num_experts:
+            raise ModelRefused(
+                f"config.json: layer_top_k {facts.layers[layer]} of {stock.num_experts} experts;"
+                " the routers are not this model's"
+            )
         if facts.has_file:
             model.set_submodule(path, CarriedRouter(stock, facts, layer))
         else:

@@ -112,7 +112,7 @@ class SplitOptions:
             chosen = getattr(self, word)
             if chosen not in names:
                 yield f"there is no {word} {chosen!r}; choose one of {', '.join(names)}"
-        yield from self._unknown_layers()
+        yield from self.layer_faults()
         if self.router_steps < 1 or self.router_hidden < 0 or self.router_bias not in (0, 1):
             yield "a router is trained for at least one step, with no or some hidden neurons"
         if not 0 <= self.tau <= 1:
@@ -130,7 +130,8 @@ class SplitOptions:
         if self.router in ("ridge", "none") and (self.router_hidden or self.router_bias):
             yield "only trained routers have hidden neurons or a bias, not ridge and none"
 
-    def _unknown_layers(self) -> Iterator[str]:
+    def layer_faults(self) -> Iterator[str]:
+        """What is wrong with the layers' own numbers, in words."""
         words = self.layer_top_k.split()
         if not words:
             return

@@ -6,7 +6,6 @@ Letters: L layers, I neurons of one FFN, E experts, H hidden size.
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from moestro.cache import read_fields
 from .described_file import read_described, replace_file
 from .errors import FactorizeError, SourceRefused
 from .options import AFTER_FORMAT_2, COUNTS, FIRST_FORMAT, SplitOptions, with_defaults
-from .router_weights import ACTIVATIONS, RouterWeights, narrow, on_grid, widen
+from .router_weights import ACTIVATIONS, RouterWeights, narrow, widen
 from .work_folder import tensors_sha256
 
 PLAN_FORMAT = 2
@@ -115,14 +114,26 @@ class Plan:
             said["sha256"] = _checksum(said, tensors)
         return save(tensors, {METADATA_KEY: json.dumps({"format": self.format, **said})})
 
-    def with_routers(self, routers: torch.Tensor, facts: PlanFacts) -> "Plan":
-        """The same with linear `routers` [L, E, H], rounded to eight bits a number."""
-        weights = RouterWeights(on_grid(routers))
-        return replace(self, router_weights=weights, facts=facts, format=BYTES_FORMAT)
+    def check_layers_free(self) -> None:
+        """Raises FactorizeError where the sums' scale is one of the layers' own numbers."""
+        if self.facts.options.scale != "one":
+            raise FactorizeError(
+                f"the plan's scale {self.facts.options.scale} was made for its layers' numbers of "
+                "experts; make a plan with these numbers, or with the scale one"
+            )
 
-    def with_layers(self, counts: Sequence[int], facts: PlanFacts) -> "Plan":
-        """The same with so many experts per token in each layer."""
-        options = replace(facts.options, layer_top_k=" ".join(map(str, counts)))
+    def with_layers(self, layer_top_k: str, how: str) -> "Plan":
+        """The same with other numbers of experts per token, written as in the options.
+
+        `how` they were found, in words. Raises FactorizeError where they do not fit.
+        """
+        self.check_layers_free()
+        layers, neurons = self.order.shape
+        options = replace(self.facts.options, layer_top_k=layer_top_k)
+        options.expert_neurons(neurons)
+        options.check_layers(layers)
+        method = f"{self.facts.method}; experts per token by layer, {how}"
+        facts = replace(self.facts, method=method)
         return replace(
             self, facts=replace(facts, options=options), format=max(self.format, PLAN_FORMAT)
         )
@@ -204,6 +215,8 @@ def _of_parts(facts: dict[str, Any], tensors: dict[str, torch.Tensor], activatio
     """Raises ValueError, TypeError or KeyError for what is no plan."""
     said = {name: value for name, value in facts.items() if name not in ("format", "options")}
     options = read_fields(SplitOptions, facts["options"], COUNTS)
+    if faults := [*options.layer_faults()]:
+        raise ValueError(faults[0])
     parts = dict(tensors)
     routers = _router_weights(parts, activation)
     order, scales = parts.pop("order"), parts.pop("scales")

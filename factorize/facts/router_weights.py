@@ -59,11 +59,6 @@ class RouterWeights:
             yield "a bias"
 
 
-def on_grid(last: torch.Tensor) -> torch.Tensor:
-    """`last` [..., E, H] rounded to what `narrow` holds, float16; once rounded it stays so."""
-    return widen(*narrow(last))
-
-
 def narrow(last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`last` [..., E, H] as int8 and, of each row, the exponent int8 [..., E] of its step.
 

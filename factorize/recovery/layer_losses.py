@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from moestro.engine import Progress, ProgressFn
-from moestro.factorize.facts import Deltas, Plan, least_loss
+from moestro.factorize.facts import Deltas, FactorizeError, Plan, least_loss
 
 from .student import Student
 
 TRIES = 2  # numbers of experts that each layer is tried with, beside the usual one
 SURE = 1.0  # standard error that a change loses in addition, for what is only the text's chance
+SAME = 1e-3  # of the largest number behind the last layer: bfloat16 rounds one window otherwise
 STRIDE = 4  # of the tokens whose predictions are compared
 
 
@@ -26,9 +27,10 @@ def measured_layers(
     """Experts per token of each layer, as many in all as `plan` has, of the least loss.
 
     `model` is the dense model of `plan`, which this changes; `windows` [N, S] are token ids, and
-    `start` what a recovery has added. Each
-    layer is run alone with fewer and with all experts while the others take top_k: the loss is how
-    far the next-token distribution diverges from the dense one's, less sure where windows differ.
+    `start` what a recovery has added. Each layer is run alone with fewer and with all experts while
+    the others take top_k: the loss is how far the next-token distribution diverges from the dense
+    one's, plus its standard error over the windows. Raises FactorizeError for a model whose layers
+    do more together than one after the other.
     """
     student = Student(model, plan, 1 if start is None else start.rank, start)
     options, k = plan.facts.options, plan.facts.options.top_k
@@ -52,7 +54,9 @@ class _Losses:
         places = torch.arange(windows.shape[1])[None]
         rows = self._model.embed_tokens(windows)
         self._turns = self._model.rotary_emb(rows, position_ids=places)
-        self._wanted = [*self._distributions(self._pass(rows, 0, None)[-1])]
+        dense = self._pass(rows, 0, None)[-1]
+        self._check_whole(windows, dense)
+        self._wanted = [*self._distributions(dense)]
         self._before = self._pass(rows, 0, [top_k] * len(student.ffns))
         self._usual = self._divergences(self._before[-1])
 
@@ -63,6 +67,15 @@ class _Losses:
         found = self._divergences(self._pass(self._before[layer], layer, counts)[-1]) - self._usual
         error = found.std() / len(found) ** 0.5 if len(found) > 1 else torch.tensor(0.0)
         return float(found.mean() + SURE * error)
+
+    def _check_whole(self, windows: torch.Tensor, rows: torch.Tensor) -> None:
+        """`rows` [N, S, H] after the last layer are the model's own, of the first window."""
+        wanted, found = self._student.hidden(windows[:1], None), self._model.norm(rows[:1])
+        if (wanted - found).abs().max() > SAME * wanted.abs().max():
+            raise FactorizeError(
+                "this model's layers are not run one after the other alone, so that none can be "
+                "measured; give each layer's number to --layer-top-k"
+            )
 
     def _pass(
         self, rows: torch.Tensor, first: int, counts: Sequence[int] | None

@@ -391,8 +391,7 @@ def evaluate(
 ) -> None:
     """Measure how well a checkpoint predicts a text (perplexity).
 
-    \b
-      moestro evaluate ./demo-moe --text book.txt --experts-per-token 6
+    Example: moestro evaluate ./demo-moe --text book.txt --experts-per-token 6
     """
     with _command_imports():
         from .making import evaluate as measure

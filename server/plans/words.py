@@ -1,6 +1,5 @@
 """Sizes, times and shares in words, and what every plan begins with."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from moestro.engine import CardForecast, Forecast
@@ -44,9 +43,8 @@ def model_lines(forecast: Forecast | CardForecast) -> list[str]:
     return found
 
 
-def _mean(counts: Sequence[int]) -> float:
+def _whole(mean: float) -> float:
     """A whole number where it is one."""
-    mean = sum(counts) / len(counts)
     return int(mean) if mean.is_integer() else mean
 
 
@@ -58,7 +56,7 @@ def model_object(forecast: Forecast | CardForecast) -> dict[str, Any]:
         "family": forecast.family,
         "layers": len(work.layers),
         "experts_per_layer": layer.num_experts,
-        "experts_per_token": _mean([each.experts_per_token for each in work.layers]),
+        "experts_per_token": _whole(work.mean_experts_per_token),
         "expert_bytes": forecast.slot_bytes,
         "expert_format": forecast.expert_format,
         "expert_format_reason": forecast.format_reason,

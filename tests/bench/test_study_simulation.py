@@ -55,7 +55,7 @@ def test_the_simulation_is_the_stock_model_of_the_served_folder(
     )
     plan = make_plan(source, options, (), lambda _: None)
     if router == "prior":  # and layers with numbers of their own
-        plan = plan.with_layers([3, 1, 2][: len(plan.order)], plan.facts)
+        plan = plan.with_layers(" ".join("312"[: len(plan.order)]), "as given")
     apply_plan(plan, source, tmp_path / "served", lambda _: None)
     counted: list[torch.Tensor] = []
     for top_k in (1, 2, 4):

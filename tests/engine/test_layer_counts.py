@@ -144,6 +144,7 @@ def test_a_plan_foretells_it(tmp_path: Path) -> None:
         forecast = plan_model(config, disk_bytes_per_s=1e9)
         assert tuple(layer.experts_per_token for layer in forecast.work.layers) == COUNTS
         assert forecast.has_weights == weights
+        assert forecast.work.mean_experts_per_token == TOP_K
         assert model_lines(forecast)[0].endswith(", 1 to 6 per token")
         assert model_object(forecast)["experts_per_token"] == 3
         (folder / "model.safetensors").unlink(missing_ok=True)
@@ -161,6 +162,7 @@ def test_stock_transformers_refuses_the_folder(tmp_path: Path) -> None:
         ({"layer_top_k": "6 1"}, "and 2 numbers of experts, for 3 layers"),
         ({"layer_top_k": "6 1 x"}, "layer_top_k '6 1 x'"),
         ({"layer_top_k": "6 0 2"}, "layer_top_k '6 0 2', top_k 3"),
+        ({"layer_top_k": "6 1 9"}, "layer_top_k 9 of 8 experts"),
         ({"top_k": 0}, "top_k 0"),
         ({"layer_top_k": [6, 1, 2]}, "not text"),
     ],

@@ -28,6 +28,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("dense") / "tiny")
 
 
+@pytest.fixture
+def long_dense(tmp_path: Path) -> Path:
+    """A context of 512, the window that the commands use."""
+    return write_tiny_llama(tmp_path / "dense", max_position_embeddings=512)
+
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("texts")

@@ -17,19 +17,13 @@ from moestro.factorize import (
     run_evaluate,
     run_factorize,
 )
-from tiny_llama import write_text, write_tiny_llama
+from tiny_llama import write_text
 
 SPLIT = SplitOptions(experts=4, shared_neurons=16, top_k=3, calibration_tokens=1024)
 
 
 def quiet(_: Progress) -> None:
     pass
-
-
-@pytest.fixture
-def long_dense(tmp_path: Path) -> Path:
-    """A context of 512, the window that the commands use."""
-    return write_tiny_llama(tmp_path / "dense", max_position_embeddings=512)
 
 
 def test_evaluate(long_dense: Path, tmp_path: Path, texts: list[Path]) -> None:

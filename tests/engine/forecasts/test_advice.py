@@ -1,5 +1,6 @@
 """What is proposed works: every change and every nearest plan is itself a plan that fits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def test_what_would_change_a_plan() -> None:
         "--kv-memory 256MiB",
     ]
     assert [one.flags for one in changes(forecast(200))] == ["--kv-memory 256MiB"]
+
+
+def test_half_of_the_experts_is_half_of_what_layers_take_on_average() -> None:
+    """Where some layers take all of theirs, too: the flag changes all in proportion."""
+    counts = (20, 2, 4, 6) * 5
+    layers = tuple(replace(LAYER, experts_per_token=count) for count in counts)
+    uneven = replace(
+        forecast(15, factorized=True), work=replace(WORK, layers=layers[: len(WORK.layers)])
+    )
+    assert "--experts-per-token 4" in [one.flags for one in changes(uneven)]
 
 
 def test_no_flag_is_named_where_the_machine_is_too_small() -> None:

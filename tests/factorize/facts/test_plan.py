@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 import moestro.factorize
 from moestro.factorize import FactorizeError, Plan, SourceRefused, SplitOptions, demo_plan
 from moestro.factorize.facts import RouterWeights
-from moestro.factorize.facts.router_weights import on_grid
+from moestro.factorize.facts.plan import BYTES_FORMAT
+from moestro.factorize.facts.router_weights import narrow, widen
 
 
 def test_a_plan_comes_back_as_it_was(plan: Plan, tmp_path: Path) -> None:
@@ -98,16 +99,17 @@ def test_routers_in_bytes_come_back_as_they_are(plan: Plan, tmp_path: Path) -> N
     """Rounded once, by at most half of 1 / 64 of a row's largest number, and not again."""
     wide = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3))
     wide[0, 1] = 0.0
-    narrow = plan.with_routers(wide, replace(plan.facts, method="rounded"))
-    narrow.write(tmp_path / "plan.safetensors")
+    rounded = RouterWeights(widen(*narrow(wide)))
+    bytes_plan = replace(plan, router_weights=rounded, format=BYTES_FORMAT)
+    bytes_plan.write(tmp_path / "plan.safetensors")
     facts, tensors = parts_of(tmp_path / "plan.safetensors")
     assert (facts["format"], tensors["routers"].dtype) == (3, torch.int8)
     again = Plan.read(tmp_path / "plan.safetensors")
-    assert again.sha256 == narrow.sha256 and again.facts.method == "rounded"
-    assert torch.equal(again.routers, narrow.routers)
-    lost = (narrow.routers.double() - wide).abs().amax(dim=-1)
+    assert again.sha256 == bytes_plan.sha256 != plan.sha256
+    assert torch.equal(again.routers, bytes_plan.routers)
+    lost = (bytes_plan.routers.double() - wide).abs().amax(dim=-1)
     assert (lost <= wide.abs().amax(dim=-1) / 127).all() and lost.max() > 0
-    assert torch.equal(on_grid(narrow.routers), narrow.routers)
+    assert torch.equal(widen(*narrow(again.routers)), again.routers)
     tensors["router_exponents"] = tensors["router_exponents"].short()
     save_file(tensors, tmp_path / "other", {"moestro.plan": json.dumps(facts)})
     with pytest.raises(FactorizeError, match="exponents in torch.int16"):
@@ -239,14 +241,29 @@ def test_layers_that_do_not_work_out(options: SplitOptions, words: str) -> None:
 
 
 def test_layers_are_said_where_they_differ(plan: Plan, tmp_path: Path) -> None:
-    uneven = plan.with_layers((4, 3, 2), plan.facts)
+    uneven = plan.with_layers("4 3 2", "as given")
     uneven.write(tmp_path / "plan.safetensors")
     again = Plan.read(tmp_path / "plan.safetensors")
     assert again.sha256 == uneven.sha256 != plan.sha256
     assert again.layer_counts == (4, 3, 2) and plan.layer_counts == (3, 3, 3)
     assert b"layer_top_k" not in plan.to_bytes()
-    with pytest.raises(SourceRefused, match="shapes are others"):
-        plan.with_layers((4, 2), plan.facts).check_fits(3, 64, 32, plan.facts.source_sha256)
+    for layers, words in (("4 2", "2 layers' experts"), ("4 3 x", "1 to 4 experts per token")):
+        with pytest.raises(FactorizeError, match=words):
+            plan.with_layers(layers, "as given")
+    inverse = replace(plan.facts, options=replace(plan.facts.options, scale="inverse-k"))
+    with pytest.raises(FactorizeError, match="scale inverse-k was made for its layers' numbers"):
+        replace(plan, facts=inverse).with_layers("4 3 2", "as given")
+
+
+@pytest.mark.parametrize("layers", ["4 3 x", "4 3 9", "0 3 3"])
+def test_a_plan_of_layers_that_cannot_be_is_refused(
+    layers: str, plan: Plan, tmp_path: Path
+) -> None:
+    """Whole, and with its checksum."""
+    options = replace(plan.facts.options, layer_top_k=layers)
+    replace(plan, facts=replace(plan.facts, options=options)).write(tmp_path / "plan.safetensors")
+    with pytest.raises(FactorizeError, match="1 to 4 experts per token"):
+        Plan.read(tmp_path / "plan.safetensors")
 
 
 def test_a_plan_that_is_in_use_can_be_written_over(plan: Plan, tmp_path: Path) -> None:

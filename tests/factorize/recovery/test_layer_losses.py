@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moestro.engine import Progress
-from moestro.factorize import Plan, apply_plan
+from moestro.factorize import FactorizeError, Plan, apply_plan
 from moestro.factorize.evaluate import load_model
 from moestro.factorize.recovery.layer_losses import measured_layers
 from moestro.factorize.recovery.student import Student
@@ -43,7 +43,7 @@ def float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_with_numbers_of_their_own_are_the_twins(
     asked: int, dense: Path, plan: Plan, tmp_path: Path
 ) -> None:
-    uneven = plan.with_layers((4, 3, 2), plan.facts)
+    uneven = plan.with_layers("4 3 2", "as given")
     apply_plan(uneven, dense, tmp_path / "twin", quiet)
     ids = windows(2)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_layers_are_measured_on_a_text(dense: Path, plan: Plan) -> None:
     ids = windows()
     counts = measured_layers(dense_model(dense), plan, ids, quiet)
     assert counts != plan.layer_counts and sum(counts) <= sum(plan.layer_counts)
-    uneven = plan.with_layers(counts, plan.facts)
+    uneven = plan.with_layers(" ".join(map(str, counts)), "as measured")
     assert whole_divergence(dense, uneven, ids) < whole_divergence(dense, plan, ids)
 
 
@@ -76,9 +76,21 @@ def test_what_a_layer_loses_is_what_the_whole_model_does(
     measured_layers(dense_model(dense), plan, windows(), quiet)
     counts = list(plan.layer_counts)
     counts[1] = EXPERTS
-    uneven = plan.with_layers(counts, plan.facts)
+    uneven = plan.with_layers(" ".join(map(str, counts)), "as measured")
     more = whole_divergence(dense, uneven, windows()) - whole_divergence(dense, plan, windows())
     assert seen[0][1][EXPERTS] == pytest.approx(more, abs=1e-5)
+
+
+def test_layers_that_do_more_together_are_not_measured(dense: Path, plan: Plan) -> None:
+    model = dense_model(dense)
+    model.model.register_forward_pre_hook(scaled, with_kwargs=True)
+    with pytest.raises(FactorizeError, match="give each layer's number to --layer-top-k"):
+        measured_layers(model, plan, windows(), quiet)
+
+
+def scaled(module: Any, given: tuple[torch.Tensor], keywords: dict[str, Any]) -> Any:
+    """As families do that multiply what they embed."""
+    return (), {**keywords, "inputs_embeds": 3 * module.embed_tokens(given[0])}
 
 
 def whole_divergence(dense: Path, plan: Plan, ids: torch.Tensor) -> float:
