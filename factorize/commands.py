@@ -82,7 +82,8 @@ def run_factorize(
             folder, options, inputs.calibration, progress, command=command, work=inputs.work
         )
     deltas = None if inputs.deltas is None else Deltas.read(inputs.deltas)
-    plan, deltas = _with_layers(folder, plan, deltas, options, inputs, progress)
+    by_prompt = recovery is not None and recovery.by_prompt
+    plan, deltas = _with_layers(folder, plan, deltas, options, inputs, progress, by_prompt)
     if recovery is not None:
         plan, deltas = run_recovery(
             folder, plan, inputs.calibration, recovery, progress, command, inputs.work, deltas
@@ -128,13 +129,15 @@ def _with_layers(
     options: SplitOptions,
     inputs: Inputs,
     progress: ProgressFn,
+    by_prompt: bool,
 ) -> tuple[Plan, Deltas | None]:
     """Both with the numbers of experts that each layer was measured or given to take.
 
     Raises FactorizeError.
     """
     if inputs.measures_layers:
-        found = run_measured_layers(folder, plan, inputs.calibration, progress, deltas)
+        texts = inputs.calibration
+        found = run_measured_layers(folder, plan, texts, progress, deltas, by_prompt=by_prompt)
     elif inputs.plan is not None and options.layer_top_k:
         found = plan.with_layers(options.layer_top_k, "as given")
     else:

@@ -23,18 +23,24 @@ def run_measured_layers(
     texts: Sequence[Path],
     progress: ProgressFn,
     start: Deltas | None = None,
+    *,
+    by_prompt: bool = False,
 ) -> Plan:
     """`plan` with the number of experts for each layer that loses least on `texts`.
 
-    `start` has what a recovery has added to it. Raises SourceRefused for a model that `plan` was
-    not made for and for deltas of another plan, FactorizeError for routers that are not linear or
-    texts that are too short.
+    `start` has what a recovery has added to it; `by_prompt`: a prompt's tokens choose the experts.
+    Raises SourceRefused for a model that `plan` was not made for and for deltas of another plan,
+    FactorizeError for routers that are not linear or texts that are too short.
     """
     plan.check_layers_free()
     windows = _windows(folder, plan, texts, LAYERS_TOKENS, start)
-    counts = measured_layers(load_dense(folder), plan, windows, progress, start)
+    model = load_dense(folder)
+    counts = measured_layers(model, plan, windows, progress, start, by_prompt=by_prompt)
+    way = " that a prompt chose for" if by_prompt else ""
     log.info("experts per token, layer by layer: %s", ",".join(map(str, counts)))
-    return plan.with_layers(" ".join(map(str, counts)), f"as measured on {LAYERS_TOKENS} tokens")
+    return plan.with_layers(
+        " ".join(map(str, counts)), f"as measured on {LAYERS_TOKENS} tokens{way}"
+    )
 
 
 def run_recovery(

@@ -12,7 +12,7 @@ from .student import Student
 
 TRIES = 2  # numbers of experts that each layer is tried with, beside the usual one
 SURE = 1.0  # standard error that a change loses in addition, for what is only the text's chance
-SAME = 1e-3  # of the largest number behind the last layer: bfloat16 rounds one window otherwise
+SAME = 1e-3  # of the largest number behind the last layer
 STRIDE = 4  # of the tokens whose predictions are compared
 
 
@@ -23,20 +23,23 @@ def measured_layers(
     windows: torch.Tensor,
     progress: ProgressFn,
     start: Deltas | None = None,
+    *,
+    by_prompt: bool = False,
 ) -> tuple[int, ...]:
     """Experts per token of each layer, as many in all as `plan` has, of the least loss.
 
     `model` is the dense model of `plan`, which this changes; `windows` [N, S] are token ids, and
     `start` what a recovery has added. Each layer is run alone with fewer and with all experts while
     the others take top_k: the loss is how far the next-token distribution diverges from the dense
-    one's, plus its standard error over the windows. Raises FactorizeError for a model whose layers
-    do more together than one after the other.
+    one's, plus its standard error over the windows. `by_prompt`: a window's first half chooses the
+    experts of the second, which alone is judged. Raises FactorizeError for a model whose layers do
+    more together than one after the other.
     """
     student = Student(model, plan, 1 if start is None else start.rank, start)
     options, k = plan.facts.options, plan.facts.options.top_k
     tries = sorted({max(1, k * 2 // 3), options.experts} - {k})
     assert len(tries) <= TRIES
-    losses = _Losses(student, windows, k)
+    losses = _Losses(student, windows, k, windows.shape[1] // 2 if by_prompt else None)
     table: list[dict[int, float]] = []
     for layer in range(len(student.ffns)):
         progress(Progress("layers", layer, len(student.ffns), "layers"))
@@ -48,8 +51,10 @@ def measured_layers(
 class _Losses:
     """Of one student. What comes before the layer in question is computed once."""
 
-    def __init__(self, student: Student, windows: torch.Tensor, top_k: int) -> None:
-        self._student, self._top_k = student, top_k
+    def __init__(
+        self, student: Student, windows: torch.Tensor, top_k: int, prompt_tokens: int | None
+    ) -> None:
+        self._student, self._top_k, self._prompt_tokens = student, top_k, prompt_tokens
         self._model = student.model.model
         places = torch.arange(windows.shape[1])[None]
         rows = self._model.embed_tokens(windows)
@@ -69,8 +74,11 @@ class _Losses:
         return float(found.mean() + SURE * error)
 
     def _check_whole(self, windows: torch.Tensor, rows: torch.Tensor) -> None:
-        """`rows` [N, S, H] after the last layer are the model's own, of the first window."""
-        wanted, found = self._student.hidden(windows[:1], None), self._model.norm(rows[:1])
+        """`rows` [N, S, H] after the last layer are the model's own.
+
+        All windows at once, as they were computed: another number of rows rounds otherwise.
+        """
+        wanted, found = self._student.hidden(windows, None), self._model.norm(rows)
         if (wanted - found).abs().max() > SAME * wanted.abs().max():
             raise FactorizeError(
                 "this model's layers are not run one after the other alone, so that none can be "
@@ -83,7 +91,9 @@ class _Losses:
         """[N, S, H] before each layer from `first` on, and after the last. None: all neurons."""
         found = [rows]
         for place in range(first, len(self._student.ffns)):
-            self._student.ffns[place].top_k = None if counts is None else counts[place]
+            ffn = self._student.ffns[place]
+            ffn.top_k = None if counts is None else counts[place]
+            ffn.prompt_tokens = self._prompt_tokens
             layer = self._model.layers[place]
             found.append(layer(found[-1], position_embeddings=self._turns))
         return found
@@ -96,6 +106,7 @@ class _Losses:
         )
 
     def _distributions(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Of one window after the other [S / STRIDE, V]."""
+        """Of one window after the other, [its judged places, V]."""
         student = self._student
-        return map(student.log_probabilities, self._model.norm(rows)[:, :-1:STRIDE])
+        judged = rows[:, self._prompt_tokens or 0 : -1 : STRIDE]
+        return map(student.log_probabilities, self._model.norm(judged))

@@ -42,6 +42,11 @@ class RecoverOptions:
     modes: tuple[str, ...] = ("token",)  # who chooses the experts where it is practised
     bits: int = 8  # of a number of the low-rank deltas
 
+    @property
+    def by_prompt(self) -> bool:
+        """Only what prompts choose is practised: then layers are measured under that, too."""
+        return self.modes == ("sequence",)
+
     def check(self) -> None:
         """Raises FactorizeError."""
         unknown = sorted(set(self.stages) - set(STAGES))

@@ -85,9 +85,9 @@ LayerTopK = Annotated[
         metavar="same|measured|K,K,…",
         help="Experts that each token uses in each layer. same: --top-k in all of them; measured:"
         " each layer is tried with fewer and with all on the --calibration text, and takes what"
-        " loses least at the same work, also in a plan that --plan names; or a number for each"
-        " layer, whose mean is --top-k. Unequal layers keep more of the quality, and are served by"
-        " moestro alone.",
+        " loses least at the same work, also in a plan that --plan names, and with --recover-mode"
+        " sequence as a prompt chooses; or a number for each layer, whose mean is --top-k. Unequal"
+        " layers keep more of the quality, and are served by moestro alone.",
     ),
 ]
 CalibrationTokens = Annotated[

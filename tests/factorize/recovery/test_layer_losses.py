@@ -28,9 +28,11 @@ def dense_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def logits(student: Student, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
+def logits(
+    student: Student, ids: torch.Tensor, top_k: int | None, prompt_tokens: int | None = None
+) -> torch.Tensor:
     with torch.no_grad():
-        return student.log_probabilities(student.hidden(ids, top_k))
+        return student.log_probabilities(student.hidden(ids, top_k, prompt_tokens))
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +63,9 @@ def test_layers_are_measured_on_a_text(dense: Path, plan: Plan) -> None:
     assert whole_divergence(dense, uneven, ids) < whole_divergence(dense, plan, ids)
 
 
+@pytest.mark.parametrize("by_prompt", [False, True])
 def test_what_a_layer_loses_is_what_the_whole_model_does(
-    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    dense: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, by_prompt: bool
 ) -> None:
     monkeypatch.setattr("moestro.factorize.recovery.layer_losses.STRIDE", 1)
     monkeypatch.setattr("moestro.factorize.recovery.layer_losses.SURE", 0.0)
@@ -73,12 +76,13 @@ def test_what_a_layer_loses_is_what_the_whole_model_does(
         return plan.layer_counts
 
     monkeypatch.setattr("moestro.factorize.recovery.layer_losses.least_loss", all_alike)
-    measured_layers(dense_model(dense), plan, windows(), quiet)
+    measured_layers(dense_model(dense), plan, windows(), quiet, by_prompt=by_prompt)
     counts = list(plan.layer_counts)
     counts[1] = EXPERTS
     uneven = plan.with_layers(" ".join(map(str, counts)), "as measured")
-    more = whole_divergence(dense, uneven, windows()) - whole_divergence(dense, plan, windows())
-    assert seen[0][1][EXPERTS] == pytest.approx(more, abs=1e-5)
+    prompt_tokens = 16 if by_prompt else None
+    more, usual = (whole_divergence(dense, x, windows(), prompt_tokens) for x in (uneven, plan))
+    assert seen[0][1][EXPERTS] == pytest.approx(more - usual, abs=1e-5)
 
 
 def test_layers_that_do_more_together_are_not_measured(dense: Path, plan: Plan) -> None:
@@ -93,8 +97,12 @@ def scaled(module: Any, given: tuple[torch.Tensor], keywords: dict[str, Any]) ->
     return (), {**keywords, "inputs_embeds": 3 * module.embed_tokens(given[0])}
 
 
-def whole_divergence(dense: Path, plan: Plan, ids: torch.Tensor) -> float:
-    """At all places but the last, with as many experts as the plan says."""
+def whole_divergence(
+    dense: Path, plan: Plan, ids: torch.Tensor, prompt_tokens: int | None = None
+) -> float:
+    """At all places but the last, or those behind a prompt; as many experts as the plan says."""
     student, top_k = Student(dense_model(dense), plan, rank=1), plan.facts.options.top_k
-    wanted, found = logits(student, ids, None)[:, :-1], logits(student, ids, top_k)[:, :-1]
+    judged = slice(prompt_tokens or 0, -1)
+    wanted = logits(student, ids, None)[:, judged]
+    found = logits(student, ids, top_k, prompt_tokens)[:, judged]
     return float((wanted.exp() * (wanted - found)).sum(-1).mean())
