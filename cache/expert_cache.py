@@ -31,10 +31,13 @@ class ExpertCache:
         reader: Reader | None = None,
         arena: Arena | None = None,
         table: SlotTable | None = None,
+        sweeping: bool = False,
     ) -> None:
         """Whoever is expected latest goes first and the pack's own reader reads, unless told.
 
-        `arena` and `table`, if given, are those that `reader` knows (two_tiers.py).
+        `sweeping`: where nearly all experts of a layer are asked for, those of the next layer are
+        read ahead, and who is kept stays. `arena` and `table`, if given, are those that `reader`
+        knows (two_tiers.py).
         """
         layers = pack.spec.layers
         self._pack = pack
@@ -46,7 +49,11 @@ class ExpertCache:
         experts = [layer.num_experts for layer in layers]
         self._table = SlotTable(plan.slots, experts) if table is None else table
         self._policy: Policy = NextUse() if policy is None else policy
-        self._residency = Residency(self._table, self._policy, self._counters, experts)
+        self._residency = Residency(
+            self._table, self._policy, self._counters, experts, sweeping=sweeping
+        )
+        self.sweeping = False
+        """The last event was a sweep, and what the next layer lacks is being read ahead."""
         reader = pack_reader(pack) if reader is None else reader
         self._host = reader if isinstance(reader, TierReader) else None
         self._loader = Loader(pack, self._arena, self._residency, reader)
@@ -88,7 +95,23 @@ class ExpertCache:
         self._lease = Lease(*parts, layer, experts, phase, routed, compute_below)
         if self._trace is not None:
             self._trace.record(layer, experts, phase, routed)
+        self.sweeping = self._residency.sweeps(layer, len(experts), phase)
+        if self.sweeping and not self._lease.waiting:
+            self._sweep_on((layer + 1) % len(self._pack.spec.layers))
         return self._lease
+
+    def _sweep_on(self, layer: int) -> None:
+        """Reads what `layer` lacks, of which the next event will ask for nearly all.
+
+        Behind the reads that are demanded, and through the slots that others passed through.
+        """
+        row, keys = self._table.where[layer], self._residency.keys[layer]
+        wanted = missing(row, range(len(row)))
+        if slots := self._residency.assign_ahead(layer, wanted):
+            batch = wanted[: len(slots)]
+            self._table.guessed.update(slots)
+            self._counters.guesses.begun([keys[expert] for expert in batch], ())
+            self._loader.start(layer, batch, slots, guessed=True)
 
     def resident(
         self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
@@ -226,8 +249,11 @@ class ExpertCache:
     def _check_users(self) -> None:
         table, lease = self._table, self._open_lease()
         held = {key for key in table.keys if key is not None}
-        agree("keys of the policy, keys with a slot", set(self._policy.keys()), held)
-        agree("keys of the policy, counted", len(self._policy.keys()), len(held))
+        kept = held - {table.keys[slot] for slot in table.passing}
+        agree(
+            "keys of the policy, keys with a slot that do not pass", set(self._policy.keys()), kept
+        )
+        agree("keys of the policy, counted", len(self._policy.keys()), len(kept))
         agree("slots being read into, LOADING slots", self._loader.moving, table.loading)
         coming = set() if lease is None else set(lease.coming)
         agree("awaited slots that are not LOADING, none", coming - table.loading, set())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from moestro.cache.facts import Phase
 from moestro.cache.pack import Pack, TensorViews
-from moestro.cache.policy import Residency
+from moestro.cache.policy import LinkCounters, Residency
 from moestro.cache.tiers import (
     MOST_BYTES_AT_ONCE,
     Arena,
@@ -117,22 +117,22 @@ class Loader:
             link = self._counters.prefetch if request.guessed else self._counters.demand
             link.read_s += completion.read_s
             if error is None:
-                link.loads += len(request.slots)
-                sizes = self._layers[request.layer].strides
-                link.bytes += sum(sizes[expert] for expert in request.experts)
-                self._counters.loads[request.layer] += len(request.slots)
+                self._arrived(request, link)
             else:
                 link.failed += len(request.slots)
                 _log.warning("%s", error)
-            for expert, slot in zip(request.experts, request.slots, strict=True):
-                self._end(request.layer, expert, slot, failed=error is not None)
-                ended.append((slot, error))
+                for slot in request.slots:
+                    self._residency.failed(slot)
+            ended += [(slot, error) for slot in request.slots]
         return ended
 
-    def _end(self, layer: int, expert: int, slot: int, *, failed: bool) -> None:
-        if failed:
-            self._residency.failed(slot)
-        else:
-            self._residency.table.arrived(slot)
-            self._pack.proved(layer, expert)
-            self._loads[layer][expert] += 1
+    def _arrived(self, request: ReadRequest, link: LinkCounters) -> None:
+        layer, experts = request.layer, request.experts
+        self._residency.table.arrived(request.slots)
+        self._pack.proved(layer, experts)
+        sizes, loads = self._layers[layer].strides, self._loads[layer]
+        link.loads += len(experts)
+        self._counters.loads[layer] += len(experts)
+        for expert in experts:
+            link.bytes += sizes[expert]
+            loads[expert] += 1

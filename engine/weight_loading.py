@@ -92,7 +92,7 @@ def _open_cache(
     tiers = plan_tiers(config.device_memory_bytes, plan.experts_bytes, pack.spec, least)
     log.info("expert cache: %s, next use over all layers, from %s", tiers, pack.path)
     if config.link is None:
-        return ExpertCache(pack, tiers.host)
+        return ExpertCache(pack, tiers.host, sweeping=config.prefetch)
     log.warning("no device: this start imagines one behind an %s link", config.link)
     return two_tiers(pack, tiers, emulated(config.link, pack, tiers))
 

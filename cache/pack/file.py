@@ -11,7 +11,7 @@ import errno
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +143,15 @@ class Pack:
         """Where the blob begins in the file; a multiple of a page."""
         return self._starts[layer] + self._offsets[layer][expert]
 
-    def unproved(self, layer: int, expert: int) -> int | None:
-        """The crc32 that the blob must have, while nobody has compared it yet; or in doubt."""
-        return self._checksums[layer][expert] if self._doubted else self._unproved[layer][expert]
+    def unproved(self, layer: int) -> Sequence[int | None]:
+        """The crc32 that each blob must have, while nobody has compared it yet; or in doubt."""
+        return self._checksums[layer] if self._doubted else self._unproved[layer]
 
-    def proved(self, layer: int, expert: int) -> None:
-        """The blob was read and its checksum was right: do not compare it again."""
-        self._unproved[layer][expert] = None
+    def proved(self, layer: int, experts: Iterable[int]) -> None:
+        """The blobs were read and their checksums were right: do not compare them again."""
+        sums = self._unproved[layer]
+        for expert in experts:
+            sums[expert] = None
 
     def doubt(self) -> None:
         """A read failed or brought other bytes: from now on every read is compared, each time.

@@ -9,10 +9,11 @@ from moestro.cache.facts import ExpertKey, Routed
 
 
 class Policy(Protocol):
-    """Keeps an order over exactly the keys that have a slot.
+    """Keeps an order over exactly the keys that have a slot and do not only pass (residency.py).
 
-    The cache calls `asked` once per layer event, before it makes room for those that are missing,
-    and `added` and `removed` as slots change hands. Layers run in ascending order, step after step.
+    The cache calls `asked` once per layer event that is no sweep, before it makes room for those
+    that are missing, and `added` and `removed` as slots change hands. Layers run in ascending
+    order, step after step.
     """
 
     def asked(self, keys: Sequence[ExpertKey], routed: Routed | None = None) -> None:

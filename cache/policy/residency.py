@@ -10,11 +10,16 @@ Nearly every expert of its layer passes through, once: given slots like others t
 that decoding needs. So it takes free slots, and beyond them no more than `stream_slots`, whose
 experts are *passing*: the first to leave, until a decode event asks for them.
 
+A *sweep* is a decode event that asks for nearly all experts of its layer, as steps of many
+sequences do, while not all experts have slots. It streams, too: whoever it evicted would be asked
+for as soon, so those that are kept stay, and the others pass. It tells the policy nothing.
+
 What a prompt asked for most, its answer will ask for, too. These experts pass by anyway: where the
 policy expects them sooner than others that are kept, they are kept instead (`admit`).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 
 from moestro.cache.facts import ExpertKey, Phase, Routed
 
@@ -25,13 +30,23 @@ from .table import NOWHERE, SlotTable
 STREAM_SHARE = 8
 """One in so many slots may be passing. Fewer shorten the reads, more cost decoding its hits."""
 
+LEFT_OUT_SHARE = 4
+"""A sweep leaves out at most one in so many experts of its layer."""
+
 
 class Residency:
     """`table`, `policy` and `counters` are for reading; slots change hands through the methods."""
 
     def __init__(
-        self, table: SlotTable, policy: Policy, counters: Counters, experts_per_layer: Sequence[int]
+        self,
+        table: SlotTable,
+        policy: Policy,
+        counters: Counters,
+        experts_per_layer: Sequence[int],
+        *,
+        sweeping: bool = False,
     ) -> None:
+        """`policy` knows whom it may name: who is kept. `sweeping`: see above; else none sweeps."""
         self.table = table
         self.policy = policy
         self.counters = counters
@@ -41,10 +56,23 @@ class Residency:
         ]
         self.left: list[ExpertKey] = []  # evicted by the last `make_room`
         self.stream_slots = min(len(table.keys), max(2, len(table.keys) // STREAM_SHARE))
+        self._sweeping = sweeping and len(table.keys) < sum(experts_per_layer)
+        two = 2 * max(experts_per_layer, default=0)  # layers, through which a sweep's others pass
+        rest = max(1, sum(experts_per_layer) - two)
+        self._kept_share = max(0.0, len(table.keys) - two) / rest
 
-    def streams(self, requested: int, phase: Phase) -> bool:
+    def streams(self, layer: int, requested: int, phase: Phase) -> bool:
         """An event of `requested` experts must not be given slots at the expense of decoding."""
-        return phase is Phase.PREFILL or requested > len(self.table.keys)
+        if phase is Phase.PREFILL or requested > len(self.table.keys):
+            return True
+        return self.sweeps(layer, requested, phase)
+
+    def sweeps(self, layer: int, requested: int, phase: Phase) -> bool:
+        """An event of `requested` experts is a sweep."""
+        if not self._sweeping or phase is Phase.PREFILL:
+            return False
+        experts = len(self.keys[layer])
+        return LEFT_OUT_SHARE * (experts - requested) <= experts
 
     def ask(
         self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None
@@ -57,11 +85,41 @@ class Residency:
         row, ready = table.where[layer], table.ready
         here = [slot for expert in experts if (slot := row[expert]) >= 0 and ready[slot]]
         table.pinned.update(here)
+        if self.sweeps(layer, len(experts), phase):
+            self._line_up(layer, here)
+            return here
         self.policy.asked([keys[expert] for expert in experts], routed)
         if table.passing and phase is Phase.DECODE:
-            for slot in here:
-                table.passing.pop(slot, None)
+            self._keep(here)
         return here
+
+    def _keep(self, slots: Iterable[int]) -> None:
+        """Those of `slots` that are passing do not pass any more."""
+        passing = self.table.passing
+        for slot in slots:
+            if slot in passing and (key := self.table.keys[slot]) is not None:
+                del passing[slot]
+                self.policy.added(key)
+
+    def _line_up(self, layer: int, slots: Iterable[int]) -> None:
+        """One of a sweep's `slots` more is kept, or one fewer, or another one.
+
+        To a sweep all experts are the same. In the end every layer keeps the same share, so that
+        what two layers lack can pass at once, and keeps its first experts: the others are
+        neighbours, which are read in one go.
+        """
+        keys, passing = self.table.keys, self.table.passing
+        numbers = {key.expert: slot for slot in slots if (key := keys[slot]) is not None}
+        passes = [number for number, slot in numbers.items() if slot in passing]
+        kept, wanted = len(numbers) - len(passes), int(self._kept_share * len(self.keys[layer]))
+        first = min(passes, default=len(self.keys[layer]))
+        last = max((number for number, slot in numbers.items() if slot not in passing), default=-1)
+        exchanged = kept == wanted and first < last
+        if (kept > wanted and len(passing) < self.stream_slots) or exchanged:
+            passing[numbers[last]] = None
+            self.policy.removed(self.keys[layer][last])
+        if (kept < wanted and passes) or exchanged:
+            self._keep([numbers[first]])
 
     def admit(self, layer: int, wanted: Sequence[int], asked: Sequence[int]) -> list[int]:
         """Evicts those whom the policy expects later than some of `wanted`, a prompt's.
@@ -93,21 +151,37 @@ class Residency:
         """
         keys, free = self.keys[layer], self.table.free
         event = {keys[expert] for expert in asked}
-        if not self.streams(len(asked), phase):
+        if not self.streams(layer, len(asked), phase):
             room = self.make_room(len(wanted), event)
             return self.take(layer, wanted[:room])
         room = self.make_room(len(wanted), event, self.stream_slots - len(self.table.passing))
         return self.take(layer, wanted[:room], passing=room - free)
 
+    def assign_ahead(self, layer: int, wanted: Sequence[int]) -> list[int]:
+        """Slots for as many of `wanted` as may have one before their layer is swept.
+
+        Whoever is used now stays, and so do those of `layer` that are here.
+        """
+        table, free = self.table, self.table.free
+        most_victims = self.stream_slots - len(table.passing)
+        if (needed := len(wanted) - free) > 0:
+            own = set(table.where[layer])
+            leaving = (slot for slot in self._idle() if slot not in own)
+            self.evict(list(islice(leaving, needed)))
+        if table.free < len(wanted) and most_victims > 0:
+            used = (key for slot in table.pinned if (key := table.keys[slot]) is not None)
+            self.make_room(len(wanted), {*self.keys[layer], *used}, most_victims)
+        room = min(len(wanted), table.free)
+        return self.take(layer, wanted[:room], passing=room - free)
+
     def take(self, layer: int, experts: Sequence[int], passing: int = 0) -> list[int]:
         """Free slots (there are enough) for `experts`; the last `passing` of them only pass."""
         table, keys, added = self.table, self.keys[layer], self.policy.added
-        slots = []
-        for expert in experts:
-            slots.append(table.begin(keys[expert]))
+        slots = [table.begin(keys[expert]) for expert in experts]
+        kept = len(slots) - max(0, passing)
+        for expert in experts[:kept]:
             added(keys[expert])
-        if passing > 0:
-            table.passing.update(dict.fromkeys(slots[-passing:]))
+        table.passing.update(dict.fromkeys(slots[kept:]))
         return slots
 
     def make_room(
@@ -140,8 +214,10 @@ class Residency:
         for slot in slots:
             if slot in self.table.guessed:
                 self.counters.wasted += 1
+            passes = slot in self.table.passing
             key = self.table.evict(slot)
-            self.policy.removed(key)
+            if not passes:
+                self.policy.removed(key)
             self.counters.evictions[key.layer] += 1
             left.append(key)
         return left
@@ -150,7 +226,10 @@ class Residency:
         """Frees a slot whose read failed."""
         if slot in self.table.guessed:
             self.counters.wasted += 1
-        self.policy.removed(self.table.failed(slot))
+        passes = slot in self.table.passing
+        key = self.table.failed(slot)
+        if not passes:
+            self.policy.removed(key)
 
     def rotation(self, held: Sequence[int], slots: Sequence[int]) -> list[int]:
         """Slots that the rest of an event takes turns in: of its `slots` or, before them, `held`.
@@ -171,17 +250,18 @@ class Residency:
     def _unevictable(self, protected: Iterable[ExpertKey]) -> set[ExpertKey]:
         """Kept keys that nobody may evict now."""
         table, kept = self.table, self.policy.keys()
-        unevictable = {key for slot in table.loading if (key := table.keys[slot]) is not None}
-        unevictable.update(key for key in protected if key in kept)
-        return unevictable
+        loading = (key for slot in table.loading if (key := table.keys[slot]) is not None)
+        return {key for key in (*loading, *protected) if key in kept}
 
     def _leaving(self, protected: Collection[ExpertKey]) -> Iterator[int]:
         """Slots whose experts were passing and may go now, first come first."""
+        keys = self.table.keys
+        return (slot for slot in self._idle() if keys[slot] not in protected)
+
+    def _idle(self) -> Iterator[int]:
+        """Slots whose experts were passing and nobody uses, first come first."""
         table = self.table
-        for slot in table.passing:
-            key = table.keys[slot]
-            if table.ready[slot] and slot not in table.pinned and key not in protected:
-                yield slot
+        return (slot for slot in table.passing if table.ready[slot] and slot not in table.pinned)
 
 
 def missing(row: Sequence[int], experts: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@
 Knows no memory and no policy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from moestro.cache.facts import ExpertKey, SlotState
 
@@ -49,9 +49,11 @@ class SlotTable:
         self.loading.add(slot)
         return slot
 
-    def arrived(self, slot: int) -> None:
-        self.loading.remove(slot)
-        self.ready[slot] = 1
+    def arrived(self, slots: Iterable[int]) -> None:
+        loading, ready = self.loading, self.ready
+        for slot in slots:
+            loading.remove(slot)
+            ready[slot] = 1
 
     def failed(self, slot: int) -> ExpertKey:
         """Frees a slot whose read failed; says who was to come."""

@@ -322,8 +322,8 @@ class TierReader:
         for expert, slot in zip(request.experts, request.slots, strict=True):
             tasks = self._awaiting.pop(self._residency.keys[request.layer][expert])
             if error is None:
-                self._table.arrived(slot)
-                self._pack.proved(request.layer, expert)
+                self._table.arrived([slot])
+                self._pack.proved(request.layer, [expert])
                 reads.loads += 1
                 reads.bytes += self._layers[request.layer].strides[expert]
                 yield from tasks

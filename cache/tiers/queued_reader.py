@@ -21,7 +21,7 @@ compares what it has read with its sum.
 """
 
 READS_UNDER_WAY = 32
-MOST_GUESSED = 4
+MOST_GUESSED = 16
 """Under way at once: who is demanded next waits behind them."""
 SMALL_BYTES = 256 << 10
 """Of an expert: larger ones are compared with their sums by threads, at their first read."""

@@ -62,6 +62,7 @@ class SlotArena(SlotViews):
         memory = stream_memory(slots * slot_bytes)
         super().__init__(torch.frombuffer(memory, dtype=torch.uint8), slot_bytes, kinds)
         self._bytes = memoryview(memory)
+        self._made: dict[tuple[int, int], memoryview] = {}  # by slot and size
 
     def buffer(self, slot: int, size_bytes: int) -> memoryview:
         """The first bytes of a slot, to be read into; begins at a page."""
@@ -69,7 +70,11 @@ class SlotArena(SlotViews):
         return self._bytes[start : start + size_bytes]
 
     def buffers(self, slots: Sequence[int], sizes: Sequence[int]) -> tuple[memoryview, ...]:
-        return tuple(self.buffer(slot, size) for slot, size in zip(slots, sizes, strict=True))
+        made, wanted = self._made, list(zip(slots, sizes, strict=True))
+        for pair in wanted:
+            if pair not in made:
+                made[pair] = self.buffer(*pair)
+        return tuple(made[pair] for pair in wanted)
 
     def used(self, slots: Iterable[int]) -> None:
         """The CPU's work is done when a call returns."""

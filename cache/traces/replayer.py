@@ -126,9 +126,8 @@ def _run(residency: Residency, event: TraceEvent) -> int:
 
 
 def _arrive(table: SlotTable, slots: Sequence[int]) -> None:
-    for slot in slots:
-        table.arrived(slot)
-        table.pinned.add(slot)
+    table.arrived(slots)
+    table.pinned.update(slots)
 
 
 def belady(events: Iterable[TraceEvent], experts_per_layer: Sequence[int], slots: int) -> Replayed:

@@ -4,7 +4,7 @@ Shape letters: n rows, N outputs, K inputs, T tokens, k experts per token.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -225,8 +225,23 @@ class ExpertTable:
         self.address = ctypes.addressof(self._pointers)
 
 
+class OpenTable:
+    """Like `ExpertTable`, of a layer of which other experts are there each time."""
+
+    def __init__(self, count: int) -> None:
+        self.experts: Sequence[TileExpert] = ()
+        self._pointers = (ctypes.c_void_p * count)()
+        self.address = ctypes.addressof(self._pointers)
+
+    def put(self, numbers: Iterable[int], experts: Sequence[TileExpert]) -> None:
+        """A call with it chooses among these `numbers` alone."""
+        self.experts, pointers = experts, self._pointers
+        for number, expert in zip(numbers, experts, strict=True):
+            pointers[number] = expert.address
+
+
 def multiply_experts(
-    table: ExpertTable,
+    table: ExpertTable | OpenTable,
     routed: Routed | Groups,
     hidden: torch.Tensor,
     results: torch.Tensor,
@@ -271,7 +286,7 @@ def _run(name: str, call: ExpertCall, scratch: Scratch) -> None:
 
 
 def expert_call(
-    table: ExpertTable,
+    table: ExpertTable | OpenTable,
     routed: Routed | Groups,
     hidden: torch.Tensor,
     results: torch.Tensor,

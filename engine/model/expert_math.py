@@ -3,7 +3,7 @@
 Shape letters: H width of the experts' input and output, n rows, k experts per token, T tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from moestro.engine.kernels import (
     Activation,
     ExpertTable,
     Groups,
+    OpenTable,
     Routed,
     Scratch,
     TileExpert,
@@ -47,6 +48,7 @@ class ExpertMath:
         self._opened: dict[int, _Expert] = {}  # by the identity of a slot's views, which stay
         self._tiled: dict[int, tuple[TileExpert, _Expert]] = {}
         self._tables: dict[int, tuple[ExpertTable, object]] = {}  # by a layer's views, which stay
+        self._open_tables: dict[int, OpenTable] = {}  # by the number of experts of a layer
         self._scratch, self._results = Scratch(), Scratch()
         self._groups: Groups | None = None  # of the sizes of the last call
 
@@ -93,7 +95,7 @@ class ExpertMath:
     def together(
         self,
         module: torch.nn.Module,
-        tensors: Sequence[dict[str, torch.Tensor]],
+        tensors: Sequence[dict[str, torch.Tensor]] | Mapping[int, dict[str, torch.Tensor]],
         routed: Routed | Groups,
         hidden: torch.Tensor,
         results: torch.Tensor,
@@ -102,11 +104,15 @@ class ExpertMath:
     ) -> None:
         """Rows of `hidden` [T, H] through the experts with these views, into `results` [T * k, H].
 
-        Of `Groups` the views are those of the whole layer, and stay. `energies` fp32 [T * k],
+        Of `Groups` the views are those of the whole layer, and stay, or of all experts in a group,
+        by their numbers. `energies` fp32 [T * k],
         where wanted, gets the squared norms of the activations. A row's result does not depend on
         who else is in the call by a bit.
         """
-        if isinstance(routed, Groups):
+        table: ExpertTable | OpenTable
+        if isinstance(tensors, Mapping):
+            table = self._open_table(routed, tensors)
+        elif isinstance(routed, Groups):
             table = self._whole_table(tensors)
         else:
             table = ExpertTable([self._tile_expert(each) for each in tensors])
@@ -123,6 +129,17 @@ class ExpertMath:
             table = ExpertTable([self._tile_expert(each) for each in tensors])
             found = self._tables[id(tensors)] = (table, tensors)
         return found[0]
+
+    def _open_table(
+        self, groups: Routed | Groups, tensors: Mapping[int, dict[str, torch.Tensor]]
+    ) -> OpenTable:
+        assert isinstance(groups, Groups)
+        count = groups.shape[2]
+        table = self._open_tables.get(count)
+        if table is None:
+            table = self._open_tables[count] = OpenTable(count)
+        table.put(tensors, [self._tile_expert(each) for each in tensors.values()])
+        return table
 
     def _tile_expert(self, tensors: dict[str, torch.Tensor]) -> TileExpert:
         found = self._tiled.get(id(tensors))

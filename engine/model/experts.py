@@ -200,13 +200,16 @@ class OffloadedExperts:
         else:
             below = self.compute_below if few else None
             event = (self.layer, experts, self.step.phase, routed, below)
-            wanted, known = groups.by_expert(), self._activation
+            rest = hidden, results, self._activation, energies
             with self.cache.acquire(*event) as lease:
                 self._look_ahead(hidden)
                 for group in lease.groups() if few else ([each] for each in lease):
+                    if len(group) == groups.count:  # one call for all, and no lists of places
+                        self.math.together(module, dict(group), groups, *rest)
+                        continue
+                    wanted = groups.by_expert()
                     rows = rows_of([wanted[expert] for expert, _ in group], k)
-                    views = [tensors for _, tensors in group]
-                    self.math.together(module, views, rows, hidden, results, known, energies)
+                    self.math.together(module, [views for _, views in group], rows, *rest)
         if self.ahead is not None:
             self.ahead.after(self.layer, experts)
         if self.output_scale != 1.0:

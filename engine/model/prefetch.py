@@ -114,6 +114,9 @@ class Prefetch:
     def before(self, layer: int, hidden: torch.Tensor) -> None:
         """`hidden` [T, H] is what the experts of `layer` read."""
         gate, self._asked = self._gates[layer], None
+        if self._cache.sweeping:
+            self.regret.swept()
+            return  # the next layer is being read ahead already
         if gate is not None and self.regret.on and hidden.shape[0] <= MOST_TOKENS:
             began_s = self._work_clock()
             ids = gate(hidden)

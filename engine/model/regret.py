@@ -109,6 +109,7 @@ class Regret:
         self._layers_s: list[float] = []
         self._guess_s = 0.0
         self._pause_steps = FIRST_PAUSE_STEPS
+        self._swept = self._begins_anew = False
 
     @property
     def on(self) -> bool:
@@ -123,8 +124,18 @@ class Regret:
         """A guess was computed and started."""
         self._guess_s += seconds
 
+    def swept(self) -> None:
+        """This step reads whole layers ahead, without a guess: it is no part of an account."""
+        self._swept = True
+
     def step(self, layer_s: float | None = None) -> None:
         """A decode step is over; `layer_s`, from one layer's demand to the next without stalls."""
+        if self._swept:
+            self._swept, self._begins_anew = False, True
+            return
+        if self._begins_anew and self.state is not State.PAUSED:
+            measures = self.state is State.MEASURING
+            self._begin(self.state, MEASURING_STEPS if measures else WINDOW_STEPS)
         if layer_s is not None:
             self._layers_s.append(layer_s)
         self._steps_left -= 1
@@ -188,7 +199,7 @@ class Regret:
         self._begin(State.PAUSED, self._pause_steps)
 
     def _begin(self, state: State, steps: int) -> None:
-        self.state, self._steps_left = state, steps
+        self.state, self._steps_left, self._begins_anew = state, steps, False
         self._before, self._guess_s = self._facts(), 0.0
 
 

@@ -89,7 +89,7 @@ class Replay:
                 continue
             for expert in missing[:room]:
                 slot = host.take(host.keys[layer][expert])
-                table.arrived(slot)
+                table.arrived([slot])
                 host.pin(slot)
                 here.append(slot)
             self.reads[self._phase] += room

@@ -76,7 +76,7 @@ class CacheMachine(RuleBasedStateMachine):
         choose: Callable[[int], int],
         data: st.DataObject,
     ) -> Rig:
-        return OneTier(pack, slots, policy, choose)
+        return OneTier(pack, slots, policy, choose, sweeping=data.draw(st.booleans()))
 
     @precondition(lambda self: self.lease is None)
     @rule(
@@ -169,7 +169,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def here(self) -> set[tuple[int, int]]:
         """Whose bytes are whole, by the rig's note, and known to the cache."""
-        return self.rig.here() & set(self.cache._policy.keys())
+        return self.rig.here() & {key for key in self.cache._table.keys if key is not None}
 
     def pinned(self) -> set[tuple[int, int]]:
         table = self.cache._table

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from manual_reader import Bench, ManualReader
 from moestro.cache import (
+    CacheStats,
     DirectReader,
     ExpertCache,
     ExpertKey,
@@ -207,7 +208,7 @@ def test_closing_twice_is_closing(bench: Make) -> None:
             cache._table.pinned.clear(),
             cache._residency.evict([cache._table.where[0][0]]),
         ),
-        lambda cache: cache._table.arrived(cache._table.where[0][2]),
+        lambda cache: cache._table.arrived([cache._table.where[0][2]]),
         lambda cache: cache._table.failed(cache._table.where[0][2]),
         lambda cache: cache._loader._under_way.clear(),
         lambda cache: cache._counters.hits.__setitem__(0, 9),
@@ -272,6 +273,30 @@ def test_residency_is_that_of_a_textbook_lru(
     stats = cache.stats()
     assert stats.hits == hits
     assert stats.misses == stats.demand_loads == sum(len(each) for _, each in events) - hits
+
+
+def test_a_sweep_reads_the_next_layer_ahead(tmp_path: Path) -> None:
+    """After the first turn whoever computes never waits again, and reads once what is missing."""
+    pack = build_tiny(tmp_path / "tiny.pack", tiny_spec(24, 24, 24))
+    reader = ManualReader(pack)
+    cache = ExpertCache(pack, plan(pack.spec, 68), reader=reader, sweeping=True)
+
+    def turn() -> CacheStats:
+        for layer in range(3):
+            with cache.acquire(layer, range(24), Phase.DECODE) as lease:
+                assert cache.sweeping
+                assert len([expert for expert, _ in lease]) == 24
+            reader.finish_all()
+            cache.check()
+        return cache.stats()
+
+    turn()
+    before, after = turn(), turn()
+    assert after.misses == before.misses
+    assert after.loads - before.loads == after.prefetches_used - before.prefetches_used
+    assert 0 < after.loads - before.loads <= 72 - 68 + 8
+    assert after.prefetches_wasted == 0
+    cache.close()
 
 
 @pytest.mark.parametrize("readers", [1, 3])

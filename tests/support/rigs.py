@@ -85,12 +85,18 @@ class OneTier(_OnTheHost):
     """RAM slots <- pack."""
 
     def __init__(
-        self, pack: Pack, slots: int, policy: Policy, choose: Callable[[int], int]
+        self,
+        pack: Pack,
+        slots: int,
+        policy: Policy,
+        choose: Callable[[int], int],
+        *,
+        sweeping: bool = False,
     ) -> None:
         self.reader = ManualReader(pack, choose)
         self.failures = self.reader.failures
         plan = plan_slots(slots * pack.spec.slot_bytes, pack.spec, 1)
-        self.cache = ExpertCache(pack, plan, policy=policy, reader=self.reader)
+        self.cache = ExpertCache(pack, plan, policy=policy, reader=self.reader, sweeping=sweeping)
 
     def here(self) -> set[Key]:
         return set(self.reader.holds.values())

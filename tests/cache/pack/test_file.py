@@ -167,11 +167,11 @@ def test_a_header_that_says_something_else_is_refused(
 def test_a_big_pack_is_not_read_when_opened(path: Path, spec: PackSpec) -> None:
     flip(path, -1)
     pack = Pack.open(path, spec, verify_up_to_bytes=spec.total_bytes - 1)
-    assert pack.unproved(2, 5) is not None
+    assert pack.unproved(2)[5] is not None
     memory = memoryview(page_memory(spec.layers[2].layout.stride_bytes))
     pack.file.read_into(pack.offset(2, 5), [memory])
     with pytest.raises(PackInvalid, match="expert 5"):
-        prove(memory, pack.unproved(2, 5), "there", 5)
-    pack.proved(2, 5)
-    assert pack.unproved(2, 5) is None
+        prove(memory, pack.unproved(2)[5], "there", 5)
+    pack.proved(2, [5])
+    assert pack.unproved(2)[5] is None
     pack.close()

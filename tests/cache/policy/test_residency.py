@@ -24,8 +24,7 @@ def assigned(
     found.ask(layer, experts, phase)
     wanted = missing(found.table.where[layer], experts)
     slots = found.assign(layer, wanted, experts, phase)
-    for slot in slots:
-        found.table.arrived(slot)
+    found.table.arrived(slots)
     found.table.pinned.clear()
     found.table.check()
     return wanted[: len(slots)]
@@ -46,9 +45,9 @@ def test_one_slot_in_eight_may_be_passed_through_and_two_at_least(slots: int, sh
 
 def test_an_event_streams_if_it_is_of_a_prompt_or_larger_than_the_slots() -> None:
     found = residency(4)
-    assert found.streams(1, PREFILL)
-    assert found.streams(5, DECODE)
-    assert not found.streams(4, DECODE)
+    assert found.streams(0, 1, PREFILL)
+    assert found.streams(0, 5, DECODE)
+    assert not found.streams(0, 4, DECODE)
 
 
 def test_decoding_takes_the_slots_it_needs() -> None:
@@ -99,6 +98,75 @@ def test_what_decoding_asks_for_stays_from_then_on() -> None:
     assert passing(found) == [(1, 1)]
     assigned(found, 2, range(3), PREFILL)
     assert here(found, 1) == [0]
+
+
+def sweeping(slots: int) -> Residency:
+    counters, table = Counters(len(EXPERTS)), SlotTable(slots, EXPERTS)
+    return Residency(table, Lru(), counters, EXPERTS, sweeping=True)
+
+
+def test_nearly_all_experts_of_a_layer_are_a_sweep_where_not_all_have_slots() -> None:
+    found = sweeping(20)
+    assert found.sweeps(0, 6, DECODE) and found.sweeps(0, 8, DECODE)
+    assert not found.sweeps(0, 5, DECODE) and not found.sweeps(0, 8, PREFILL)
+    assert not sweeping(24).sweeps(0, 8, DECODE)
+    assert not residency(20).sweeps(0, 8, DECODE)
+
+
+def test_sweeps_keep_who_is_here_and_the_others_pass() -> None:
+    found = sweeping(20)
+    for layer in (0, 1):
+        assigned(found, layer, range(8))
+    assert assigned(found, 2, range(8)) == [0, 1, 2, 3, 4, 5]  # four were free, two may pass
+    stay = here(found, 1), here(found, 2)[:4]
+    for _ in range(3):
+        for layer in range(3):
+            assigned(found, layer, range(8))
+    assert (here(found, 1), here(found, 2)[:4]) == stay
+    assert len(found.table.passing) == found.stream_slots
+    assert set(found.policy.keys()) | set(passing(found)) == set(found.table.keys)
+
+
+def test_in_the_end_every_layer_keeps_as_many_and_its_first_ones() -> None:
+    layers, policy = 16, Lru()
+    table, experts = SlotTable(96, [8] * layers), range(8)
+    found = Residency(table, policy, Counters(layers), [8] * layers, sweeping=True)
+    for step in range(20):
+        for layer in range(layers):
+            found.ask(layer, [*experts][:: -1 if step % 2 else 1], DECODE)
+            wanted = missing(table.where[layer], experts)
+            table.arrived(found.assign(layer, wanted, experts, DECODE))
+            after = (layer + 1) % layers
+            table.arrived(found.assign_ahead(after, missing(table.where[after], experts)))
+            table.pinned.clear()
+            table.check()
+    kept = [
+        sorted(key.expert for key in list(policy.keys()) if key.layer == x) for x in range(layers)
+    ]
+    assert all(each == list(range(len(each))) for each in kept)
+    assert {len(each) for each in kept} == {5, 6}
+    assert len(table.passing) == found.stream_slots == 96 - sum(map(len, kept))
+
+
+def test_what_a_few_ask_for_after_a_sweep_is_kept() -> None:
+    found = sweeping(20)
+    for layer in range(3):
+        assigned(found, layer, range(8))
+    assert passing(found) == [(2, 4), (2, 5)]
+    assigned(found, 2, [5])
+    assert passing(found) == [(2, 4)]
+    assert ExpertKey(2, 5) in set(found.policy.keys())
+
+
+def test_room_ahead_is_not_that_of_who_is_used() -> None:
+    found = sweeping(20)
+    for layer in range(3):
+        assigned(found, layer, range(8))
+    used = found.ask(2, range(8), DECODE)
+    assert found.assign_ahead(0, missing(found.table.where[0], range(8))) == []
+    assert all(found.table.ready[slot] for slot in used)
+    found.table.pinned.clear()
+    assert len(found.assign_ahead(0, missing(found.table.where[0], range(8)))) == 2
 
 
 def test_a_rota_prefers_who_passes_then_the_seats_then_who_is_here() -> None:

@@ -14,7 +14,7 @@ A, B = ExpertKey(0, 1), ExpertKey(1, 2)
 def table() -> SlotTable:
     """Four slots: A is READY, B is LOADING, two are FREE."""
     table = SlotTable(4, [3, 3])
-    table.arrived(table.begin(A))
+    table.arrived([table.begin(A)])
     table.begin(B)
     table.check()
     return table
@@ -23,7 +23,7 @@ def table() -> SlotTable:
 def test_a_slot_goes_through_its_states(table: SlotTable) -> None:
     slot = table.where[1][2]
     assert table.state(slot) is SlotState.LOADING
-    table.arrived(slot)
+    table.arrived([slot])
     assert table.state(slot) is SlotState.READY
     assert table.evict(slot) == B
     assert table.state(slot) is SlotState.FREE

@@ -194,8 +194,8 @@ def test_after_a_failed_read_experts_that_were_proved_are_compared_again(
         with pytest.raises(PackInvalid, match="expert 2"):
             read_blobs(pack, damaged)
         read_blobs(pack, sound)
-        pack.proved(0, 0)
-    assert pack.unproved(0, 0) is not None, "in doubt nothing is proved for good"
+        pack.proved(0, [0])
+    assert pack.unproved(0)[0] is not None, "in doubt nothing is proved for good"
 
 
 def test_one_wrong_checksum_puts_the_whole_pack_in_doubt(
@@ -203,8 +203,8 @@ def test_one_wrong_checksum_puts_the_whole_pack_in_doubt(
 ) -> None:
     pack = pack_with_flipped_tail._loader._pack
     read_blobs(pack, request(spec, 0, range(1)))
-    pack.proved(0, 0)
-    assert pack.unproved(0, 0) is None
+    pack.proved(0, [0])
+    assert pack.unproved(0)[0] is None
     with pytest.raises(PackInvalid, match="expert 5"):
         read_blobs(pack, request(spec, 2, range(5, 6)))
-    assert pack.unproved(0, 0) is not None
+    assert pack.unproved(0)[0] is not None

@@ -112,6 +112,13 @@ def test_many_tokens_ask_for_everything_anyway(rig: Make) -> None:
     assert not made.router.inputs
 
 
+def test_a_sweep_needs_no_guess(rig: Make) -> None:
+    made = rig(1)
+    made.cache.sweeping = True
+    made.prefetch.before(0, ROW)
+    assert not made.router.inputs
+
+
 def test_a_guess_that_a_failed_step_left_is_forgotten(rig: Make) -> None:
     made = rig(1)
     made.prefetch.before(0, ROW)

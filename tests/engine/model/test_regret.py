@@ -224,3 +224,17 @@ def fail(regret: Regret) -> None:
     regret.guessed(1.0)
     steps(regret, WINDOW_STEPS)
     assert not guesses(regret)
+
+
+def test_steps_that_swept_are_in_no_account(regret: Regret, facts: Facts) -> None:
+    watched(regret)
+    steps(regret, WINDOW_STEPS - 1)
+    regret.swept()
+    facts.add(prefetches_used=100, prefetch_loads=100, prefetch_read_s=1.0)
+    steps(regret, 1)
+    steps(regret, WINDOW_STEPS - 1)
+    assert regret.state is State.WATCHED and regret.gain_s == 0
+    regret.guessed(0.1)
+    steps(regret, 1)
+    assert regret.gain_s == 0
+    assert not regret.on
