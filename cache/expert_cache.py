@@ -17,6 +17,7 @@ from moestro.cache.traces import TraceWriter
 
 from .lease import ComputeBelow, Lease
 from .loader import Loader
+from .sweeps import Sweeps
 
 
 class ExpertCache:
@@ -52,11 +53,10 @@ class ExpertCache:
         self._residency = Residency(
             self._table, self._policy, self._counters, experts, sweeping=sweeping
         )
-        self.sweeping = False
-        """The last event was a sweep, and what the next layer lacks is being read ahead."""
         reader = pack_reader(pack) if reader is None else reader
         self._host = reader if isinstance(reader, TierReader) else None
         self._loader = Loader(pack, self._arena, self._residency, reader)
+        self._sweeps = Sweeps(self._loader, self._residency, self._arena)
         self._lease: Lease | None = None
         self._trace: TraceWriter | None = None
         self._whole: dict[int, Sequence[TensorViews]] = {}  # by layer: where nobody leaves
@@ -95,23 +95,31 @@ class ExpertCache:
         self._lease = Lease(*parts, layer, experts, phase, routed, compute_below)
         if self._trace is not None:
             self._trace.record(layer, experts, phase, routed)
-        self.sweeping = self._residency.sweeps(layer, len(experts), phase)
-        if self.sweeping and not self._lease.waiting:
-            self._sweep_on((layer + 1) % len(self._pack.spec.layers))
+        if self._sweeps.begins(layer, len(experts), phase) and not self._lease.waiting:
+            self._sweeps.read_on(layer)
         return self._lease
 
-    def _sweep_on(self, layer: int) -> None:
-        """Reads what `layer` lacks, of which the next event will ask for nearly all.
+    @property
+    def sweeping(self) -> bool:
+        """What the next layer lacks is being read ahead: no guess is wanted."""
+        return self._sweeps.going
 
-        Behind the reads that are demanded, and through the slots that others passed through.
+    def swept(
+        self, layer: int, experts: Sequence[int], phase: Phase
+    ) -> dict[int, TensorViews] | None:
+        """A layer event without a lease, where a sweep (see __init__) asks for who is here.
+
+        The views of the distinct `experts`, valid until the next event; each is a hit. None where
+        this is no sweep, or one of them is not here: `acquire` them.
         """
-        row, keys = self._table.where[layer], self._residency.keys[layer]
-        wanted = missing(row, range(len(row)))
-        if slots := self._residency.assign_ahead(layer, wanted):
-            batch = wanted[: len(slots)]
-            self._table.guessed.update(slots)
-            self._counters.guesses.begun([keys[expert] for expert in batch], ())
-            self._loader.start(layer, batch, slots, guessed=True)
+        if self._open_lease() is not None or not self._sweeps.begins(layer, len(experts), phase):
+            return None
+        if self._loader.in_flight:
+            self._loader.poll()
+        lent = self._sweeps.lend(layer, experts)
+        if lent is not None and self._trace is not None:
+            self._trace.record(layer, experts, phase, None)
+        return lent
 
     def resident(
         self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None

@@ -11,8 +11,9 @@ that decoding needs. So it takes free slots, and beyond them no more than `strea
 experts are *passing*: the first to leave, until a decode event asks for them.
 
 A *sweep* is a decode event that asks for nearly all experts of its layer, as steps of many
-sequences do, while not all experts have slots. It streams, too: whoever it evicted would be asked
-for as soon, so those that are kept stay, and the others pass. It tells the policy nothing.
+sequences do, while there are slots for more than two layers and not for all. It streams, too:
+whoever it evicted would be asked for as soon, so those that are kept stay, and the others pass. It
+tells the policy nothing.
 
 What a prompt asked for most, its answer will ask for, too. These experts pass by anyway: where the
 policy expects them sooner than others that are kept, they are kept instead (`admit`).
@@ -56,10 +57,12 @@ class Residency:
         ]
         self.left: list[ExpertKey] = []  # evicted by the last `make_room`
         self.stream_slots = min(len(table.keys), max(2, len(table.keys) // STREAM_SHARE))
-        self._sweeping = sweeping and len(table.keys) < sum(experts_per_layer)
         two = 2 * max(experts_per_layer, default=0)  # layers, through which a sweep's others pass
+        self._sweeping = sweeping and two < len(table.keys) < sum(experts_per_layer)
         rest = max(1, sum(experts_per_layer) - two)
-        self._kept_share = max(0.0, len(table.keys) - two) / rest
+        share = max(0, len(table.keys) - two) / rest
+        self._fair = [int(share * count) for count in experts_per_layer]  # that sweeps keep
+        self._uneven = set[int]()  # layers of which something else is kept
 
     def streams(self, layer: int, requested: int, phase: Phase) -> bool:
         """An event of `requested` experts must not be given slots at the expense of decoding."""
@@ -86,7 +89,7 @@ class Residency:
         here = [slot for expert in experts if (slot := row[expert]) >= 0 and ready[slot]]
         table.pinned.update(here)
         if self.sweeps(layer, len(experts), phase):
-            self._line_up(layer, here)
+            self.line_up(layer, here)
             return here
         self.policy.asked([keys[expert] for expert in experts], routed)
         if table.passing and phase is Phase.DECODE:
@@ -101,17 +104,20 @@ class Residency:
                 del passing[slot]
                 self.policy.added(key)
 
-    def _line_up(self, layer: int, slots: Iterable[int]) -> None:
+    def line_up(self, layer: int, slots: Iterable[int]) -> None:
         """One of a sweep's `slots` more is kept, or one fewer, or another one.
 
         To a sweep all experts are the same. In the end every layer keeps the same share, so that
         what two layers lack can pass at once, and keeps its first experts: the others are
         neighbours, which are read in one go.
         """
+        if layer not in self._uneven:
+            return
+        self._uneven.remove(layer)
         keys, passing = self.table.keys, self.table.passing
         numbers = {key.expert: slot for slot in slots if (key := keys[slot]) is not None}
         passes = [number for number, slot in numbers.items() if slot in passing]
-        kept, wanted = len(numbers) - len(passes), int(self._kept_share * len(self.keys[layer]))
+        kept, wanted = len(numbers) - len(passes), self._fair[layer]
         first = min(passes, default=len(self.keys[layer]))
         last = max((number for number, slot in numbers.items() if slot not in passing), default=-1)
         exchanged = kept == wanted and first < last
@@ -157,20 +163,21 @@ class Residency:
         room = self.make_room(len(wanted), event, self.stream_slots - len(self.table.passing))
         return self.take(layer, wanted[:room], passing=room - free)
 
-    def assign_ahead(self, layer: int, wanted: Sequence[int]) -> list[int]:
-        """Slots for as many of `wanted` as may have one before their layer is swept.
+    def assign_ahead(self, layer: int, wanted: Sequence[int], used: int) -> list[int]:
+        """Slots for as many of `wanted`, ascending, as may have one before their layer is swept.
 
-        Whoever is used now stays, and so do those of `layer` that are here.
+        Whoever is here of layer `used`, which runs, and of `layer` itself stays.
         """
         table, free = self.table, self.table.free
+        if len(wanted) + self._fair[layer] != len(self.keys[layer]) or not _neighbours(wanted):
+            self._uneven.add(layer)
         most_victims = self.stream_slots - len(table.passing)
         if (needed := len(wanted) - free) > 0:
-            own = set(table.where[layer])
-            leaving = (slot for slot in self._idle() if slot not in own)
+            staying = {*table.where[layer], *table.where[used]}
+            leaving = (slot for slot in self._idle() if slot not in staying)
             self.evict(list(islice(leaving, needed)))
         if table.free < len(wanted) and most_victims > 0:
-            used = (key for slot in table.pinned if (key := table.keys[slot]) is not None)
-            self.make_room(len(wanted), {*self.keys[layer], *used}, most_victims)
+            self.make_room(len(wanted), {*self.keys[layer], *self.keys[used]}, most_victims)
         room = min(len(wanted), table.free)
         return self.take(layer, wanted[:room], passing=room - free)
 
@@ -262,6 +269,10 @@ class Residency:
         """Slots whose experts were passing and nobody uses, first come first."""
         table = self.table
         return (slot for slot in table.passing if table.ready[slot] and slot not in table.pinned)
+
+
+def _neighbours(experts: Sequence[int]) -> bool:
+    return not experts or experts[-1] - experts[0] == len(experts) - 1
 
 
 def missing(row: Sequence[int], experts: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ k is taken once, in fixed order, in fp32. So neither arrival order nor cache siz
 Shape letters: T tokens, k experts per token, E experts, H width of the experts' input and output.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain, pairwise, zip_longest
 from typing import Any, Protocol
@@ -98,6 +98,9 @@ FEW_TOKENS = 16
 
 With more tokens the rows of one expert fill the caches, and are better taken through it alone.
 """
+
+
+Views = dict[str, torch.Tensor]  # of one expert's weights, where they lie
 
 
 class Ahead(Protocol):
@@ -193,7 +196,10 @@ class OffloadedExperts:
         results = self.math.results(tokens * k, hidden.shape[1], complete=groups.rows == tokens * k)
         experts = groups.experts if few else sorted(groups.experts)
         routed = self._told(tokens, groups, experts)
+        here: Sequence[Views] | Mapping[int, Views] | None
         here = self.cache.resident(self.layer, experts, self.step.phase, routed)
+        if here is None:
+            here = self.cache.swept(self.layer, experts, self.step.phase)
         if here is not None:
             self._look_ahead(hidden)
             self.math.together(module, here, groups, hidden, results, self._activation, energies)

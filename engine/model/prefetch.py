@@ -173,7 +173,7 @@ class Prefetch:
 
     def _note_begin(self) -> None:
         self._began_s = None
-        if self.regret.measuring:
+        if self.regret.measuring and not self._cache.sweeping:
             self._stall_s = self._cache.stats().decode_stall_s
             self._began_s = self._clock()
 

@@ -55,7 +55,7 @@ class CacheMachine(RuleBasedStateMachine):
     lease: Lease | None = None
 
     @initialize(
-        slots=st.sampled_from([1, 2, 3, 5, 9, 18]),
+        slots=st.sampled_from([1, 2, 3, 5, 9, 15, 18]),
         first=st.booleans(),
         policy=POLICIES,
         data=st.data(),
@@ -138,6 +138,19 @@ class CacheMachine(RuleBasedStateMachine):
             return
         assert known and self.lease is None and self.cache.plan.holds_all
         for expert, tensors in enumerate(views):
+            self.rig.look(tensors, layer, expert)
+        self.requested += len(experts)
+        self.hits += len(experts)
+
+    @rule(layer=LAYERS, experts=EXPERTS, phase=st.sampled_from(Phase))
+    def swept(self, layer: int, experts: list[int], phase: Phase) -> None:
+        known = {(layer, expert) for expert in experts} <= self.here()
+        views = self.cache.swept(layer, experts, phase)
+        if views is None:
+            return
+        assert known and self.lease is None and self.cache.sweeping
+        assert list(views) == experts
+        for expert, tensors in views.items():
             self.rig.look(tensors, layer, expert)
         self.requested += len(experts)
         self.hits += len(experts)

@@ -289,14 +289,18 @@ def test_density_one_of_a_factorized_model_is_the_dense_one(
             steps.run([one], **({} if density is None else {f"_{one[0]}": density}))
         apart = torch.cat([steps.run([(number, [7])]) for number, _ in kv_of_three])
     assert torch.equal(together, apart)
-    slots: Any = {"host_memory_bytes": 3 * loaded.cache.stats().slot_bytes, "prefetch": True}
     assert len({tuple(row.tolist()) for row in together}) == 3
-    with opened(twins[1], tmp_path / "cache", **slots) as loaded:
-        steps = Steps(loaded)
-        for number in (1, 2, 3):
-            steps.run([(number, PROMPT)], _1=1.0, _2=0.5)
-        assert torch.equal(steps.run([(1, [7]), (2, [7]), (3, [7])]), together)
-        assert sum(layer.guessed for layer in loaded.stats().prefetch.layers) > 0
+    for slots, sweeps in ((3, False), (18, True)):
+        room_bytes = slots * loaded.cache.stats().slot_bytes
+        with opened(twins[1], tmp_path / "cache", host_memory_bytes=room_bytes) as loaded:
+            steps = Steps(loaded)
+            for number in (1, 2, 3):
+                steps.run([(number, PROMPT)], _1=1.0, _2=0.5)
+            assert torch.equal(steps.run([(1, [7]), (2, [7]), (3, [7])]), together)
+            assert loaded.cache.sweeping == sweeps
+            ahead = loaded.cache.stats().prefetch_loads
+            guessed = sum(layer.guessed for layer in loaded.stats().prefetch.layers)
+            assert (ahead > 0 and guessed == 0) if sweeps else guessed > 0
 
 
 def test_a_factorized_models_sequence_misses_nothing_once_its_experts_are_here(

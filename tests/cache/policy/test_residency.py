@@ -127,7 +127,7 @@ def test_sweeps_keep_who_is_here_and_the_others_pass() -> None:
     assert set(found.policy.keys()) | set(passing(found)) == set(found.table.keys)
 
 
-def test_in_the_end_every_layer_keeps_as_many_and_its_first_ones() -> None:
+def test_in_the_end_every_layer_lacks_as_many_and_all_are_neighbours() -> None:
     layers, policy = 16, Lru()
     table, experts = SlotTable(96, [8] * layers), range(8)
     found = Residency(table, policy, Counters(layers), [8] * layers, sweeping=True)
@@ -137,13 +137,15 @@ def test_in_the_end_every_layer_keeps_as_many_and_its_first_ones() -> None:
             wanted = missing(table.where[layer], experts)
             table.arrived(found.assign(layer, wanted, experts, DECODE))
             after = (layer + 1) % layers
-            table.arrived(found.assign_ahead(after, missing(table.where[after], experts)))
+            lacking = missing(table.where[after], experts)
+            table.arrived(found.assign_ahead(after, lacking, layer))
             table.pinned.clear()
             table.check()
     kept = [
         sorted(key.expert for key in list(policy.keys()) if key.layer == x) for x in range(layers)
     ]
-    assert all(each == list(range(len(each))) for each in kept)
+    others = [sorted({*experts} - {*each}) for each in kept]
+    assert all(each == list(range(each[0], each[-1] + 1)) for each in others)
     assert {len(each) for each in kept} == {5, 6}
     assert len(table.passing) == found.stream_slots == 96 - sum(map(len, kept))
 
@@ -163,10 +165,10 @@ def test_room_ahead_is_not_that_of_who_is_used() -> None:
     for layer in range(3):
         assigned(found, layer, range(8))
     used = found.ask(2, range(8), DECODE)
-    assert found.assign_ahead(0, missing(found.table.where[0], range(8))) == []
+    assert found.assign_ahead(0, missing(found.table.where[0], range(8)), used=2) == []
     assert all(found.table.ready[slot] for slot in used)
     found.table.pinned.clear()
-    assert len(found.assign_ahead(0, missing(found.table.where[0], range(8)))) == 2
+    assert len(found.assign_ahead(0, missing(found.table.where[0], range(8)), used=1)) == 2
 
 
 def test_a_rota_prefers_who_passes_then_the_seats_then_who_is_here() -> None:

@@ -114,7 +114,7 @@ def test_many_tokens_ask_for_everything_anyway(rig: Make) -> None:
 
 def test_a_sweep_needs_no_guess(rig: Make) -> None:
     made = rig(1)
-    made.cache.sweeping = True
+    made.cache._sweeps.going = True
     made.prefetch.before(0, ROW)
     assert not made.router.inputs
 
