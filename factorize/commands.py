@@ -27,7 +27,7 @@ from .forecast import (
     layers_stage,
     repair_stage,
 )
-from .recovering import LAYERS_TOKENS, run_measured_layers, run_recovery
+from .recovering import LAYERS_TOKENS, check_texts, run_measured_layers, run_recovery
 from .report import forecast_table, plan_screen, router_lines, seconds_of, summary
 from .sequence_scores import prompts_can_choose, prompts_choose
 
@@ -75,19 +75,7 @@ def run_factorize(
     folder = prepare_dense(cache_dir, progress) if source in DEMO else Path(source)
     _check_recoverable(folder, recovery, inputs)
     command = factorize_command(source, inputs, outputs, options, recovery)
-    if inputs.plan is not None:
-        plan = Plan.read(inputs.plan)
-    else:
-        plan = make_plan(
-            folder, options, inputs.calibration, progress, command=command, work=inputs.work
-        )
-    deltas = None if inputs.deltas is None else Deltas.read(inputs.deltas)
-    by_prompt = recovery is not None and recovery.by_prompt
-    plan, deltas = _with_layers(folder, plan, deltas, options, inputs, progress, by_prompt)
-    if recovery is not None:
-        plan, deltas = run_recovery(
-            folder, plan, inputs.calibration, recovery, progress, command, inputs.work, deltas
-        )
+    plan, deltas = _planned(folder, options, inputs, progress, recovery, command)
     made_s = time.monotonic() - started_s
     with disk_errors(out.parent):
         for kept, path in ((plan, outputs.plan), (deltas, outputs.deltas)):
@@ -98,6 +86,32 @@ def run_factorize(
     applied_s = time.monotonic() - started_s - made_s
     told = summary(plan, DenseModel.open(folder), out, deltas)
     return f"{told}\n{seconds_of(made_s, applied_s)}"
+
+
+def _planned(
+    folder: Path,
+    options: SplitOptions,
+    inputs: Inputs,
+    progress: ProgressFn,
+    recovery: RecoverOptions | None,
+    command: str,
+) -> tuple[Plan, Deltas | None]:
+    """What is applied: given, or made of the dense model in `folder`. Raises FactorizeError."""
+    given = None if inputs.plan is None else Plan.read(inputs.plan)
+    if recovery is not None:
+        window_tokens = (options if given is None else given.facts.options).window_tokens
+        check_texts(folder, inputs.calibration, recovery, window_tokens)
+    plan = given or make_plan(
+        folder, options, inputs.calibration, progress, command=command, work=inputs.work
+    )
+    deltas = None if inputs.deltas is None else Deltas.read(inputs.deltas)
+    by_prompt = recovery is not None and recovery.by_prompt
+    plan, deltas = _with_layers(folder, plan, deltas, options, inputs, progress, by_prompt)
+    if recovery is None:
+        return plan, deltas
+    return run_recovery(
+        folder, plan, inputs.calibration, recovery, progress, command, inputs.work, deltas
+    )
 
 
 def _check_recovery(inputs: Inputs, recovery: RecoverOptions | None, options: SplitOptions) -> None:

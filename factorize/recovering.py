@@ -43,6 +43,16 @@ def run_measured_layers(
     )
 
 
+def check_texts(
+    folder: Path, texts: Sequence[Path], options: RecoverOptions, window_tokens: int
+) -> None:
+    """Raises FactorizeError for texts that are too short, before minutes are spent on other stages.
+
+    Other stages read fewer tokens.
+    """
+    read_windows(load_tokenizer(folder), texts, options.tokens, window_tokens)
+
+
 def run_recovery(
     folder: Path,
     plan: Plan,

@@ -168,18 +168,27 @@ class Residency:
 
         Whoever is here of layer `used`, which runs, and of `layer` itself stays.
         """
-        table, free = self.table, self.table.free
         if len(wanted) + self._fair[layer] != len(self.keys[layer]) or not _neighbours(wanted):
             self._uneven.add(layer)
-        most_victims = self.stream_slots - len(table.passing)
-        if (needed := len(wanted) - free) > 0:
-            staying = {*table.where[layer], *table.where[used]}
-            leaving = (slot for slot in self._idle() if slot not in staying)
-            self.evict(list(islice(leaving, needed)))
-        if table.free < len(wanted) and most_victims > 0:
-            self.make_room(len(wanted), {*self.keys[layer], *self.keys[used]}, most_victims)
-        room = min(len(wanted), table.free)
-        return self.take(layer, wanted[:room], passing=room - free)
+        slots = [] if self.table.free else self._pass_on(layer, wanted, used)
+        if len(slots) == len(wanted):
+            return slots
+        rest, free = wanted[len(slots) :], self.table.free
+        most_victims = self.stream_slots - len(self.table.passing)
+        staying = {*self.keys[layer], *self.keys[used]}
+        room = self.make_room(len(rest), staying, max(0, most_victims))
+        return [*slots, *self.take(layer, rest[:room], passing=room - free)]
+
+    def _pass_on(self, layer: int, experts: Sequence[int], used: int) -> list[int]:
+        """For the first of `experts`, slots whose own only passed, as far as there are any."""
+        table, keys, counters = self.table, self.keys[layer], self.counters
+        staying = {*table.where[layer], *table.where[used]}
+        leaving = (slot for slot in self._idle() if slot not in staying)
+        slots = list(islice(leaving, len(experts)))
+        counters.wasted += len(table.guessed.intersection(slots))
+        for key in table.pass_on(slots, [keys[expert] for expert in experts[: len(slots)]]):
+            counters.evictions[key.layer] += 1
+        return slots
 
     def take(self, layer: int, experts: Sequence[int], passing: int = 0) -> list[int]:
         """Free slots (there are enough) for `experts`; the last `passing` of them only pass."""

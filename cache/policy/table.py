@@ -67,6 +67,27 @@ class SlotTable:
         self.ready[slot] = 0
         return self._clear(slot)
 
+    def pass_on(self, slots: Sequence[int], keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Gives READY slots that nobody uses to other experts, in one go; says who was there.
+
+        The slots are LOADING from now on, and passing, as they have been.
+        """
+        where, ready, passing, left = self.where, self.ready, self.passing, list[ExpertKey]()
+        for slot, key in zip(slots, keys, strict=True):
+            old = self.keys[slot]
+            if old is None or not ready[slot] or where[key.layer][key.expert] != NOWHERE:
+                raise RuntimeError(f"slot {slot} is {self.state(slot).value}, or {key} has one")
+            where[old.layer][old.expert] = NOWHERE
+            where[key.layer][key.expert] = slot
+            self.keys[slot] = key
+            ready[slot] = 0
+            del passing[slot]
+            passing[slot] = None
+            left.append(old)
+        self.guessed.difference_update(slots)
+        self.loading.update(slots)
+        return left
+
     def _clear(self, slot: int) -> ExpertKey:
         key = self.keys[slot]
         if key is None:

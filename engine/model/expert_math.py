@@ -138,7 +138,11 @@ class ExpertMath:
         table = self._open_tables.get(count)
         if table is None:
             table = self._open_tables[count] = OpenTable(count)
-        table.put(tensors, [self._tile_expert(each) for each in tensors.values()])
+        known, make = self._tiled.get, self._tile_expert
+        experts = [
+            found[0] if (found := known(id(each))) else make(each) for each in tensors.values()
+        ]
+        table.put(tensors, experts)
         return table
 
     def _tile_expert(self, tensors: dict[str, torch.Tensor]) -> TileExpert:

@@ -272,6 +272,17 @@ def test_recoveries_that_cannot_be_are_refused_before_any_work(
         run_factorize("/none", tmp_path / "out", SPLIT, given, Outputs(), quiet, recovery=recovery)
 
 
+def test_texts_too_short_to_learn_from_are_refused_before_any_work(
+    long_dense: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moestro.factorize.commands.make_plan", None)
+    given, recovery = Inputs(calibration=tuple(texts)), RecoverOptions(("lora",), tokens=10**7)
+    with pytest.raises(FactorizeError, match="use a longer one or ask for fewer tokens"):
+        run_factorize(
+            str(long_dense), tmp_path / "out", SPLIT, given, Outputs(), quiet, recovery=recovery
+        )
+
+
 def test_layers_take_what_was_measured(
     long_dense: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

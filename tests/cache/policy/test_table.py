@@ -39,14 +39,27 @@ def test_a_failed_read_frees_its_slot(table: SlotTable) -> None:
     table.check()
 
 
+def test_slots_pass_from_expert_to_expert(table: SlotTable) -> None:
+    slot, after = table.where[0][1], ExpertKey(1, 0)
+    table.passing[slot] = None
+    table.guessed.add(slot)
+    assert table.pass_on([slot], [after]) == [A]
+    assert (table.where[0][1], table.where[1][0]) == (NOWHERE, slot)
+    assert table.state(slot) is SlotState.LOADING
+    assert slot in table.passing and slot not in table.guessed
+    table.check()
+
+
 @pytest.mark.parametrize(
     "forbidden",
     [
         lambda table: table.begin(A),
         lambda table: table.evict(table.where[1][2]),
         lambda table: (table.pinned.add(table.where[0][1]), table.evict(table.where[0][1])),
+        lambda table: table.pass_on([table.where[1][2]], [ExpertKey(1, 0)]),
+        lambda table: table.pass_on([table.where[0][1]], [B]),
     ],
-    ids=["a second slot", "evict LOADING", "evict pinned"],
+    ids=["a second slot", "evict LOADING", "evict pinned", "pass on LOADING", "to one here"],
 )
 def test_what_must_not_happen_is_refused(
     table: SlotTable, forbidden: Callable[[SlotTable], object]
