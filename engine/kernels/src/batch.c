@@ -4,7 +4,7 @@
 #include <string.h>
 
 enum {
-    PIECE_BYTES = 96 << 10, /* of weights that one thread takes at a time, for few rows */
+    PIECE_BYTES = 192 << 10, /* of weights that one thread takes at a time, for few rows */
     ROWS_FOR_FREE = 8,      /* that cost no more than reading the weights does */
     PIECE_TILES = 2,        /* at least, for rows in panels */
     SMALL_NUMBERS = 16 << 10 /* fewer are done before another thread has woken */

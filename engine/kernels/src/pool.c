@@ -26,8 +26,8 @@
 #include <time.h>
 
 #define MOST_WORKERS 1023
-#define PIECES 8             /* of what is left, per thread */
-#define SPIN_NS 75000        /* the next layer's call comes sooner, a wake-up costs as much */
+#define PIECES 2             /* of what is left, per thread */
+#define SPIN_NS 250000       /* through what one thread does between two calls */
 #define PAUSES_PER_LOOK 64   /* between two looks at the clock */
 #define CACHE_LINE 64
 

@@ -11,7 +11,7 @@
 
 /* Less than this is done before another thread has woken. */
 enum {
-    SMALL_SCORES = 4096,      /* numbers of keys */
+    SMALL_SCORES = 1024,      /* numbers of keys */
     SMALL_ROUTING = 1 << 18, /* multiplications */
 };
 
