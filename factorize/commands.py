@@ -12,7 +12,7 @@ import torch
 from moestro.engine import ProgressFn
 from moestro.factorize.facts import Deltas, FactorizeError, Plan, SplitOptions, disk_errors
 from moestro.factorize.methods import make_plan, read_windows
-from moestro.factorize.recovery import MODES, TRIES, RecoverOptions
+from moestro.factorize.recovery import MODES, RANK, TRIES, RecoverOptions
 from moestro.factorize.sources import DenseModel
 
 from .apply import apply_plan, output_factors, storage_dtype
@@ -299,7 +299,9 @@ def factorize_command(
     if options.tau < 1:
         words += ["--tau", f"{options.tau:g}"]
     if recovery is not None:
-        words += ["--recover", ",".join(recovery.stages), "--recover-rank", str(recovery.rank)]
+        words += ["--recover", ",".join(recovery.stages)]
+        rank = recovery.rank or (RANK if inputs.deltas is None else None)  # else that of the deltas
+        words += ["--recover-rank", str(rank)] if rank is not None else []
         words += ["--recover-bits", str(recovery.bits)] if recovery.bits != 8 else []
         words += ["--recover-tokens", str(recovery.tokens)]
         if recovery.modes != ("token",):

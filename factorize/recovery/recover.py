@@ -26,6 +26,7 @@ from .student import Student
 
 STAGES = ("repair", "lora")
 MODES = ("token", "sequence")
+RANK = 5
 RECIPE = 3  # counts the ways a distillation has been done: a kept one of another does not go on
 
 
@@ -37,7 +38,7 @@ class RecoverOptions:
     minutes: float = 60.0
     steps: int | None = None
     tokens: int = 65_536  # of the texts; each is read at least once by the repair
-    rank: int = 5  # of the low-rank deltas
+    rank: int | None = None  # of the low-rank deltas; None: as they are, or RANK
     seed: int = 0
     modes: tuple[str, ...] = ("token",)  # who chooses the experts where it is practised
     bits: int = 8  # of a number of the low-rank deltas
@@ -64,7 +65,8 @@ class RecoverOptions:
                 f"not {', '.join(foreign) or 'none'}"
             )
         if (
-            min(self.rank, self.tokens) < 1
+            min(self.rank or 1, self.tokens) < 1
+            or self.rank == 0
             or self.minutes <= 0
             or (self.steps is not None and self.steps < 1)
         ):
@@ -84,10 +86,13 @@ def recover(
     """`model` is the dense model of `plan`, which this changes; `windows` [N, S] are token ids.
 
     `state` is a file that keeps where the distillation stands, for a run that is stopped. `start`
-    has the deltas of `plan` that this run goes on from. Raises FactorizeError.
+    has the deltas of `plan` that this run goes on from, cut to the largest singular vectors where
+    the rank is smaller. Raises FactorizeError.
     """
     options.check()
-    student = Student(model, plan, options.rank, start)
+    rank = options.rank or (RANK if start is None else start.rank)
+    options = replace(options, rank=rank)
+    student = Student(model, plan, rank, start)
     tensors = {} if start is None else dict(start.tensors)
     steps = 0
     if "repair" in options.stages:
@@ -141,6 +146,7 @@ def _low_rank_parts(student: Student, options: RecoverOptions) -> dict[str, torc
         pieces = [getattr(ffn, part) for ffn in student.ffns]
         into = torch.stack([piece.into.detach() for piece in pieces])
         out_of = torch.stack([piece.out_of.detach() for piece in pieces])
+        assert options.rank is not None, "it was settled"
         tensors |= low_rank(part, into, out_of, options.rank, options.bits)
     return tensors
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from moestro.engine import in_proportion
-from moestro.factorize.facts import PARTS, Deltas, FactorizeError, Plan, expert_members
+from moestro.factorize.facts import PARTS, Deltas, Plan, expert_members
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -60,18 +60,14 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def begin_at(self, deltas: Deltas, part: str, layer: int) -> None:
-        """Sets what is added to what `deltas` say. Raises FactorizeError for a larger rank."""
+        """Sets what is added to what `deltas` say, cut to their first vectors, the largest ones."""
         if (whole := deltas.tensors.get(f"{part}.whole")) is not None:
             self.whole = whole[layer].float()
         if (thin := deltas.thin(part, layer)) is None:
             return
         columns, rows, scales = (tensor.float() for tensor in thin)
-        rank = len(scales)
-        if rank > len(self.out_of):
-            raise FactorizeError(
-                f"deltas of rank {rank} do not go on as rank {len(self.out_of)}; "
-                f"give --recover-rank {rank} or more"
-            )
+        rank = min(len(scales), len(self.out_of))
+        columns, rows, scales = columns[:, :rank], rows[:rank], scales[:rank]
         lengths = rows.norm(dim=1).clamp_min(1e-30)  # as long as those that a run begins with
         self.out_of[:rank] = rows / lengths[:, None]
         self.into[:, :rank] = columns * (scales * lengths)
@@ -158,7 +154,7 @@ class Student:
     """`model` with its FFNs replaced; `parameters` are what learns."""
 
     def __init__(self, model: Any, plan: Plan, rank: int, start: Deltas | None = None) -> None:
-        """`start`: deltas of `plan` to begin with. Raises FactorizeError for a larger rank."""
+        """`start`: deltas of `plan` to begin with."""
         self.model = model.requires_grad_(False)
         self.plan = plan
         model.lm_head = FrozenLinear(model.lm_head)

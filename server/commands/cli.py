@@ -341,7 +341,7 @@ def factorize(
     recover_minutes: making.RecoverMinutes = 60.0,
     recover_steps: making.RecoverSteps = None,
     recover_tokens: making.RecoverTokens = 65536,
-    recover_rank: making.RecoverRank = 5,
+    recover_rank: making.RecoverRank = None,
     recover_bits: making.RecoverBits = 8,
     recover_mode: making.RecoverMode = "token",
     deltas: making.DeltasFile = None,

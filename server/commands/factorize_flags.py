@@ -210,12 +210,13 @@ RecoverTokens = Annotated[
     ),
 ]
 RecoverRank = Annotated[
-    int,
+    int | None,
     Option(
         "--recover-rank",
         metavar="R",
         min=1,
-        help="Of the deltas that lora keeps: their file grows with it.",
+        help="Of the deltas that lora keeps: their file grows with it. Those of --deltas are cut to"
+        " their largest directions where it is smaller. [default: that of --deltas, or 5]",
     ),
 ]
 RecoverBits = Annotated[

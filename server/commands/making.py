@@ -40,7 +40,7 @@ def factorize(
     recover_minutes: float = 60.0,
     recover_steps: int | None = None,
     recover_tokens: int = 65_536,
-    recover_rank: int = 5,
+    recover_rank: int | None = None,
     recover_bits: int = 8,
     recover_mode: str = "token",
     layer_top_k: str = SAME,

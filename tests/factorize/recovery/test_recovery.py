@@ -343,10 +343,22 @@ def test_a_recovery_goes_on_from_deltas(
     assert not torch.equal(summed.tensors["up.into"], deltas.tensors["up.into"])
     assert "modes token, sequence" in last.facts.method
     summed.check_fits(3, 48, 32, last.sha256)
-    with pytest.raises(FactorizeError, match="--recover-rank 4 or more"):
-        recover(
-            dense_model(dense), recovered, windows(4), RecoverOptions(rank=3), quiet, start=deltas
-        )
+
+
+@pytest.mark.parametrize(("asked", "rank"), [(None, 4), (2, 2)])
+def test_deltas_go_on_with_their_rank_or_cut_to_the_largest(
+    asked: int | None, rank: int, dense: Path, plan: Plan
+) -> None:
+    options = RecoverOptions(("lora",), steps=6, rank=4)
+    recovered, deltas = recover(dense_model(dense), plan, windows(4), options, quiet)
+    more = RecoverOptions(("lora",), steps=1, rank=asked)
+    _, cut = recover(dense_model(dense), recovered, windows(4), more, quiet, start=deltas)
+    assert cut.rank == rank
+    begun = Student(dense_model(dense), recovered, rank, deltas).ffns[1].up
+    whole = Student(dense_model(dense), recovered, 4, deltas).ffns[1].up
+    left, values, right = torch.linalg.svd((whole.into @ whole.out_of).detach())
+    nearest = left[:, :rank] * values[:rank] @ right[:rank]
+    assert (begun.into @ begun.out_of - nearest).norm() < 0.02 * values[0]
 
 
 @pytest.mark.parametrize(
