@@ -27,6 +27,7 @@ class Sweeps:
 
     def begins(self, layer: int, requested: int, phase: Phase) -> bool:
         """Takes note of an event of so many experts: whether it is a sweep."""
+        self._residency.note(layer, requested, phase)
         self.going = self._residency.sweeps(layer, requested, phase)
         return self.going
 
@@ -55,6 +56,8 @@ class Sweeps:
     def read_on(self, layer: int) -> None:
         """Reads what the layer after `layer` lacks, behind the reads that are demanded."""
         following = (layer + 1) % len(self._views)
+        if not self._residency.will_sweep(following):
+            return
         row = self._table.where[following]
         wanted = missing(row, range(len(row)))
         slots = self._residency.assign_ahead(following, wanted, layer)

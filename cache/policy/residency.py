@@ -10,8 +10,9 @@ Nearly every expert of its layer passes through, once: given slots like others t
 that decoding needs. So it takes free slots, and beyond them no more than `stream_slots`, whose
 experts are *passing*: the first to leave, until a decode event asks for them.
 
-A *sweep* is a decode event that asks for nearly all experts of its layer, as steps of many
-sequences do, while there are slots for more than two layers and not for all. It streams, too:
+A *sweep* is a decode event that asks for nearly all experts of its layer, as nearly all layers'
+last events did: steps of many sequences are such. There are slots for more than two layers and not
+for all. It streams, too:
 whoever it evicted would be asked for as soon, so those that are kept stay, and the others pass. It
 tells the policy nothing.
 
@@ -33,6 +34,8 @@ STREAM_SHARE = 8
 
 LEFT_OUT_SHARE = 4
 """A sweep leaves out at most one in so many experts of its layer."""
+OTHER_LAYERS_SHARE = 8
+"""At most one in so many layers asked for fewer the last time."""
 
 
 class Residency:
@@ -63,6 +66,7 @@ class Residency:
         share = max(0, len(table.keys) - two) / rest
         self._fair = [int(share * count) for count in experts_per_layer]  # that sweeps keep
         self._uneven = set[int]()  # layers of which something else is kept
+        self._asked_nearly_all = [False] * len(experts_per_layer)  # by the last decode event
 
     def streams(self, layer: int, requested: int, phase: Phase) -> bool:
         """An event of `requested` experts must not be given slots at the expense of decoding."""
@@ -72,8 +76,21 @@ class Residency:
 
     def sweeps(self, layer: int, requested: int, phase: Phase) -> bool:
         """An event of `requested` experts is a sweep."""
-        if not self._sweeping or phase is Phase.PREFILL:
+        if not self._sweeping or phase is Phase.PREFILL or not self._nearly_all(layer, requested):
             return False
+        others = self._asked_nearly_all.count(False)
+        return OTHER_LAYERS_SHARE * others <= len(self._asked_nearly_all)
+
+    def note(self, layer: int, requested: int, phase: Phase) -> None:
+        """An event begins: what `sweeps` goes by."""
+        if self._sweeping and phase is Phase.DECODE:
+            self._asked_nearly_all[layer] = self._nearly_all(layer, requested)
+
+    def will_sweep(self, layer: int) -> bool:
+        """Its last event asked for nearly all: so will the next one, in a step that sweeps."""
+        return self._asked_nearly_all[layer]
+
+    def _nearly_all(self, layer: int, requested: int) -> bool:
         experts = len(self.keys[layer])
         return LEFT_OUT_SHARE * (experts - requested) <= experts
 
@@ -86,6 +103,7 @@ class Residency:
         """
         table, keys = self.table, self.keys[layer]
         row, ready = table.where[layer], table.ready
+        self.note(layer, len(experts), phase)
         here = [slot for expert in experts if (slot := row[expert]) >= 0 and ready[slot]]
         table.pinned.update(here)
         if self.sweeps(layer, len(experts), phase):

