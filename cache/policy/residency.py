@@ -12,9 +12,8 @@ experts are *passing*: the first to leave, until a decode event asks for them.
 
 A *sweep* is a decode event that asks for nearly all experts of its layer, as nearly all layers'
 last events did: steps of many sequences are such. There are slots for more than two layers and not
-for all. It streams, too:
-whoever it evicted would be asked for as soon, so those that are kept stay, and the others pass. It
-tells the policy nothing.
+for all. It streams, too: whoever it evicted would be asked for as soon, so those that are kept
+stay, and the others pass. It tells the policy nothing.
 
 What a prompt asked for most, its answer will ask for, too. These experts pass by anyway: where the
 policy expects them sooner than others that are kept, they are kept instead (`admit`).

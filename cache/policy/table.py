@@ -75,8 +75,10 @@ class SlotTable:
         where, ready, passing, left = self.where, self.ready, self.passing, list[ExpertKey]()
         for slot, key in zip(slots, keys, strict=True):
             old = self.keys[slot]
-            if old is None or not ready[slot] or where[key.layer][key.expert] != NOWHERE:
-                raise RuntimeError(f"slot {slot} is {self.state(slot).value}, or {key} has one")
+            if old is None or not ready[slot] or slot in self.pinned:
+                raise RuntimeError(f"slot {slot} is {self.state(slot).value} or in use")
+            if where[key.layer][key.expert] != NOWHERE:
+                raise RuntimeError(f"{key} has a slot already")
             where[old.layer][old.expert] = NOWHERE
             where[key.layer][key.expert] = slot
             self.keys[slot] = key

@@ -65,8 +65,7 @@ class RecoverOptions:
                 f"not {', '.join(foreign) or 'none'}"
             )
         if (
-            min(self.rank or 1, self.tokens) < 1
-            or self.rank == 0
+            min(1 if self.rank is None else self.rank, self.tokens) < 1
             or self.minutes <= 0
             or (self.steps is not None and self.steps < 1)
         ):
@@ -146,8 +145,7 @@ def _low_rank_parts(student: Student, options: RecoverOptions) -> dict[str, torc
         pieces = [getattr(ffn, part) for ffn in student.ffns]
         into = torch.stack([piece.into.detach() for piece in pieces])
         out_of = torch.stack([piece.out_of.detach() for piece in pieces])
-        assert options.rank is not None, "it was settled"
-        tensors |= low_rank(part, into, out_of, options.rank, options.bits)
+        tensors |= low_rank(part, into, out_of, into.shape[-1], options.bits)
     return tensors
 
 

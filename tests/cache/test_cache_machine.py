@@ -155,6 +155,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.requested += len(experts)
         self.hits += len(experts)
 
+    @precondition(lambda self: self.lease is None)
+    @rule(data=st.data())
+    def step_of_many(self, data: st.DataObject) -> None:
+        """All layers ask for all: the next such step sweeps, where there are slots for it."""
+        for layer in range(3):
+            self.swept(layer, [*range(6)], Phase.DECODE)
+            self.acquire(layer, [*range(6)], Phase.DECODE, None, data)
+            while self.lease is not None:
+                self.take_next()
+            self.books_agree()
+
     @rule(layer=LAYERS, experts=EXPERTS, limit=st.integers(0, 3))
     def prefetch(self, layer: int, experts: list[int], limit: int) -> None:
         staying = self.here() & ({(layer, expert) for expert in experts} | self.pinned())

@@ -58,8 +58,19 @@ def test_slots_pass_from_expert_to_expert(table: SlotTable) -> None:
         lambda table: (table.pinned.add(table.where[0][1]), table.evict(table.where[0][1])),
         lambda table: table.pass_on([table.where[1][2]], [ExpertKey(1, 0)]),
         lambda table: table.pass_on([table.where[0][1]], [B]),
+        lambda table: (
+            table.pinned.add(table.where[0][1]),
+            table.pass_on([table.where[0][1]], [ExpertKey(1, 0)]),
+        ),
     ],
-    ids=["a second slot", "evict LOADING", "evict pinned", "pass on LOADING", "to one here"],
+    ids=[
+        "a second slot",
+        "evict LOADING",
+        "evict pinned",
+        "pass on LOADING",
+        "to one here",
+        "pinned",
+    ],
 )
 def test_what_must_not_happen_is_refused(
     table: SlotTable, forbidden: Callable[[SlotTable], object]
