@@ -4,9 +4,12 @@ Counts decay by the events of their own layer: an expert's rate is about the sha
 last `half_life_events` x 1.44 events that asked for it. Knows keys, nothing of slots or reads.
 """
 
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Container, Sequence
-from heapq import heapify, heappop, heapreplace
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from itertools import chain
+from math import inf
+from operator import add
 
 from moestro.cache.facts import ExpertKey, Routed
 
@@ -112,6 +115,10 @@ class DecayedFrequency:
         self._layers: list[_Layer] = []
         self._kept: dict[ExpertKey, None] = {}
         self._current = 0
+        # An eviction looks at all layers: at numbers side by side, not objects all over the memory.
+        self._changed = set[int]()  # layers whose order has changed since the last one
+        self._lowest = array("d")  # by layer: the worth of whom it would give up first
+        self._turns = array("d")  # by how long ago a layer ran: its part of a score
 
     def asked(self, keys: Sequence[ExpertKey], routed: Routed | None = None) -> None:
         if not keys:
@@ -122,6 +129,7 @@ class DecayedFrequency:
             layer.asked(keys)
         else:
             layer.routed(keys, routed)
+        self._changed.add(self._current)
 
     def keep_score(self, key: ExpertKey) -> float:
         rate = self._layer(key.layer).rate(key)
@@ -132,35 +140,32 @@ class DecayedFrequency:
             raise ValueError(f"{key} is kept already")
         self._kept[key] = None
         self._layer(key.layer).add(key)
+        self._changed.add(key.layer)
 
     def removed(self, key: ExpertKey) -> None:
         del self._kept[key]
         self._layers[key.layer].remove(key)
+        self._changed.add(key.layer)
 
     def victims(self, count: int, protected: Container[ExpertKey]) -> list[ExpertKey] | None:
-        """A merge of the layers' own orders."""
+        """A merge of the layers' own orders; among equals the layer that ran last comes first."""
         found: list[ExpertKey] = []
         if count <= 0:
             return found
-        ranked = [layer.ranked() for layer in self._layers]
-        sinces = [self._since(number) for number in range(len(ranked))]
-        turns = [self._turn(since) for since in sinces]
-        heads = [
-            (turns[number] + worths[0], sinces[number], number, 0)
-            for number, (_, worths) in enumerate(ranked)
-            if worths
-        ]
-        heapify(heads)
-        while heads:
-            _, since, number, place = heads[0]
-            keys, worths = ranked[number]
-            if place + 1 < len(keys):
-                following = (turns[number] + worths[place + 1], since, number, place + 1)
-                heapreplace(heads, following)
-            else:
-                heappop(heads)
-            if keys[place] not in protected:
-                found.append(keys[place])
+        self._settle()
+        current, lowest, turns = self._current, self._lowest, self._turns
+        since_order = lowest[current::-1] + lowest[:current:-1]
+        scores = list(map(add, turns, since_order))
+        opened: dict[int, Iterator[tuple[ExpertKey, float]]] = {}
+        while (least := min(scores, default=inf)) < inf:
+            since = scores.index(least)
+            if since not in opened:
+                keys, worths = self._layers[(current - since) % len(scores)].ranked()
+                opened[since] = zip(keys, chain(worths[1:], [inf]), strict=False)
+            key, following = next(opened[since])
+            scores[since] = turns[since] + following
+            if key not in protected:
+                found.append(key)
                 if len(found) == count:
                     return found
         return None
@@ -171,7 +176,15 @@ class DecayedFrequency:
     def _layer(self, number: int) -> _Layer:
         while len(self._layers) <= number:
             self._layers.append(_Layer(self._half_life, self._share, self._worth))
+            self._lowest.append(inf)
+            self._turns = array("d", map(self._turn, range(len(self._layers))))
         return self._layers[number]
+
+    def _settle(self) -> None:
+        for number in self._changed:
+            _, worths = self._layers[number].ranked()
+            self._lowest[number] = worths[0] if worths else inf
+        self._changed.clear()
 
     def _since(self, layer: int) -> int:
         """Layers run since this one did: 0 for the current one, which runs again last."""

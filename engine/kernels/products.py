@@ -4,6 +4,7 @@ Shape letters: n rows, N outputs, K inputs, T tokens, k experts per token.
 """
 
 import ctypes
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -159,10 +160,8 @@ class Routed:
         """[experts + 1]; [rows]: row of hidden; [rows]: row of results."""
         self.places = places
         self.count, self.which = len(starts) - 1, 0
-        self._arrays = tuple(
-            (ctypes.c_int32 * len(each))(*each) for each in (starts, tokens, places)
-        )
-        self.addresses = tuple(map(ctypes.addressof, self._arrays))
+        self._arrays = array("i", starts), array("i", tokens), array("i", places)
+        self.addresses = tuple(each.buffer_info()[0] for each in self._arrays)
 
     @classmethod
     @lru_cache(maxsize=256)
