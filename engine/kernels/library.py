@@ -154,6 +154,31 @@ class AttendCall(ctypes.Structure):
     )
 
 
+class PromptCall(ctypes.Structure):
+    """`prompt_call` of src/step.h."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("out", c_void_p),
+        ("states", c_void_p),
+        ("q_head", c_int64),
+        ("q_token", c_int64),
+        ("key_head", c_int64),
+        ("key_token", c_int64),
+        ("value_head", c_int64),
+        ("value_token", c_int64),
+        ("tokens", c_int32),
+        ("length", c_int32),
+        ("heads", c_int32),
+        ("key_heads", c_int32),
+        ("dim", c_int32),
+        ("value_dim", c_int32),
+        ("scaling", c_float),
+    )
+
+
 class RouteCall(ctypes.Structure):
     """`route_call` of src/step.h."""
 
@@ -232,6 +257,7 @@ _STRUCTS: tuple[type[ctypes.Structure], ...] = (
     LayerCall,
     TailCall,
     GroupCall,
+    PromptCall,
 )
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_available": (c_char_p, (c_int,)),
@@ -251,6 +277,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     ),
     "moestro_attention": (c_int64, (c_void_p, POINTER(AttentionCall))),
     "moestro_attend": (None, (POINTER(AttendCall),)),
+    "moestro_attend_prompt": (None, (POINTER(PromptCall),)),
     "moestro_layer_head": (c_int64, (c_void_p, POINTER(LayerCall))),
     "moestro_layer_tail": (c_int64, (POINTER(TailCall),)),
     "moestro_route": (None, (POINTER(RouteCall),)),

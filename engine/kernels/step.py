@@ -10,11 +10,19 @@ from typing import NamedTuple
 
 import torch
 
-from .library import AttendCall, AttentionCall, AttentionStruct, RouteCall
+from .library import (
+    AttendCall,
+    AttentionCall,
+    AttentionStruct,
+    PromptCall,
+    RouteCall,
+    library,
+)
 from .products import Scratch, TileMatrix, loaded
 
 MOST_GROUP = 64  # query heads that share a key head
 LANES = 16  # a head's width is a multiple of them
+WIDEST_HEAD = 256  # of a prompt's attention
 
 
 class AttentionWeights(NamedTuple):
@@ -135,6 +143,45 @@ def attend_stored(
         queries.shape[2],
     )
     loaded().moestro_attend(call)
+    return out
+
+
+def attends_prompts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether `attend_prompt` takes such."""
+    if library() is None:
+        return False
+    for each in (queries, keys, values):
+        width = each.shape[-1]
+        if each.dtype != torch.float32 or each.device.type != "cpu" or each.stride(-1) != 1:
+            return False
+        if width % LANES or width > WIDEST_HEAD:
+            return False
+    return True
+
+
+def attend_prompt(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """fp32 [heads, T, D], [key heads, S, D] and [key heads, S, Dv] -> [T, heads, Dv].
+
+    The T tokens are the last ones of S, and see those before them. A token's result does not depend
+    by a bit on which others are in the call.
+    """
+    (heads, tokens, dim), (key_heads, length, value_dim) = queries.shape, values.shape
+    out = torch.empty((tokens, heads, value_dim))
+    states = torch.empty((heads, tokens, 2))
+    call = PromptCall(
+        *(each.data_ptr() for each in (queries, keys, values, out, states)),
+        *(stride for each in (queries, keys, values) for stride in each.stride()[:2]),
+        tokens,
+        length,
+        heads,
+        key_heads,
+        dim,
+        value_dim,
+        scaling,
+    )
+    loaded().moestro_attend_prompt(call)
     return out
 
 

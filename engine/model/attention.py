@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 
-from moestro.engine.kernels import attend_stored
+from moestro.engine.kernels import attend_prompt, attend_stored, attends_prompts
 
 from .kv import PackedCache, Span
 
@@ -104,15 +104,8 @@ def attention_hook(
     **keywords: object,
 ) -> tuple[torch.Tensor, None]:
     """`query` [1, H, T, D] -> ([1, T, H, D], None). Raises UnknownKeyword by name."""
-    for name, given in keywords.items():
-        if given is not None and name not in HARMLESS:
-            raise UnknownKeyword(f"attention keyword {name!r}")
     cache: PackedCache = module.moestro_cache  # type: ignore[assignment]  # set by `install`
-    in_blocks = cache.block_masks and isinstance(attention_mask, torch.Tensor)
-    if attention_mask is not None and not isinstance(attention_mask, MaskRule) and not in_blocks:
-        raise UnknownKeyword(f"an attention mask of type {type(attention_mask).__name__}")
-    if indices is not None and not in_blocks:
-        raise UnknownKeyword("attention keyword 'indices'")
+    _refuse_unknown(cache, attention_mask, indices, keywords)
     cache.ruled |= isinstance(attention_mask, MaskRule)  # found while tracing, as below
     layer, returned = cache.written
     direct = key is returned
@@ -136,6 +129,11 @@ def attention_hook(
             outputs.append(done.pop(0))
             continue
         rows = query[:, :, span.start : span.start + span.tokens]  # [1, H, n, D]
+        if attention_mask is None and s_aux is None:
+            found = _attend_by_library(rows, keys, values, scaling)
+            if found is not None:
+                outputs.append(found)
+                continue
         mask: torch.Tensor | None
         if isinstance(attention_mask, torch.Tensor):
             mask = _block(attention_mask, indices, span, slice(behind, offset))
@@ -150,6 +148,22 @@ def attention_hook(
             outputs.append(_attend(rows, keys, values, mask, scaling, grouped=grouped))
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return packed.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(
+    cache: PackedCache,
+    mask: MaskRule | torch.Tensor | None,
+    indices: torch.Tensor | None,
+    keywords: dict[str, object],
+) -> None:
+    for name, given in keywords.items():
+        if given is not None and name not in HARMLESS:
+            raise UnknownKeyword(f"attention keyword {name!r}")
+    in_blocks = cache.block_masks and isinstance(mask, torch.Tensor)
+    if mask is not None and not isinstance(mask, MaskRule) and not in_blocks:
+        raise UnknownKeyword(f"an attention mask of type {type(mask).__name__}")
+    if indices is not None and not in_blocks:
+        raise UnknownKeyword("attention keyword 'indices'")
 
 
 def _block(
@@ -215,6 +229,16 @@ def _attend_singles(
     rows = query[0].transpose(0, 1)[cache.singles.at] * scale  # [n, H, D]
     found = attend_stored(rows.contiguous(), cache.singles.store.layers[layer], cache.singles.rows)
     return list(found[:, None, :, None].unbind())
+
+
+def _attend_by_library(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
+) -> torch.Tensor | None:
+    """As `_attend` without a mask, of a prompt on the CPU; None: the library takes no such."""
+    if rows.shape[2] == 1 or not attends_prompts(rows[0], keys, values):
+        return None
+    scale = scaling if scaling is not None else rows.shape[-1] ** -0.5
+    return attend_prompt(rows[0], keys, values, scale).transpose(0, 1)[None]
 
 
 def _attend(

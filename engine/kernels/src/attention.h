@@ -178,5 +178,3 @@ static float score(const float *x, const float *matrix, const float *bias, int i
     }
     return total;
 }
-
-const step_isa STEP_ISA = {normalize, attend, score};

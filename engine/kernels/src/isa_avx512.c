@@ -13,6 +13,7 @@
 #include "step.h"
 #define STEP_ISA step_avx512
 #include "attention.h"
+#include "prompt_attention.h"
 
 const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, quantize,
                  activate, combine};

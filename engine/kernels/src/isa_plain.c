@@ -5,6 +5,7 @@
 #include "step.h"
 #define STEP_ISA step_plain
 #include "attention.h"
+#include "prompt_attention.h"
 
 const isa isa_plain = {
     .name = "plain",

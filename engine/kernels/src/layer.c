@@ -48,7 +48,7 @@ EXPORT int64_t moestro_struct_bytes(int32_t number)
     static const int64_t sizes[] = {
         sizeof(matrix),     sizeof(expert),     sizeof(expert_call), sizeof(attention),
         sizeof(attention_call), sizeof(attend_call), sizeof(route_call), sizeof(layer_head),
-        sizeof(layer_call), sizeof(tail_call), sizeof(group_call),
+        sizeof(layer_call), sizeof(tail_call), sizeof(group_call), sizeof(prompt_call),
     };
     const int32_t count = sizeof(sizes) / sizeof(sizes[0]);
     return number < 0 || number >= count ? -1 : sizes[number];

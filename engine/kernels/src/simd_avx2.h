@@ -23,6 +23,8 @@
 #define CHAINS 4
 #define DOTS 4
 #define COLUMNS 2
+#define ATTEND_ROWS 6  /* of queries at once, */
+#define ATTEND_TILES 1 /* with so many registers of keys */
 
 typedef struct {
     __m256 a, b;

@@ -15,6 +15,8 @@
 #define STRIPE 2 /* with so many tiles: 16 sums and three registers */
 #define DOTS 16   /* rows at once that one row is multiplied with, */
 #define COLUMNS 4 /* registers of each row that are added up */
+#define ATTEND_ROWS 6  /* of queries at once, */
+#define ATTEND_TILES 4 /* with so many registers of keys */
 #define CHAINS 4 /* accumulators of a lone row: a dot product waits for the one before */
 
 typedef __m512 fv;

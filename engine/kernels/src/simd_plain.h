@@ -13,6 +13,8 @@
 #define CHAINS 1
 #define DOTS 2
 #define COLUMNS 1
+#define ATTEND_ROWS 2  /* of queries at once, */
+#define ATTEND_TILES 1 /* with so many registers of keys */
 
 typedef float fv __attribute__((vector_size(64)));
 typedef int32_t iv __attribute__((vector_size(64)));

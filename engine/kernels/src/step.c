@@ -13,6 +13,7 @@
 enum {
     SMALL_SCORES = 1024,      /* numbers of keys */
     SMALL_ROUTING = 1 << 18, /* multiplications */
+    PROMPT_PART = 256,       /* tokens of a head that a thread takes at a time */
 };
 
 typedef struct {
@@ -104,6 +105,20 @@ EXPORT void moestro_attend(const attend_call *call)
     }
     for (int item = 0; item < items; item++)
         attend_item((void *)call, item);
+}
+
+static void attend_prompt_item(void *context, int item)
+{
+    const prompt_call *c = context;
+    const int part = item / c->key_heads, end = (part + 1) * PROMPT_PART;
+    current_step()->attend_prompt(c, item % c->key_heads, part * PROMPT_PART,
+                                  end < c->tokens ? end : c->tokens);
+}
+
+EXPORT void moestro_attend_prompt(const prompt_call *call)
+{
+    const int parts = (call->tokens - 1) / PROMPT_PART + 1;
+    moestro_pool_run(parts * call->key_heads, attend_prompt_item, (void *)call);
 }
 
 static void attend_all(const step *s)

@@ -6,12 +6,27 @@
 
 enum { MOST_GROUP = 64 }; /* query heads that share a key head */
 
+/* Tokens of a prompt, the last ones of `length`. Strides are in floats; a head's own numbers lie
+   together. Heads' widths are multiples of TILE. */
+typedef struct {
+    const float *q;     /* [heads, tokens, dim] */
+    const float *keys;  /* [key_heads, length, dim] */
+    const float *values; /* [key_heads, length, value_dim] */
+    float *out;         /* [tokens, heads, value_dim] */
+    float *states;      /* [heads, tokens, 2] for the call's own use */
+    int64_t q_head, q_token, key_head, key_token, value_head, value_token;
+    int32_t tokens, length, heads, key_heads, dim, value_dim;
+    float scaling;
+} prompt_call;
+
 typedef struct {
     void (*normalize)(const float *x, const float *weight, float eps, int width, float *out);
     void (*attend)(const float *q, int group, int dim, const float *keys, const float *values,
                    const int32_t *rows, int length, float *out);
     float (*score)(const float *x, const float *matrix, const float *bias, int inputs, int experts,
                    float *logits, float *weights);
+    /* Tokens [begin, end) of the query heads that share key head h. */
+    void (*attend_prompt)(const prompt_call *c, int h, int begin, int end);
 } step_isa;
 
 extern const step_isa step_plain;
@@ -61,6 +76,7 @@ typedef struct {
 } attend_call;
 
 void moestro_attend(const attend_call *call);
+void moestro_attend_prompt(const prompt_call *call);
 
 /* A router: logits = x matrix^T + bias; of their softmax the k largest, scaled to add up to one if
    `normalized`. */

@@ -3,6 +3,7 @@
    products_check NAME...: instruction sets. Each row's result must be the same bits alone and in
    company, and near what the portable set says. Prints what differs and returns 1. */
 #include "calls.h"
+#include "step.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -191,6 +192,32 @@ static void check_experts(int number, int count)
         free(blocks[i]);
 }
 
+/* Tokens of a prompt in one call, and cut in two. */
+static void check_prompt(int tokens, int length)
+{
+    enum { HEADS = 4, KEY_HEADS = 2, DIM = 32, VALUE_DIM = 48, WIDTH = HEADS * VALUE_DIM };
+    float *q = numbers(tokens * HEADS * DIM), *keys = numbers(KEY_HEADS * length * DIM);
+    float *values = numbers(KEY_HEADS * length * VALUE_DIM);
+    float *whole = get((size_t)(tokens * WIDTH) * sizeof(float));
+    float *parts = get((size_t)(tokens * WIDTH) * sizeof(float));
+    float *states = get((size_t)(tokens * HEADS * 2) * sizeof(float));
+    prompt_call call = {.q = q, .keys = keys, .values = values, .out = whole, .states = states};
+    call.q_head = DIM, call.q_token = HEADS * DIM, call.key_head = length * DIM;
+    call.key_token = DIM, call.value_head = length * VALUE_DIM, call.value_token = VALUE_DIM;
+    call.tokens = tokens, call.length = length, call.heads = HEADS, call.key_heads = KEY_HEADS;
+    call.dim = DIM, call.value_dim = VALUE_DIM, call.scaling = 0.2f;
+    moestro_attend_prompt(&call);
+    const int first = tokens / 3;
+    call.out = parts, call.tokens = first, call.length = length - tokens + first;
+    if (first)
+        moestro_attend_prompt(&call);
+    call.out = parts + first * WIDTH, call.q = q + first * HEADS * DIM;
+    call.tokens = tokens - first, call.length = length;
+    moestro_attend_prompt(&call);
+    compare("prompt", tokens, whole, parts, tokens * WIDTH, 0);
+    free(q), free(keys), free(values), free(whole), free(parts), free(states);
+}
+
 int main(int count, char **names)
 {
     for (int i = 1; i < count; i++) {
@@ -204,6 +231,8 @@ int main(int count, char **names)
             for (int k = 0; k < LENGTH(COUNTS); k++)
                 check_experts(number, COUNTS[k]);
         }
+        for (int k = 0; k < LENGTH(COUNTS); k++)
+            check_prompt(COUNTS[k], COUNTS[k] + 125 * k);
     }
     return failures ? 1 : 0;
 }

@@ -22,7 +22,7 @@ def test_every_struct_is_as_large_as_in_c() -> None:
 @needs_library
 def test_one_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_STRUCTS", tuple(reversed(module._STRUCTS)))
-    with pytest.raises(StartError, match="was built for another GroupCall; install moestro again"):
+    with pytest.raises(StartError, match="was built for another PromptCall; install moestro again"):
         module.load(module.FILE)
 
 
