@@ -91,7 +91,7 @@ static void float_stripe(step *s, const matrix *m, const uint8_t **w, fv *f)
             }
             for (int r = t * BLOCK_ROWS; r < t * BLOCK_ROWS + s->count; r++) {
                 const fv sum = fv_add(sums[0][r], sums[1][r]);
-                f[r] = fp8 ? fv_fma(sum, scales, f[r]) : sum;
+                f[r] = fp8 ? fv_fma(sum, scales, start ? f[r] : fv_set(0)) : sum;
             }
         }
     }

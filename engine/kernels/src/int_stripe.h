@@ -127,9 +127,11 @@ INLINE group_end end_of(const matrix *m, const uint8_t *w)
     return end;
 }
 
-/* f += sums of group g, each in its row's and its outputs' scale. */
+/* f += sums of group g, each in its row's and its outputs' scale; what it was before is gone if
+   that is the first one. */
 INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv *f,
-                      const group_end *end, const int format, const int zero_kind)
+                      const group_end *end, const int format, const int zero_kind,
+                      const int first)
 {
     const int64_t at = values_bytes(m) + (int64_t)g * PANEL * 4, panel = s->panel_bytes;
     const int64_t apart = (int64_t)m->padded / m->row_group * PANEL * 4;
@@ -139,8 +141,9 @@ INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv 
         for (int u = 0; u < count; u++) {
             const fv scale = fv_word(from + 4 * u);
             const uint8_t *correct = from + apart + 4 * u;
+            const fv before = first ? fv_set(0) : f[u];
             if (zero_kind == ZERO_FLOAT) {
-                const fv sum = fv_fma(fv_of(sums[u]), fv_mul(end->scales, scale), f[u]);
+                const fv sum = fv_fma(fv_of(sums[u]), fv_mul(end->scales, scale), before);
                 f[u] = fv_fma(end->zeros, fv_word(correct), sum);
                 continue;
             }
@@ -148,9 +151,18 @@ INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv 
             if (zero_kind == ZERO_INTEGER)
                 correction = iv_mul(end->integers, correction);
             const fv sum = fv_of(iv_add(sums[u], correction));
-            f[u] = fv_fma(sum, format == INT8 ? scale : fv_mul(end->scales, scale), f[u]);
+            f[u] = fv_fma(sum, format == INT8 ? scale : fv_mul(end->scales, scale), before);
         }
     }
+}
+
+INLINE void finish(const step *s, const matrix *m, int g, const iv *sums, fv *f,
+                   const group_end *end, const int format, const int zero_kind)
+{
+    if (g)
+        add_group(s, m, g, sums, f, end, format, zero_kind, 0);
+    else
+        add_group(s, m, g, sums, f, end, format, zero_kind, 1);
 }
 
 /* The same with what stands after a group's lines at w. */
@@ -158,16 +170,16 @@ static void finish_group(const step *s, const matrix *m, const uint8_t *w, int g
                          fv *f)
 {
     if (m->format == INT8) {
-        add_group(s, m, g, sums, f, NULL, INT8, ZERO_NONE);
+        finish(s, m, g, sums, f, NULL, INT8, ZERO_NONE);
         return;
     }
     const group_end end = end_of(m, w);
     if (m->format == MXFP4 || m->zero_kind == ZERO_NONE)
-        add_group(s, m, g, sums, f, &end, INT4, ZERO_NONE);
+        finish(s, m, g, sums, f, &end, INT4, ZERO_NONE);
     else if (m->zero_kind == ZERO_FLOAT)
-        add_group(s, m, g, sums, f, &end, INT4, ZERO_FLOAT);
+        finish(s, m, g, sums, f, &end, INT4, ZERO_FLOAT);
     else
-        add_group(s, m, g, sums, f, &end, INT4, ZERO_INTEGER);
+        finish(s, m, g, sums, f, &end, INT4, ZERO_INTEGER);
 }
 
 #ifdef GROUPED
@@ -183,7 +195,8 @@ INLINE void group_chunk(const step *s, const matrix *m, const group_end (*ends)[
     const int64_t apart = (int64_t)m->padded / s->group * PANEL * 4;
     const uint8_t *w = s->lines[0], *v = s->lines[T - 1];
     fv totals[STRIPE * GROUPED];
-    UNROLL for (int u = 0; u < T * R; u++) totals[u] = f[u / R * BLOCK_ROWS + u % R];
+    UNROLL for (int u = 0; u < T * R; u++) totals[u] =
+        s->k ? f[u / R * BLOCK_ROWS + u % R] : fv_set(0);
     for (int k = s->k; k < s->k + s->inputs; ends++) {
         const uint8_t *scale = scales + (int64_t)(k / s->group) * PANEL * 4;
         iv a[STRIPE * GROUPED];
@@ -305,16 +318,6 @@ static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f
     }
 }
 
-/* After the last group of int8: the scales of its outputs. */
-static void scale_outputs(const step *s, const matrix *m, const uint8_t *const *w, fv *f)
-{
-    for (int t = 0; t < s->tiles; t++) {
-        const fv scales = load_scales(w[t] + m->padded * TILE, m->scale_type);
-        for (int r = t * BLOCK_ROWS; r < t * BLOCK_ROWS + s->count; r++)
-            f[r] = fv_mul(f[r], scales);
-    }
-}
-
 /* Half bytes, INT_BLOCK inputs at a time: whole groups, or a part of one. What has been stored is
    read later than at once: it is in the cache by then. */
 static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
@@ -351,6 +354,7 @@ static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv 
     }
 }
 
+/* f = what the rows give, but for the scales of int8's outputs. */
 static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
 {
 #ifdef GROUPED
@@ -362,6 +366,4 @@ static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
         int8_stripe(s, m, w, f, kernel);
     else
         nibble_stripe(s, m, w, f, kernel);
-    if (m->format == INT8)
-        scale_outputs(s, m, w, f);
 }

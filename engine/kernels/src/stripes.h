@@ -10,9 +10,14 @@ static int few(const matrix *m) { return m->format == INT8 ? 2 : MOST_ROWS; }
 static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int count,
                          float *const *out, const float *bias)
 {
+    fv scales[STRIPE];
+    for (int t = 0; t < tiles; t++)
+        scales[t] = m->format == INT8 ? load_scales(m->tiles + (tile + t) * m->tile_bytes +
+                                                        m->padded * TILE, m->scale_type)
+                                      : fv_set(1);
     for (int r = 0; r < count; r++)
         for (int t = 0; t < tiles; t++)
-            write_tile(m, tile + t, f[t * BLOCK_ROWS + r], out[r], bias);
+            write_tile(m, tile + t, fv_mul(f[t * BLOCK_ROWS + r], scales[t]), out[r], bias);
 }
 
 /* One tile at a time: memory comes as one stream, which the processor goes on reading at a tile's
@@ -31,14 +36,10 @@ static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *
     for (int since = 0; since < count; since += BLOCK_ROWS) {
         s.panels = panels + since / PANEL * s.panel_bytes;
         s.count = lesser(BLOCK_ROWS, count - since);
-        const int rows = (s.count + PANEL - 1) / PANEL * PANEL;
         for (int t = tile; t < end; t += s.tiles) {
             s.tiles = end - t < STRIPE || is_narrow(m, s.count, kernel) ? 1 : STRIPE;
             for (int u = 0; u < s.tiles; u++)
                 w[u] = m->tiles + (t + u) * m->tile_bytes;
-            for (int u = 0; u < s.tiles; u++)
-                for (int r = 0; r < rows; r++)
-                    f[u * BLOCK_ROWS + r] = fv_set(0);
             if (m->row_group)
                 int_stripe(&s, m, w, f, kernel);
             else
