@@ -14,7 +14,7 @@ enum {
     PANEL_INPUTS = 64,
     ROW_BYTES = PANEL_INPUTS, /* of a row's values that lie together */
     BLOCK_ROWS = PANEL * (64 / PANEL),
-    DIRECT_BLOCK = 1024, /* inputs: integers as they are stored, */
+    DIRECT_BLOCK = 256,  /* inputs: integers as they are stored, */
     INT_BLOCK = 256,     /* widened ones, */
     LEAST_GROUP = 32,    /* of those that are scaled in registers, */
     FLOAT_BLOCK = 128    /* floats */
