@@ -110,11 +110,18 @@ class Lease:
     def groups(self) -> Iterator[list[tuple[int, dict[str, torch.Tensor]]]]:
         """All residents at once, in the order of the request, then whoever has arrived since.
 
-        Small experts wait for each other: one more group costs more than computing with them does.
+        One group, where all have arrived when it begins. Small experts wait for each other: one
+        more group costs more than computing with them does.
         """
         self._once()
-        if self._here:
-            yield self._lent(self._here)
+        if self._coming:
+            self.collect(self._loader.poll())
+        whole = not (self._coming or self._pending or self._failure)
+        first = [*self._here, *self._arrived] if whole else self._here
+        if whole:
+            self._arrived.clear()
+        if first:
+            yield self._lent(first)
             if self._pending:
                 for slot in self._here:
                     self._release(slot)

@@ -4,6 +4,7 @@ Shape letters: T tokens (one of each sequence), H width, E experts, k of them pe
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,7 @@ class LayerStep:
         self._call, self._tail = LayerCall(), TailCall()
         self._room: StepRoom | None = None
         self._shared: ExpertCall | None = None
+        self._ran: torch.Tensor | None = None  # what the shared expert gave since the last head
         self._library = loaded()
 
     def _settle(self, room: StepRoom) -> None:
@@ -96,7 +98,7 @@ class LayerStep:
         """
         if room is not self._room:
             self._settle(room)
-        stream = torch.empty_like(hidden)
+        stream, self._ran = torch.empty_like(hidden), None  # what a step that failed has left
         call, scratch = self._call, self._scratch
         inner = call.attention
         call.hidden, call.stream = hidden.data_ptr(), stream.data_ptr()
@@ -110,21 +112,43 @@ class LayerStep:
             inner.scratch, inner.scratch_bytes = scratch.address, scratch.size_bytes
         return stream
 
+    @property
+    def shared_has_run(self) -> bool:
+        """Since the last `head`."""
+        return self._ran is not None
+
+    def run_shared(self, given: torch.Tensor | None = None) -> None:
+        """The shared expert of what `head` left in the room, where something else is waited for.
+
+        `tail` runs it where nobody did. `given` [T, H], contiguous: what it gives is known.
+        """
+        shared, room = self._shared, self._room
+        self._ran = given
+        if given is None and shared is not None and room is not None:
+            self._with_scratch(shared, self._library.moestro_experts, shared)
+            self._ran = room.shared
+
     def tail(
         self, stream: torch.Tensor, experts: torch.Tensor, given: torch.Tensor | None = None
     ) -> None:
         """Add what the experts gave, fp32 [T, H], and the shared one gives, to the stream.
 
-        `given` [T, H] instead of the shared one's: the sum is the same to the bit.
+        `given` [T, H], contiguous, instead of the shared one's: the sum is the same to the bit.
         """
-        tail, scratch = self._tail, self._scratch
+        tail, given, self._ran = self._tail, self._ran if given is None else given, None
         shared = self._shared if given is None else None
-        summed = experts if given is None else experts + given
         tail.shared = None if shared is None else ctypes.addressof(shared)
-        tail.experts, tail.stream = summed.data_ptr(), stream.data_ptr()
+        tail.given = None if given is None else given.data_ptr()
+        tail.experts, tail.stream = experts.data_ptr(), stream.data_ptr()
+        self._with_scratch(shared, self._library.moestro_layer_tail, tail)
+
+    def _with_scratch(
+        self, shared: ExpertCall | None, run: Callable[..., int], call: ctypes.Structure
+    ) -> None:
+        scratch = self._scratch
         if shared is not None:
             shared.scratch, shared.scratch_bytes = scratch.address, scratch.size_bytes
-        while needed := self._library.moestro_layer_tail(tail):
+        while needed := run(call):
             assert shared is not None
             scratch.grow(needed)
             shared.scratch, shared.scratch_bytes = scratch.address, scratch.size_bytes

@@ -237,6 +237,7 @@ class TailCall(ctypes.Structure):
 
     _fields_ = (
         ("shared", c_void_p),
+        ("given", c_void_p),
         ("experts", c_void_p),
         ("stream", c_void_p),
         ("residual", c_float),

@@ -7,7 +7,7 @@ k is taken once, in fixed order, in fp32. So neither arrival order nor cache siz
 Shape letters: T tokens, k experts per token, E experts, H width of the experts' input and output.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain, pairwise, zip_longest
 from typing import Any, Protocol
@@ -101,6 +101,8 @@ With more tokens the rows of one expert fill the caches, and are better taken th
 
 
 Views = dict[str, torch.Tensor]  # of one expert's weights, where they lie
+Meanwhile = Callable[[], None]
+"""Called once or not at all: while an expert is being read, and before any is computed."""
 
 
 class Ahead(Protocol):
@@ -143,10 +145,11 @@ class OffloadedExperts:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        meanwhile: Meanwhile | None = None,
     ) -> torch.Tensor:
         rows = self.step.rows
         if rows is None:
-            return self._run(module, hidden, ids, weights, None)
+            return self._run(module, hidden, ids, weights, None, meanwhile)
         spread = rows.spread(self.layer, hidden, ids, weights)
         places = spread.ids.numel()
         energies = hidden.new_zeros(places, dtype=torch.float32) if rows.looks else None
@@ -163,11 +166,12 @@ class OffloadedExperts:
         ids: torch.Tensor,
         weights: torch.Tensor,
         energies: torch.Tensor | None,
+        meanwhile: Meanwhile | None = None,
     ) -> torch.Tensor:
         """`energies` fp32 [T * k], zeros, gets the squared norms of activations where wanted."""
         tokens, k = ids.shape
         if self.math.tiled:
-            return self._in_tiles(module, hidden, ids, weights, energies)
+            return self._in_tiles(module, hidden, ids, weights, energies, meanwhile)
         run = self._few_tokens if tokens <= FEW_TOKENS else self._many_tokens
         results, asked = run(module, hidden, ids, weights, energies)
         if self.ahead is not None:
@@ -187,6 +191,7 @@ class OffloadedExperts:
         ids: torch.Tensor,
         weights: torch.Tensor,
         energies: torch.Tensor | None,
+        meanwhile: Meanwhile | None,
     ) -> torch.Tensor:
         """On the CPU with the library's products: one call for all experts that are here."""
         (tokens, k), num_experts = ids.shape, int(module.num_experts)  # type: ignore[arg-type]
@@ -209,6 +214,8 @@ class OffloadedExperts:
             rest = hidden, results, self._activation, energies
             with self.cache.acquire(*event) as lease:
                 self._look_ahead(hidden)
+                if meanwhile is not None and lease.coming:
+                    meanwhile()
                 for group in lease.groups() if few else ([each] for each in lease):
                     if len(group) == groups.count:  # one call for all, and no lists of places
                         self.math.together(module, dict(group), groups, *rest)

@@ -9,6 +9,7 @@ Shape letters: T tokens of the packed row, H width.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from moestro.engine.formats import is_experts_module
 from moestro.engine.kernels import LayerParts, LayerStep, Scratch, StepRoom
 
+from .experts import OffloadedExperts
 from .kv import PackedCache
 from .thin import (
     ThinAttention,
@@ -129,10 +131,23 @@ class ThinLayer:
         room = self._memory.room(flat.shape[0], self._parts)
         stream = self._step.head(flat, addresses, self._attention.buffers(), rows, room)
         experts = self._experts.__dict__["moestro_experts"]
-        routed = experts(self._experts, room.normed, room.chosen, room.shares)
-        given = None if self.shared_apart is None else self.shared_apart(room.normed)
+        chosen = room.normed, room.chosen, room.shares
+        if isinstance(experts, OffloadedExperts):
+            routed = experts(self._experts, *chosen, partial(self._run_shared, room.normed))
+        else:
+            routed = experts(self._experts, *chosen)
+        given = None if self._step.shared_has_run else self._rows_apart(room.normed)
         self._step.tail(stream, routed.contiguous(), given)
         return stream.view(hidden.shape)
+
+    def _run_shared(self, normed: torch.Tensor) -> None:
+        """The shared expert, while others are being read."""
+        assert self._step is not None
+        self._step.run_shared(self._rows_apart(normed))
+
+    def _rows_apart(self, normed: torch.Tensor) -> torch.Tensor | None:
+        given = None if self.shared_apart is None else self.shared_apart(normed)
+        return None if given is None else given.contiguous()
 
 
 def layer_of(

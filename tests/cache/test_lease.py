@@ -96,6 +96,18 @@ def test_groups_are_the_residents_and_then_whoever_has_come(
         next(lease.groups())
 
 
+def test_whoever_has_come_by_then_is_in_the_first_group(bench: Make) -> None:
+    made = bench(12)
+    run(made.cache, 0, [3, 1])
+    with made.cache.acquire(0, [1, 0, 5, 3], DECODE) as lease:
+        assert lease.coming
+        while made.reader.queued:
+            made.reader.finish(0)
+        groups = [[expert for expert, _ in group] for group in lease.groups()]
+    assert groups == [[1, 3, 0, 5]], "residents first"
+    made.cache.check()
+
+
 def test_a_group_is_whole_until_the_next_one(bench: Make) -> None:
     """Slots of a group are given to those who wait when the whole group is done, not before."""
     made = bench(3)

@@ -1,5 +1,6 @@
 """The same output whatever the cache: size and prefetch change when weights come, nothing else."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import tiny
 from engine_kit import generate, opened, run_logits
 from moestro.engine import SamplingParams
+from moestro.engine.kernels import LayerStep
 from moestro.engine.model import regret
 
 STEPS: list[list[tuple[int, list[int]]]] = [
@@ -37,6 +39,25 @@ def test_logits_are_bit_identical_for_any_budget_and_prefetch(
     wanted = found[32, False]
     for setting, logits in found.items():
         assert torch.equal(logits, wanted), setting
+
+
+def test_a_shared_expert_that_runs_while_others_are_read_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.build("granitemoeshared", tmp_path / "model")
+    early = Counter[str]()
+    run_shared = LayerStep.run_shared
+
+    def counted(step: LayerStep, given: torch.Tensor | None = None) -> None:
+        early["calls"] += 1
+        run_shared(step, given)
+
+    with opened(folder, tmp_path / "cache") as loaded:
+        wanted, slot_bytes = run_logits(loaded, STEPS), loaded.cache.plan.slot_bytes
+    monkeypatch.setattr(LayerStep, "run_shared", counted)
+    with opened(folder, tmp_path / "cache", host_memory_bytes=6 * slot_bytes) as loaded:
+        assert torch.equal(run_logits(loaded, STEPS), wanted)
+    assert early["calls"] > 0
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])

@@ -38,7 +38,7 @@ EXPORT int64_t moestro_layer_tail(const tail_call *call)
 {
     const int64_t needed = call->shared ? moestro_experts(call->shared) : 0;
     if (!needed)
-        add(call->stream, call->experts, call->shared ? call->shared->results : 0, call->residual,
+        add(call->stream, call->experts, call->shared ? call->shared->results : call->given, call->residual,
             (int64_t)call->count * call->width);
     return needed;
 }

@@ -25,7 +25,8 @@ typedef struct {
 
 /* stream += residual * (experts + the shared one's results, if there is one) */
 typedef struct {
-    const expert_call *shared; /* NULL: none */
+    const expert_call *shared; /* NULL: none, or it has run already: then */
+    const float *given;        /* [count, width] its results, or NULL */
     const float *experts;      /* [count, width] */
     float *stream;             /* [count, width] */
     float residual;

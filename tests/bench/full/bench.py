@@ -126,9 +126,9 @@ class Bench:
         """The cache folder for packs of one expert format, so that each can be removed alone."""
         return self.shop.path(f"cache-{experts}")
 
-    def bound(self, tokens: int) -> PromptBound:
+    def bound(self, tokens: int, experts: str) -> PromptBound:
         """The ceilings, measured as a turn is: first in line for a core."""
-        outcome = module("full.kernels", json.dumps(asdict(self.shape)), tokens)
+        outcome = module("full.kernels", json.dumps(asdict(self.shape)), tokens, experts)
         return PromptBound(**last_json(outcome.stdout))
 
     def streams(self, threads: int = 1) -> Streams:

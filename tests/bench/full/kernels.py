@@ -1,18 +1,17 @@
 """How fast the products of a prompt alone are on this machine right now: the ceiling of P2.
 
-python -m full.kernels GEOMETRY TOKENS      (one JSON line; the benchmark starts it as a turn)
+python -m full.kernels GEOMETRY TOKENS FORMAT   (one JSON line; the benchmark starts it as a turn)
 """
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import report
 import torch
 
-from moestro.engine.kernels import Scratch, TileFormat, library, linear, tile_matrix
+from moestro.engine.formats import tile_format
+from moestro.engine.kernels import Scratch, library, linear, tile_matrix
 
 from .bars import rows_per_expert
 from .geometry import Geometry
@@ -41,11 +40,14 @@ def int_mm_rate(rows: int, outputs: int, inputs: int) -> float:
     return rows * outputs * inputs * count / seconds
 
 
-def tile_rate(rows: int, outputs: int, inputs: int, row_group: int = 0) -> float:
-    """The same of moestro's int8 in tiles, rows quantized and results scaled; else torch's."""
+def tile_rate(name: str, rows: int, outputs: int, inputs: int, row_group: int = 0) -> float:
+    """The same of the format `name` in tiles, rows quantized and results scaled; else torch's."""
     if library() is None:
         return int_mm_rate(rows, outputs, inputs)
-    form, count = TileFormat("int8"), max(2, COLD_BYTES // (outputs * inputs))
+    form, count = (
+        tile_format(name, torch.bfloat16, inputs),
+        max(2, COLD_BYTES // (outputs * inputs)),
+    )
     tiles = torch.full((count, *form.shape(outputs, inputs)), 7, dtype=torch.uint8)
     matrices = [tile_matrix(each, form, outputs, inputs, row_group) for each in tiles]
     values, scratch = torch.randn(rows, inputs), Scratch()
@@ -53,19 +55,16 @@ def tile_rate(rows: int, outputs: int, inputs: int, row_group: int = 0) -> float
     return rows * outputs * inputs * count / seconds
 
 
-# (rows, outputs, inputs) -> multiply-adds per second of the product that a prompt runs. int4 is
-# held to the same: its weights are widened to int8 on the way.
-PRODUCT_RATE: Callable[[int, int, int], float] = tile_rate
-DENSE_RATE: Callable[[int, int, int], float] = partial(tile_rate, row_group=DENSE_ROW_GROUP)
+def prompt_bound(shape: Geometry, tokens: int, name: str) -> PromptBound:
+    """Of `tokens` tokens routed evenly: products of experts and dense rows at their own sizes.
 
-
-def prompt_bound(shape: Geometry, tokens: int) -> PromptBound:
-    """Of `tokens` tokens routed evenly: products of experts and dense rows at their own sizes."""
+    Experts in the format `name`, dense weights in int8.
+    """
     rows = rows_per_expert(shape.experts, shape.experts_per_token, tokens)
-    wide = PRODUCT_RATE(round(rows), shape.expert_width, shape.hidden)
-    narrow = PRODUCT_RATE(round(rows), shape.hidden, shape.expert_width)
+    wide = tile_rate(name, round(rows), shape.expert_width, shape.hidden)
+    narrow = tile_rate(name, round(rows), shape.hidden, shape.expert_width)
     experts_rate = 3 / (2 / wide + 1 / narrow)  # two wide matrices and a narrow one
-    dense_rate = DENSE_RATE(tokens, shape.hidden, shape.hidden)
+    dense_rate = tile_rate("int8", tokens, shape.hidden, shape.hidden, DENSE_ROW_GROUP)
     experts = shape.layers * shape.experts_per_token * tokens * shape.expert_numbers
     dense = shape.layers * 4 * shape.hidden**2 * tokens
     seconds = experts / experts_rate + dense / dense_rate
@@ -75,4 +74,4 @@ def prompt_bound(shape: Geometry, tokens: int) -> PromptBound:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shape = Geometry(**json.loads(sys.argv[1]))
-    print(json.dumps(asdict(prompt_bound(shape, int(sys.argv[2])))))
+    print(json.dumps(asdict(prompt_bound(shape, int(sys.argv[2]), sys.argv[3]))))

@@ -49,21 +49,27 @@ def one_pair(bench: Bench, experts: str, kind: str) -> dict[str, float]:
     if "ours" in found:
         name = f"P2 prefill {experts}" + (f" beside {kind.upper()}" if kind else "")
         bench.hold(share_bar(name, found["ours"], found["ceiling"], KERNEL_PERCENT))
+        if "int8" in found:
+            share = 100 * found["ours"] / found["int8"]
+            report.show(f"  {name}: {share:.1f} % of what int8's products would allow")
     return found
 
 
 def turn(bench: Bench, experts: str, model: Path | None) -> dict[str, float | None]:
-    bound = bench.bound(TOKENS)
-    report.show(
-        f"  ceiling {TOKENS / bound.seconds:.0f} tok/s: experts at {bound.experts_rate / 1e9:.0f}"
-        f" G/s with {bound.rows_per_expert:.0f} rows each, dense at"
-        f" {bound.dense_rate / 1e9:.0f} G/s"
-    )
+    bounds = {name: bench.bound(TOKENS, name) for name in dict.fromkeys((experts, "int8"))}
+    for name, bound in bounds.items():
+        report.show(
+            f"  ceiling {TOKENS / bound.seconds:.0f} tok/s: experts in {name} at"
+            f" {bound.experts_rate / 1e9:.0f} G/s with {bound.rows_per_expert:.0f} rows each, dense"
+            f" at {bound.dense_rate / 1e9:.0f} G/s"
+        )
     ours = bench.ours(experts=experts, dense=DENSE[experts], prefill=TOKENS, repeats=2)
     row: dict[str, float | None] = {
-        "ceiling": TOKENS / bound.seconds,
+        "ceiling": TOKENS / bounds[experts].seconds,
         "ours": ours["prefill"]["tok_s"],
     }
+    if experts != "int8":
+        row["int8"] = TOKENS / bounds["int8"].seconds
     if model is not None:
         row["peer"] = bench.llama.bench(model, prefill=TOKENS).prefill
     return row

@@ -314,9 +314,16 @@ def test_a_layer_is_the_sum_of_its_parts(shared: bool, instruction_set: str) -> 
         if shared:
             gates, ups = (room.normed.double() @ gate.double().T).chunk(2, 1)
             both = both + (F.silu(gates) * ups) @ down.double().T
-        before = stream.clone()
+        before, early, given = stream.clone(), stream.clone(), stream.clone()
         step.tail(stream, experts)
         assert close(stream, before + residual * both)
+        step.run_shared()  # where something else was waited for
+        step.tail(early, experts)
+        assert torch.equal(early, stream)
+        if shared:
+            step.tail(given, experts, room.shared)
+            assert torch.equal(given, stream)
+        step.run_shared(torch.full_like(experts, 7))  # of a step that failed before its tail
     assert scratch.size_bytes > 0
     smaller = StepRoom(1, parts)  # another number of tokens, then the first again
     only = Rows(case.places.rows[:1], case.places.starts[:2])
