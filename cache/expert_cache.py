@@ -37,8 +37,8 @@ class ExpertCache:
         """Whoever is expected latest goes first and the pack's own reader reads, unless told.
 
         `sweeping`: where nearly all experts of a layer are asked for, those of the next layer are
-        read ahead, and who is kept stays. `arena` and `table`, if given, are those that `reader`
-        knows (two_tiers.py).
+        read ahead, and who is kept stays; so are the first ones of a prompt's next layer. `arena`
+        and `table`, if given, are those that `reader` knows (two_tiers.py).
         """
         layers = pack.spec.layers
         self._pack = pack
@@ -120,6 +120,15 @@ class ExpertCache:
         if lent is not None and self._trace is not None:
             self._trace.record(layer, experts, phase, None)
         return lent
+
+    def follow_prompt(self, layer: int, requested: int) -> bool:
+        """A prompt's event of so many experts of `layer` is over: reads for the next layer begin.
+
+        For a cache that sweeps (see __init__), where that was nearly all of them; whether they do.
+        """
+        if self._open_lease() is not None or self._loader.in_flight:
+            return False
+        return self._sweeps.follow_prompt(layer, requested)
 
     def resident(
         self, layer: int, experts: Sequence[int], phase: Phase, routed: Routed | None = None

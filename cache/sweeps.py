@@ -53,6 +53,20 @@ class Sweeps:
         views = self._views[layer]
         return {expert: views[slot] for expert, slot in zip(experts, slots, strict=True)}
 
+    def follow_prompt(self, layer: int, requested: int) -> bool:
+        """A prompt's event of `layer` is over: whether the first that the next one lacks are read.
+
+        It asks for nearly all, as `layer` did. The disk has work while nothing but attention runs.
+        """
+        following, residency = layer + 1, self._residency
+        if following == len(self._views) or not residency.nearly_all(layer, requested):
+            return False
+        row = self._table.where[following]
+        wanted = missing(row, range(len(row)))
+        slots = residency.assign_for_prompt(following, wanted) if wanted else []
+        self._start(following, wanted, slots)
+        return bool(slots)
+
     def read_on(self, layer: int) -> None:
         """Reads what the layer after `layer` lacks, behind the reads that are demanded."""
         following = (layer + 1) % len(self._views)
@@ -60,8 +74,11 @@ class Sweeps:
             return
         row = self._table.where[following]
         wanted = missing(row, range(len(row)))
-        slots = self._residency.assign_ahead(following, wanted, layer)
+        self._start(following, wanted, self._residency.assign_ahead(following, wanted, layer))
+
+    def _start(self, layer: int, wanted: Sequence[int], slots: Sequence[int]) -> None:
+        """Reads the first of `wanted` into `slots`, which they were given."""
         if slots:
             self._table.guessed.update(slots)
             self._counters.guesses.begun((), ())
-            self._loader.start(following, wanted[: len(slots)], slots, guessed=True)
+            self._loader.start(layer, wanted[: len(slots)], slots, guessed=True)

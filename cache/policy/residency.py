@@ -49,7 +49,10 @@ class Residency:
         *,
         sweeping: bool = False,
     ) -> None:
-        """`policy` knows whom it may name: who is kept. `sweeping`: see above; else none sweeps."""
+        """`policy` knows whom it may name: who is kept.
+
+        `sweeping`: see above; else none sweeps, and nothing is read for prompts ahead of time.
+        """
         self.table = table
         self.policy = policy
         self.counters = counters
@@ -60,6 +63,8 @@ class Residency:
         self.left: list[ExpertKey] = []  # evicted by the last `make_room`
         self.stream_slots = min(len(table.keys), max(2, len(table.keys) // STREAM_SHARE))
         two = 2 * max(experts_per_layer, default=0)  # layers, through which a sweep's others pass
+        self.reads_ahead = sweeping
+        """Whole layers are read before they ask, for sweeps and for prompts."""
         self._sweeping = sweeping and two < len(table.keys) < sum(experts_per_layer)
         rest = max(1, sum(experts_per_layer) - two)
         share = max(0, len(table.keys) - two) / rest
@@ -75,7 +80,7 @@ class Residency:
 
     def sweeps(self, layer: int, requested: int, phase: Phase) -> bool:
         """An event of `requested` experts is a sweep."""
-        if not self._sweeping or phase is Phase.PREFILL or not self._nearly_all(layer, requested):
+        if not self._sweeping or phase is Phase.PREFILL or not self.nearly_all(layer, requested):
             return False
         others = self._asked_nearly_all.count(False)
         return OTHER_LAYERS_SHARE * others <= len(self._asked_nearly_all)
@@ -83,13 +88,14 @@ class Residency:
     def note(self, layer: int, requested: int, phase: Phase) -> None:
         """An event begins: what `sweeps` goes by."""
         if self._sweeping and phase is Phase.DECODE:
-            self._asked_nearly_all[layer] = self._nearly_all(layer, requested)
+            self._asked_nearly_all[layer] = self.nearly_all(layer, requested)
 
     def will_sweep(self, layer: int) -> bool:
         """Its last event asked for nearly all: so will the next one, in a step that sweeps."""
         return self._asked_nearly_all[layer]
 
-    def _nearly_all(self, layer: int, requested: int) -> bool:
+    def nearly_all(self, layer: int, requested: int) -> bool:
+        """So many of the layer's experts are nearly all of them."""
         experts = len(self.keys[layer])
         return LEFT_OUT_SHARE * (experts - requested) <= experts
 
@@ -195,6 +201,17 @@ class Residency:
         staying = {*self.keys[layer], *self.keys[used]}
         room = self.make_room(len(rest), staying, max(0, most_victims))
         return [*slots, *self.take(layer, rest[:room], passing=room - free)]
+
+    def assign_for_prompt(self, layer: int, wanted: Sequence[int]) -> list[int]:
+        """Slots for the first of `wanted` before a prompt's event of `layer` asks for nearly all.
+
+        Those of experts that only passed, and of other layers: who is kept stays. None while there
+        are free slots, which an event gives to whom it keeps.
+        """
+        if not self.reads_ahead or self.table.free:
+            return []
+        room = self.make_room(len(wanted), set(self.keys[layer]), 0)
+        return self.take(layer, wanted[:room], passing=room)
 
     def _pass_on(self, layer: int, experts: Sequence[int], used: int) -> list[int]:
         """For the first of `experts`, slots whose own only passed, as far as there are any."""

@@ -128,6 +128,8 @@ class Prefetch:
         guess, self._guess = self._guess, None
         if decoding and guess is not None and guess.layer == layer:  # else a step had failed
             self._compare(guess, asked)
+        if not decoding and self._cache.follow_prompt(layer, len(asked)):
+            self.regret.swept()
         if decoding and layer == 0:
             self._note_begin()
         if self._asked is not None:

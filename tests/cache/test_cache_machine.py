@@ -166,6 +166,17 @@ class CacheMachine(RuleBasedStateMachine):
                 self.take_next()
             self.books_agree()
 
+    @rule(layer=LAYERS, requested=st.integers(0, 6))
+    def follow_prompt(self, layer: int, requested: int) -> None:
+        before, kept = self.here(), set(self.cache._policy.keys())
+        begun = self.cache.follow_prompt(layer, requested)
+        assert kept == set(self.cache._policy.keys())
+        if begun:
+            assert self.lease is None and layer < 2 and requested >= 4
+            moving = self.cache._loader._under_way
+            assert moving and all(each.guessed and each.layer == layer + 1 for each in moving)
+            assert all(gone not in kept for gone in before - self.here())
+
     @rule(layer=LAYERS, experts=EXPERTS, limit=st.integers(0, 3))
     def prefetch(self, layer: int, experts: list[int], limit: int) -> None:
         staying = self.here() & ({(layer, expert) for expert in experts} | self.pinned())
