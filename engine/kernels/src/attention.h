@@ -36,33 +36,42 @@ INLINE void score_rows(const float *q, const float *keys, const int64_t *at, int
     }
 }
 
-/* Scores of one query head against `count` rows -> their weights; the largest score so far, and
-   the factor for what has been summed with the one before. `at` goes on to a multiple of TILE. */
+/* Scores of a query, of which it sees `seen`, times `scaling` -> `count` weights and their `sum`; the
+   largest so far, and the factor for what has been summed with the one before. */
+INLINE float weigh_scores(float *scores, int seen, int count, float scaling, float *largest,
+                          float *sum)
+{
+    const int whole = seen / TILE * TILE, end = (seen + TILE - 1) / TILE * TILE;
+    fv most = fv_set(-1e30f), total = fv_set(0);
+    for (int j = 0; j < whole; j += TILE)
+        most = fv_max(fv_load(scores + j), most);
+    float top = fv_largest(most);
+    for (int j = whole; j < seen; j++)
+        top = scores[j] > top ? scores[j] : top;
+    top = top * scaling > *largest ? top * scaling : *largest;
+    const float factor = expf(*largest - top);
+    for (int j = 0; j < end; j += TILE) {
+        const fv score = fv_sub(fv_mul(fv_load(scores + j), fv_set(scaling)), fv_set(top));
+        /* what is no number stays so */
+        fv_store(scores + j, fv_add(fv_exp(score), fv_mul(score, fv_set(0))));
+    }
+    for (int j = seen; j < count || j < end; j++)
+        scores[j] = 0;
+    for (int j = 0; j < end; j += TILE)
+        total = fv_add(total, fv_load(scores + j));
+    *sum = *sum * factor + fv_sum(total);
+    *largest = top;
+    return factor;
+}
+
+/* Scores of one query head against `count` rows -> their weights, as above. `at` goes on to a
+   multiple of TILE. */
 INLINE float weigh(const float *q, const float *keys, const int64_t *at, int count, int dim,
                    float *largest, float *sum, float *weights)
 {
     const int whole = (count + TILE - 1) / TILE * TILE;
     score_rows(q, keys, at, whole, dim, weights);
-    for (int j = count; j < whole; j++)
-        weights[j] = -1e30f;
-    float most = *largest;
-    for (int j = 0; j < count; j++)
-        most = weights[j] > most ? weights[j] : most;
-    const float factor = expf(*largest - most);
-    fv total = fv_set(0);
-    for (int j = 0; j < count; j += TILE) {
-        const fv score = fv_sub(fv_load(weights + j), fv_set(most));
-        /* what is no number stays so; what only fills up weighs nothing */
-        const fv weight = fv_add(fv_exp(score), fv_mul(score, fv_set(0)));
-        fv_store(weights + j, weight);
-    }
-    for (int j = count; j < whole; j++)
-        weights[j] = 0;
-    for (int j = 0; j < count; j += TILE)
-        total = fv_add(total, fv_load(weights + j));
-    *sum = *sum * factor + fv_sum(total);
-    *largest = most;
-    return factor;
+    return weigh_scores(weights, count, whole, 1, largest, sum);
 }
 
 /* out[some tiles] = itself times `factor`, plus the weighted rows: the even and the odd ones apart,

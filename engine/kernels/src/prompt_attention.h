@@ -69,34 +69,6 @@ static void add_all(const float *const *x, const float *lanes, int64_t stride, i
     }
 }
 
-/* A row's scores, of which it sees `seen`, -> `count` weights; what has been summed so far counts
-   by the returned factor from now on. */
-static float weigh_row(float *scores, int seen, int count, float scaling, float *largest,
-                       float *sum)
-{
-    const int whole = seen / TILE * TILE, end = (seen + TILE - 1) / TILE * TILE;
-    fv most = fv_set(-1e30f), total = fv_set(0);
-    for (int j = 0; j < whole; j += TILE)
-        most = fv_max(fv_load(scores + j), most);
-    float top = fv_largest(most);
-    for (int j = whole; j < seen; j++)
-        top = scores[j] > top ? scores[j] : top;
-    top = top * scaling > *largest ? top * scaling : *largest;
-    const float factor = expf(*largest - top);
-    for (int j = 0; j < end; j += TILE) {
-        const fv score = fv_sub(fv_mul(fv_load(scores + j), fv_set(scaling)), fv_set(top));
-        /* what is no number stays so */
-        fv_store(scores + j, fv_add(fv_exp(score), fv_mul(score, fv_set(0))));
-    }
-    for (int j = seen; j < count || j < end; j++)
-        scores[j] = 0;
-    for (int j = 0; j < end; j += TILE)
-        total = fv_add(total, fv_load(scores + j));
-    *sum = *sum * factor + fv_sum(total);
-    *largest = top;
-    return factor;
-}
-
 /* At most ATTEND_ROWS tokens from `first` on of query head `head`, against the keys of one block. */
 static void attend_rows(const prompt_call *c, int head, int first, int count, int start,
                         const float *turned, const float *values)
@@ -121,7 +93,7 @@ static void attend_rows(const prompt_call *c, int head, int first, int count, in
         if (r >= count || seen <= 0)
             memset(scores + r * KEYS, 0, sizeof(float) * (size_t)most);
         else
-            factors[r] = weigh_row(scores + r * KEYS, seen, most, c->scaling, state, state + 1);
+            factors[r] = weigh_scores(scores + r * KEYS, seen, most, c->scaling, state, state + 1);
     }
     add_all(weights, values, c->value_token, TILE, most, start ? factors : NULL, out,
             c->value_dim);
