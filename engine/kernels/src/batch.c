@@ -3,10 +3,15 @@
 
 #include <string.h>
 
+#ifndef PANELS_BYTES /* of rows, which the second cache keeps from tile to tile */
+#define PANELS_BYTES (1088 << 10)
+#endif
+
 enum {
     PIECE_BYTES = 192 << 10, /* of weights that one thread takes at a time, for few rows */
     ROWS_FOR_FREE = 8,      /* that cost no more than reading the weights does */
-    PIECE_TILES = 2,        /* at least, for rows in panels */
+    PIECE_TILES = 2,        /* at least, for rows in panels, */
+    ROWS_AT_ONCE = 64,      /* that a kernel takes at most */
     SMALL_NUMBERS = 16 << 10 /* fewer are done before another thread has woken */
 };
 
@@ -128,13 +133,30 @@ static void product_item(void *context, int item)
     while (all->each[i].first_piece > item)
         i--;
     const product *p = &all->each[i];
-    const int tile = (item - p->first_piece) * p->tiles_of_piece, end = tile + p->tiles_of_piece;
-    const int tiles = tiles_of(p->m), last = end < tiles ? end : tiles;
+    const int tiles = tiles_of(p->m), of_rows = (tiles - 1) / p->tiles_of_piece + 1;
+    const int piece = item - p->first_piece, since = piece / of_rows * p->rows_of_piece;
+    const int tile = piece % of_rows * p->tiles_of_piece, end = tile + p->tiles_of_piece;
+    const int last = end < tiles ? end : tiles, left = p->count - since;
+    const int count = left < p->rows_of_piece ? left : p->rows_of_piece;
     const isa *with = current_isa();
     if (p->panels)
-        with->multiply_panels(p->m, tile, last, p->panels, p->count, p->out, p->bias);
+        with->multiply_panels(p->m, tile, last,
+                              p->panels + since / with->panel * with->panel_bytes(p->m), count,
+                              p->out + since, p->bias);
     else
-        with->multiply(p->m, tile, last, &p->x, p->which, p->count, p->out, p->bias);
+        with->multiply(p->m, tile, last, &p->x, p->which, count, p->out, p->bias);
+}
+
+/* All rows, or as many whole blocks of a kernel as the cache keeps. */
+static int rows_of_piece(const product *p)
+{
+    const isa *with = current_isa();
+    if (!p->panels)
+        return p->count;
+    const int block = ROWS_AT_ONCE / with->panel * with->panel;
+    const int64_t fit = PANELS_BYTES / with->panel_bytes(p->m) * with->panel;
+    const int64_t rows = (fit / block ? fit / block : 1) * block;
+    return rows < p->count ? (int)rows : p->count;
 }
 
 void multiply_all(product *each, int count)
@@ -149,7 +171,9 @@ void multiply_all(product *each, int count)
         const int least = each[i].panels ? PIECE_TILES : 1;
         each[i].tiles_of_piece = (int32_t)(fit < least ? least : fit / least * least);
         each[i].first_piece = items;
-        items += each[i].count ? (tiles_of(m) - 1) / each[i].tiles_of_piece + 1 : 0;
+        each[i].rows_of_piece = rows_of_piece(&each[i]);
+        const int blocks = each[i].count ? (each[i].count - 1) / each[i].rows_of_piece + 1 : 0;
+        items += blocks * ((tiles_of(m) - 1) / each[i].tiles_of_piece + 1);
         numbers += (int64_t)each[i].count * m->outputs * m->padded;
     }
     products all = {each, count};

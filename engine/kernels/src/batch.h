@@ -14,7 +14,7 @@ typedef struct {
     float *const *out;    /* [count] */
     const float *bias;
     uint8_t *panels; /* of the rows, where there are many */
-    int32_t count, first_panel, first_piece, tiles_of_piece;
+    int32_t count, first_panel, first_piece, tiles_of_piece, rows_of_piece;
 } product;
 
 /* Rows of floats to be brought into the form that a product wants. */

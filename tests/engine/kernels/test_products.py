@@ -59,6 +59,18 @@ def test_products_are_those_of_the_bytes_whoever_is_in_company(
             assert torch.equal(found, together[:count]), (form, outputs, inputs, count)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_more_rows_than_a_cache_keeps_are_each_their_own(kind: str, instruction_set: str) -> None:
+    torch.manual_seed(0)
+    outputs, inputs, form = 40, 24000, TileFormat(kind)
+    matrix = tile_matrix(encode(torch.randn(outputs, inputs), form), form, outputs, inputs)
+    rows = torch.randn(150, inputs)
+    together = linear(rows, matrix, None, Scratch())
+    for row in (0, 59, 60, 63, 64, 119, 120, 128, 149):
+        alone = linear(rows[row : row + 1].contiguous(), matrix, None, Scratch())
+        assert torch.equal(alone[0], together[row])
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.tag)
 def test_fetching_ahead_changes_no_bit(form: TileFormat, instruction_set: str) -> None:
     torch.manual_seed(0)

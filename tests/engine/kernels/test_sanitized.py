@@ -21,6 +21,7 @@ OPTIONS = (
     *("-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-ffp-contract=off"),
     *("-pthread", "-I", str(SOURCES)),
     "-DROUND_BYTES=2048",  # a call of a few rows has several rounds of experts
+    "-DPANELS_BYTES=8192",  # and a call of many several blocks of them
 )
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FILE_OF = {
