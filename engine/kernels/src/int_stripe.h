@@ -3,6 +3,23 @@
 /* sums[tile][BLOCK_ROWS] += lines times rows */
 typedef void int_kernel(const step *s, iv *sums);
 
+/* What scales the sums of a group, of each of a tile's outputs. */
+typedef struct {
+    fv scales, zeros;
+    iv integers;
+} group_end;
+
+/* f[tile][BLOCK_ROWS] += lines times rows, whole groups, which end with ends[group][tile]; at the
+   first inputs what f was before is gone. */
+typedef void group_kernel(const step *s, const matrix *m, const group_end (*ends)[STRIPE], fv *f);
+
+/* `groups` is NULL, or takes groups of up to `most` inputs, so many inputs at once. */
+typedef struct {
+    int_kernel *lines;
+    group_kernel *groups;
+    int most;
+} int_kernels;
+
 #ifdef DEEP
 /* 7-bit weights, DEEP lines at a time. Returns where the next lines are. */
 INLINE const uint8_t *deep_words(const uint8_t *w, const uint8_t *x, const uint8_t *end, iv *a,
@@ -104,13 +121,7 @@ static void widen_ints(const matrix *m, const uint8_t *w, int inputs, uint8_t *t
     }
 }
 
-/* What scales the sums of a group, of each of a tile's outputs. */
-typedef struct {
-    fv scales, zeros;
-    iv integers;
-} group_end;
-
-/* It stands at w, after the group's lines; not of int8, which has none. */
+/* What stands at w, after the group's lines; not of int8, which has none. */
 INLINE group_end end_of(const matrix *m, const uint8_t *w)
 {
     group_end end = {fv_set(0), fv_set(0), iv_set(0)};
@@ -127,8 +138,24 @@ INLINE group_end end_of(const matrix *m, const uint8_t *w)
     return end;
 }
 
-/* f += sums of group g, each in its row's and its outputs' scale; what it was before is gone if
-   that is the first one. */
+/* before + the sum of a row's group in its row's and its outputs' scale; those of the row, and what
+   corrects its sum, stand at `scale` and `correct`. */
+INLINE fv scaled(iv sum, const uint8_t *scale, const uint8_t *correct, const group_end *end,
+                 fv before, const int format, const int zero_kind)
+{
+    const fv of_row = fv_word(scale);
+    if (zero_kind == ZERO_FLOAT) {
+        before = fv_fma(fv_of(sum), fv_mul(end->scales, of_row), before);
+        return fv_fma(end->zeros, fv_word(correct), before);
+    }
+    iv correction = iv_word(correct);
+    if (zero_kind == ZERO_INTEGER)
+        correction = iv_mul(end->integers, correction);
+    return fv_fma(fv_of(iv_add(sum, correction)),
+                  format == INT8 ? of_row : fv_mul(end->scales, of_row), before);
+}
+
+/* f += sums of group g; what it was before is gone if that is the first one. */
 INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv *f,
                       const group_end *end, const int format, const int zero_kind,
                       const int first)
@@ -138,21 +165,9 @@ INLINE void add_group(const step *s, const matrix *m, int g, const iv *sums, fv 
     const uint8_t *from = s->panels + at;
     for (int left = s->count; left > 0; left -= PANEL, from += panel, sums += PANEL, f += PANEL) {
         const int count = lesser(left, PANEL);
-        for (int u = 0; u < count; u++) {
-            const fv scale = fv_word(from + 4 * u);
-            const uint8_t *correct = from + apart + 4 * u;
-            const fv before = first ? fv_set(0) : f[u];
-            if (zero_kind == ZERO_FLOAT) {
-                const fv sum = fv_fma(fv_of(sums[u]), fv_mul(end->scales, scale), before);
-                f[u] = fv_fma(end->zeros, fv_word(correct), sum);
-                continue;
-            }
-            iv correction = iv_word(correct);
-            if (zero_kind == ZERO_INTEGER)
-                correction = iv_mul(end->integers, correction);
-            const fv sum = fv_of(iv_add(sums[u], correction));
-            f[u] = fv_fma(sum, format == INT8 ? scale : fv_mul(end->scales, scale), before);
-        }
+        for (int u = 0; u < count; u++)
+            f[u] = scaled(sums[u], from + 4 * u, from + apart + 4 * u, end,
+                          first ? fv_set(0) : f[u], format, zero_kind);
     }
 }
 
@@ -270,12 +285,15 @@ static void multiply_groups(const step *s, const matrix *m, const group_end (*en
         group_tiles(s, m, ends, f, INT4, ZERO_INTEGER);
 }
 
-/* Groups of which a block has several: INT_BLOCK inputs at a time, half bytes widened. */
-static void group_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f)
+#endif
+
+/* Groups of which a block has several: half bytes are widened. */
+static void group_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
+                         const int_kernels *with)
 {
     _Alignas(64) uint8_t buffer[STRIPE][INT_BLOCK * TILE];
     group_end ends[INT_BLOCK / LEAST_GROUP][STRIPE];
-    const int group = m->row_group, most = INT_BLOCK / group * group;
+    const int group = m->row_group, most = with->most / group * group;
     const int direct = m->format == INT8, lines = direct ? group * TILE : group * TILE / 2;
     const int64_t stride = direct ? lines : m->tile_bytes / (m->padded / group);
     for (s->k = 0; s->k < m->padded; s->k += s->inputs) {
@@ -293,10 +311,9 @@ static void group_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *
                     ends[g][t] = end_of(m, from + lines);
             }
         }
-        multiply_groups(s, m, (const group_end(*)[STRIPE])ends, f);
+        with->groups(s, m, (const group_end(*)[STRIPE])ends, f);
     }
 }
-#endif
 
 /* int8: groups as long as they like, multiplied as they are stored. */
 static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
@@ -355,15 +372,13 @@ static void nibble_stripe(step *s, const matrix *m, const uint8_t *const *w, fv 
 }
 
 /* f = what the rows give, but for the scales of int8's outputs. */
-static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f, int_kernel *kernel)
+static void int_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f,
+                       const int_kernels *with)
 {
-#ifdef GROUPED
-    if (kernel == int_lines && m->row_group >= LEAST_GROUP && m->row_group <= INT_BLOCK)
-        group_stripe(s, m, w, f);
+    if (with->groups && m->row_group >= LEAST_GROUP && m->row_group <= with->most)
+        group_stripe(s, m, w, f, with);
+    else if (m->format == INT8)
+        int8_stripe(s, m, w, f, with->lines);
     else
-#endif
-    if (m->format == INT8)
-        int8_stripe(s, m, w, f, kernel);
-    else
-        nibble_stripe(s, m, w, f, kernel);
+        nibble_stripe(s, m, w, f, with->lines);
 }

@@ -22,13 +22,13 @@ static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int 
 
 /* One tile at a time: memory comes as one stream, which the processor goes on reading at a tile's
    end. Two streams stop together after some KiB, and few rows do not cover the wait. */
-INLINE int is_narrow(const matrix *m, int count, int_kernel *kernel)
+INLINE int is_narrow(const matrix *m, int count, const int_kernels *with)
 {
-    return m->format == INT8 && count <= PANEL && kernel == int_lines;
+    return m->format == INT8 && count <= PANEL && with->lines == int_lines;
 }
 
 static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *panels, int count,
-                             float *const *out, const float *bias, int_kernel *kernel)
+                             float *const *out, const float *bias, const int_kernels *with)
 {
     step s = {.panel_bytes = panel_bytes(m), .group = m->row_group};
     const uint8_t *w[STRIPE];
@@ -37,11 +37,11 @@ static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *
         s.panels = panels + since / PANEL * s.panel_bytes;
         s.count = lesser(BLOCK_ROWS, count - since);
         for (int t = tile; t < end; t += s.tiles) {
-            s.tiles = end - t < STRIPE || is_narrow(m, s.count, kernel) ? 1 : STRIPE;
+            s.tiles = end - t < STRIPE || is_narrow(m, s.count, with) ? 1 : STRIPE;
             for (int u = 0; u < s.tiles; u++)
                 w[u] = m->tiles + (t + u) * m->tile_bytes;
             if (m->row_group)
-                int_stripe(&s, m, w, f, kernel);
+                int_stripe(&s, m, w, f, with);
             else
                 float_stripe(&s, m, w, f);
             write_stripe(m, t, s.tiles, f, s.count, out + since, bias);
@@ -52,5 +52,10 @@ static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *
 static void multiply_panels(const matrix *m, int tile, int end, const uint8_t *panels, int count,
                             float *const *out, const float *bias)
 {
-    multiply_stripes(m, tile, end, panels, count, out, bias, int_lines);
+#ifdef GROUPED
+    const int_kernels with = {int_lines, multiply_groups, INT_BLOCK};
+#else
+    const int_kernels with = {int_lines, NULL, 0};
+#endif
+    multiply_stripes(m, tile, end, panels, count, out, bias, &with);
 }
