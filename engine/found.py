@@ -5,7 +5,16 @@ import logging
 from moestro.cache import human_bytes
 from moestro.engine.facts import EngineConfig, Threads
 from moestro.engine.forecasts import gains_of, own_grid_line
-from moestro.engine.kernels import MISSING, chosen
+from moestro.engine.kernels import (
+    GEMM_NOTE,
+    MISSING,
+    NEVER,
+    TILE16,
+    chosen,
+    gemm_line,
+    kept_gemm,
+    use_gemm,
+)
 from moestro.engine.planning import Blueprint, MemoryPlan
 from moestro.engine.text import Tokenizer
 from moestro.engine.weights import ROUTERS_NAME
@@ -87,3 +96,14 @@ def _log_products() -> None:
         log.warning("%s", MISSING)
     else:
         log.info("products: %s", name)
+
+
+def settle_many_rows(blueprint: Blueprint, config: EngineConfig, threads: int) -> None:
+    """Who multiplies many rows of int8 experts, from now on: as measured, which the log says."""
+    if chosen() is None:
+        return
+    use_gemm(NEVER)
+    if blueprint.device.place.type == "cpu" and f"int8-{TILE16}" in blueprint.codec.name:
+        choice = kept_gemm(config.pack_path.with_name(GEMM_NOTE), threads)
+        log.info("products: %s", gemm_line(choice))
+        use_gemm(choice.least_rows)

@@ -2,6 +2,7 @@
 
     packs/NAME-PLACE/      one folder for each model's folder: NAME, and eight digits of its path
         model.json         the note: path, family, lane; its time is that of the last start
+        products.json      which of two products is faster on this processor (engine/kernels)
         in-use.lock        locked, shared, by every process that serves out of the folder
 
 A file system without locks keeps nobody from removing what another process uses; on Linux files

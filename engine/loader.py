@@ -61,7 +61,7 @@ from moestro.engine.text import Tokenizer
 from moestro.engine.weights import Checkpoint
 
 from .choices import check_choices, check_device
-from .found import log_found, log_plan, log_whole_prompts, warn_vocabulary
+from .found import log_found, log_plan, log_whole_prompts, settle_many_rows, warn_vocabulary
 from .kept_folders import FolderLock, use_folder
 from .phases import Phases
 from .placement import host_share
@@ -168,6 +168,7 @@ def _loaded(
     with ExitStack() as undo:
         folder = use_folder(config, blueprint.family, blueprint.topology.lane.lane.value)
         undo.callback(folder.close)
+        settle_many_rows(blueprint, config, threads)
         model, cache = load_weights(config, blueprint, plan, phases)
         undo.callback(cache.close)
         step = StepPhase()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from moestro.engine.facts import ModelRefused
+from moestro.engine.kernels import int_mm_is_exact
 
 SCALE = "scale"  # a quantized matrix `x` has its scales beside it as `x.scale`
 LARGEST = 127.0
@@ -24,6 +25,7 @@ LEAST_ROWS = 32
 """Of an int8 product on a GPU, whose kernel refuses 16; whole eights are safe. Fewer are filled up:
 
 few rows take as long as reading the weights does, and expanding these would read four times."""
+FLOAT_INPUTS = 1024  # products of so many pairs of bytes add up in fp32 without rounding
 TINIEST = 1e-30  # scale of a row of zeros: anything but 0
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape of one expert)
@@ -261,7 +263,7 @@ class Int8Codec:
             return products.float().mul_(scales).mul_(row_scales).to(self._dtype)
         products = values.new_empty((len(values), matrices[0][0].shape[1]), dtype=torch.int32)
         for (start, end), (weight, _) in zip(spans, matrices, strict=True):
-            torch._int_mm(values[start:end], weight, out=products[start:end])
+            cpu_int_mm(values[start:end], weight, products[start:end])
         return products.float().mul_(scales).mul_(row_scales).to(self._dtype)
 
     def multiply_apart(self, rows: Quantized, matrices: Sequence[Int8Matrix]) -> torch.Tensor:
@@ -274,7 +276,7 @@ class Int8Codec:
         products, only = values.new_empty(shape, dtype=torch.int32), len(values) == 1
         for place, (weight, _) in enumerate(matrices):
             row = values if only else values[place : place + 1]
-            torch._int_mm(row, weight, out=products[place : place + 1])
+            cpu_int_mm(row, weight, products[place : place + 1])
         return products.float().mul_(scales).mul_(row_scales).to(self._dtype)
 
 
@@ -304,7 +306,22 @@ def multiply_int8(rows: Quantized, matrix: Int8Matrix) -> torch.Tensor:
 
 def int_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """int8 [n, K] x [K, N] -> int32 [n, N]"""
-    return torch._int_mm(rows, weight) if rows.device.type == "cpu" else filled_int_mm(rows, weight)
+    if rows.device.type != "cpu":
+        return filled_int_mm(rows, weight)
+    products = rows.new_empty((len(rows), weight.shape[1]), dtype=torch.int32)
+    cpu_int_mm(rows, weight, products)
+    return products
+
+
+def cpu_int_mm(rows: torch.Tensor, weight: torch.Tensor, products: torch.Tensor) -> None:
+    """The same into int32 `products` [n, N]: exact on every processor."""
+    if int_mm_is_exact():
+        torch._int_mm(rows, weight, out=products)
+        return
+    products.zero_()
+    for k in range(0, rows.shape[1], FLOAT_INPUTS):
+        some, part = rows[:, k : k + FLOAT_INPUTS].float(), weight[k : k + FLOAT_INPUTS].float()
+        products += torch.mm(some, part).int()
 
 
 def filled_int_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

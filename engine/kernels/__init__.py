@@ -1,6 +1,8 @@
 """Products with matrices in tiles of 16 rows, by a C library. Knows pointers, no model."""
 
 from .blocks import BLOCK, CUT, keep_inputs, keep_outputs
+from .gemm import NEVER, GemmChoice, int_mm_is_exact, measure_gemm, use_gemm
+from .gemm_note import GEMM_NOTE, gemm_line, kept_gemm
 from .layer import LayerParts, LayerStep, StepRoom
 from .layout import ROWS, TILE16, UNIT, WIDEST_GROUP, TileFormat
 from .library import MISSING, chosen, instruction_sets, library, set_pool_threads
@@ -43,12 +45,15 @@ __all__ = [
     "BLOCK",
     "CUT",
     "ExpertTable",
+    "GEMM_NOTE",
+    "GemmChoice",
     "Groups",
     "LANES",
     "LayerParts",
     "LayerStep",
     "MISSING",
     "MOST_GROUP",
+    "NEVER",
     "Norm",
     "OpenTable",
     "ROWS",
@@ -71,12 +76,16 @@ __all__ = [
     "combine",
     "encode",
     "energies_of",
+    "gemm_line",
     "instruction_sets",
+    "int_mm_is_exact",
     "keep_inputs",
     "keep_outputs",
+    "kept_gemm",
     "known_activation",
     "library",
     "linear",
+    "measure_gemm",
     "multiply_experts",
     "normalize",
     "pack_codes",
@@ -84,4 +93,5 @@ __all__ = [
     "set_pool_threads",
     "tile_attention",
     "tile_matrix",
+    "use_gemm",
 ]

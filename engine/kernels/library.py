@@ -246,6 +246,9 @@ class TailCall(ctypes.Structure):
     )
 
 
+# `moestro_gemm` of src/gemm.h: rows, weights, sums; how many rows, outputs and inputs.
+GEMM = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_int32)
+
 _STRUCTS: tuple[type[ctypes.Structure], ...] = (
     MatrixStruct,
     ExpertStruct,
@@ -265,6 +268,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moestro_chosen": (c_char_p, ()),
     "moestro_choose": (c_int, (c_char_p,)),
     "moestro_fetch_ahead": (None, (c_int,)),
+    "moestro_use_gemm": (None, (GEMM, c_int32)),
     "moestro_struct_bytes": (c_int64, (c_int32,)),
     "moestro_pool_set_threads": (c_int, (c_int,)),
     "moestro_pool_threads": (c_int, ()),

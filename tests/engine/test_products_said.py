@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
-from engine_kit import MIB, opened
+from engine_kit import MIB, logits_of, opened
 from moestro.engine import EngineConfig, StartError, plan_model
-from moestro.engine.kernels import library
+from moestro.engine.kernels import NEVER, GemmChoice, gemm_line, int_mm_is_exact, library
 from moestro.engine.kernels.library import MISSING, chosen, instruction_sets, load
 
 HOME = sys.modules["moestro.engine.kernels.library"]  # its door has a function of that name
@@ -38,6 +39,32 @@ def test_the_start_names_the_instruction_set(
 ) -> None:
     assert chosen() in instruction_sets()
     assert started(folder, tmp_path, caplog) == [("INFO", f"products: {chosen()}")]
+
+
+@pytest.mark.skipif(not int_mm_is_exact(), reason="torch saturates on this processor")
+@pytest.mark.parametrize(
+    "choice", [GemmChoice(16, 16, 1e9, 2e9), GemmChoice(NEVER, 1024, 2e9, 1e9)]
+)
+def test_the_start_says_who_multiplies_many_rows(
+    choice: GemmChoice,
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt, asked, int_mm = list(range(3, 63)), list[int](), torch._int_mm
+
+    def counted(rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        asked.append(len(rows))
+        return int_mm(rows, weights, out=out)
+
+    own = logits_of(folder, tmp_path, prompt, expert_format="int8")
+    monkeypatch.setattr(torch, "_int_mm", counted)
+    monkeypatch.setattr("moestro.engine.found.kept_gemm", lambda *_: choice)
+    caplog.set_level(logging.INFO)
+    assert torch.equal(logits_of(folder, tmp_path, prompt, expert_format="int8"), own)
+    assert f"products: {gemm_line(choice)}" in caplog.messages
+    assert bool(asked) == (choice.least_rows != NEVER) and all(rows >= 16 for rows in asked)
 
 
 def test_the_start_warns_where_there_is_no_library(

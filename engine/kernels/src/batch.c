@@ -1,5 +1,6 @@
 /* Products of rows with matrices: see batch.h. */
 #include "batch.h"
+#include "gemm.h"
 
 #include <string.h>
 
@@ -91,11 +92,18 @@ static int tiles_of(const matrix *m) { return (m->outputs + TILE - 1) / TILE; }
 static int panels_of(const product *p)
 {
     const isa *with = current_isa();
-    return with->panel && p->count > with->few(p->m) ? (p->count - 1) / with->panel + 1 : 0;
+    if (!with->panel || p->by_gemm || p->count <= with->few(p->m))
+        return 0;
+    return (p->count - 1) / with->panel + 1;
 }
 
 void take_panels(product *p, scratch *from)
 {
+    p->by_gemm = takes_gemm(p->m, p->count);
+    if (p->by_gemm) {
+        p->panels = take(from, gemm_bytes(p->m, p->count));
+        return;
+    }
     const int panels = panels_of(p);
     p->panels = panels ? take(from, panels * current_isa()->panel_bytes(p->m)) : NULL;
 }
@@ -171,13 +179,17 @@ void multiply_all(product *each, int count)
         const int least = each[i].panels ? PIECE_TILES : 1;
         each[i].tiles_of_piece = (int32_t)(fit < least ? least : fit / least * least);
         each[i].first_piece = items;
-        each[i].rows_of_piece = rows_of_piece(&each[i]);
-        const int blocks = each[i].count ? (each[i].count - 1) / each[i].rows_of_piece + 1 : 0;
+        const int own = each[i].count && !each[i].by_gemm;
+        each[i].rows_of_piece = own ? rows_of_piece(&each[i]) : 0;
+        const int blocks = own ? (each[i].count - 1) / each[i].rows_of_piece + 1 : 0;
         items += blocks * ((tiles_of(m) - 1) / each[i].tiles_of_piece + 1);
-        numbers += (int64_t)each[i].count * m->outputs * m->padded;
+        numbers += own ? (int64_t)each[i].count * m->outputs * m->padded : 0;
     }
     products all = {each, count};
     run(numbers, items, product_item, &all);
+    for (int i = 0; i < count; i++)
+        if (each[i].by_gemm)
+            multiply_by_gemm(&each[i]);
 }
 
 const preparation *same_form(const preparation *each, int count, const matrix *m)

@@ -13,7 +13,8 @@ typedef struct {
     const int32_t *which; /* [count]: of x */
     float *const *out;    /* [count] */
     const float *bias;
-    uint8_t *panels; /* of the rows, where there are many */
+    uint8_t *panels; /* of the rows, where there are many; or what a GEMM needs */
+    int32_t by_gemm;
     int32_t count, first_panel, first_piece, tiles_of_piece, rows_of_piece;
 } product;
 
@@ -32,7 +33,7 @@ rows room_for(const matrix *m, int64_t count, scratch *from);
 const preparation *same_form(const preparation *each, int count, const matrix *m);
 /* 0, 1, ... count - 1; NULL where there is no memory. */
 const int32_t *count_up(int count, scratch *from);
-/* Where `p` has its rows in panels. */
+/* Who multiplies `p`, and where it has its rows in panels. */
 void take_panels(product *p, scratch *from);
 void prepare(preparation *each, int count);
 void multiply_all(product *each, int count);

@@ -15,7 +15,7 @@
 #include "attention.h"
 #include "prompt_attention.h"
 
-const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, quantize,
+const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, finish_row, quantize,
                  activate, combine};
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -15,7 +15,7 @@
 #include "attention.h"
 #include "prompt_attention.h"
 
-const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, quantize,
+const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_panels, finish_row, quantize,
                  activate, combine};
 
 #if defined(__clang__)
@@ -26,7 +26,7 @@ const isa ISA = {ISA_NAME, PANEL, few, multiply, panel_bytes, pack, multiply_pan
 #include "amx.h"
 
 const isa isa_amx = {"amx-int8", PANEL, few, multiply, panel_bytes, pack, amx_multiply_panels,
-                     quantize, activate, combine};
+                     finish_row, quantize, activate, combine};
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute pop

@@ -10,6 +10,7 @@
 const isa isa_plain = {
     .name = "plain",
     .multiply = multiply,
+    .finish = finish_row,
     .quantize = quantize,
     .activate = activate,
     .combine = combine,

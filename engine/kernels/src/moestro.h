@@ -54,6 +54,9 @@ typedef struct {
     /* As `multiply`, of `count` rows in panels one after the other. */
     void (*multiply_panels)(const matrix *m, int tile, int end, const uint8_t *panels, int count,
                             float *const *out, const float *bias);
+    /* A row's sums of int8 products with tiles [tile, end) -> out, as `multiply` scales them. */
+    void (*finish)(const matrix *m, int tile, int end, const int32_t *sums, float scale, float *out,
+                   const float *bias);
     /* One row of x[length] as row `place` of `into`; zeros up to `padded`. */
     void (*quantize)(const float *x, int length, const rows *into, int place);
     /* inner[2 * width] or [width] -> out[width] */

@@ -41,6 +41,17 @@ static void quantize(const float *x, int length, const rows *into, int place)
     }
 }
 
+/* A row's sums of int8 products with tiles [tile, end), as those of panels are scaled. */
+static void finish_row(const matrix *m, int tile, int end, const int32_t *sums, float scale,
+                       float *out, const float *bias)
+{
+    for (int t = tile; t < end; t++, sums += TILE) {
+        const uint8_t *scales = m->tiles + t * m->tile_bytes + (int64_t)m->padded * TILE;
+        const fv sum = fv_fma(fv_of(iv_load(sums)), fv_set(scale), fv_set(0));
+        write_tile(m, t, fv_mul(sum, load_scales(scales, m->scale_type)), out, bias);
+    }
+}
+
 /* e^x to about two units in the last place: 2^n times a polynomial of what is left. */
 INLINE fv fv_exp(fv x)
 {

@@ -127,6 +127,7 @@ INLINE bv bv_load(const void *p)
 {
     EACH(bv, _mm256_loadu_si256(p), _mm256_loadu_si256((const void *)((const char *)p + 32)));
 }
+INLINE iv iv_load(const void *p) { return bv_load(p); }
 INLINE bv bv_low(bv x)
 {
     const __m256i mask = _mm256_set1_epi8(15);

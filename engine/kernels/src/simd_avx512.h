@@ -70,6 +70,7 @@ INLINE void iv_store_i8(int8_t *p, iv a) { _mm_storeu_si128((void *)p, _mm512_cv
 INLINE iv iv_left(iv a, int bits) { return _mm512_slli_epi32(a, bits); }
 
 INLINE bv bv_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE iv iv_load(const void *p) { return bv_load(p); }
 INLINE bv bv_low(bv a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE bv bv_high(bv a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE bv bv_look_up(bv nibbles, const uint8_t table[16])

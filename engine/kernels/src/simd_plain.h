@@ -32,6 +32,7 @@ typedef int8_t small __attribute__((vector_size(16)));
         return x;                                                                                  \
     }
 LOAD(fv, fv_load)
+LOAD(iv, iv_load)
 LOAD(bv, bv_load)
 LOAD(halves, load_halves)
 LOAD(bytes, load_bytes)

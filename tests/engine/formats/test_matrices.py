@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moestro.engine.facts import StartError
+from moestro.engine.formats import matrices
 from moestro.engine.formats.matrices import (
     SCALE,
     Codec,
@@ -159,3 +160,20 @@ def test_what_tiles_alone_can_is_refused_elsewhere() -> None:
             codec_of(name, torch.float32, rows=True)
         with pytest.raises(StartError, match="for the CPU's kernels alone"):
             codec_of(name, torch.float16, "cuda")
+
+
+def test_int8_is_exact_where_torchs_product_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrices, "int_mm_is_exact", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    rows = torch.randint(-127, 128, (5, 2100), dtype=torch.int8)
+    rows[0], rows[1] = 127, -127
+    weight = torch.randint(-127, 128, (2100, 48), dtype=torch.int8)
+    weight[:, 0], weight[:, 1] = 127, -127
+    wanted = (rows.long() @ weight.long()).int()
+    assert torch.equal(matrices.int_mm(rows, weight), wanted)
+    codec = matrices.Int8Codec(torch.float32, "cpu")
+    ones, pair = torch.ones(5, 1), [(weight, torch.ones(48))] * 2
+    together = codec.multiply_each((rows, ones), [(0, 2), (2, 5)], pair)
+    assert torch.equal(together, wanted.float())
+    apart = codec.multiply_apart((rows[:2], ones[:2]), pair)
+    assert torch.equal(apart, wanted[:2].float())

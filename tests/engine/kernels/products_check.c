@@ -3,6 +3,7 @@
    products_check NAME...: instruction sets. Each row's result must be the same bits alone and in
    company, and near what the portable set says. Prints what differs and returns 1. */
 #include "calls.h"
+#include "gemm.h"
 #include "step.h"
 
 #include <math.h>
@@ -112,6 +113,25 @@ static void compare(const char *what, int number, const float *found, const floa
         }
 }
 
+static int32_t sum_up(const int8_t *rows, const int8_t *weights, int32_t *sums, int32_t count,
+                      int32_t outputs, int32_t inputs)
+{
+    for (int r = 0; r < count; r++)
+        for (int n = 0; n < outputs; n++) {
+            sums[r * outputs + n] = 0;
+            for (int k = 0; k < inputs; k++)
+                sums[r * outputs + n] += rows[r * inputs + k] * weights[n * inputs + k];
+        }
+    return 1;
+}
+
+static int32_t refuse(const int8_t *rows, const int8_t *weights, int32_t *sums, int32_t count,
+                      int32_t outputs, int32_t inputs)
+{
+    (void)rows, (void)weights, (void)sums, (void)count, (void)outputs, (void)inputs;
+    return 0;
+}
+
 static void check_linear(const char *name, int number, int outputs, int inputs)
 {
     void *block;
@@ -135,6 +155,13 @@ static void check_linear(const char *name, int number, int outputs, int inputs)
         memcpy(x, all, (size_t)(COUNTS[i] * inputs) * sizeof(float));
         multiply(&m, x, COUNTS[i], out, bias);
         compare("in company", number, out, alone, COUNTS[i] * outputs, 0);
+        for (int refused = 0; refused < 2 && m.format == INT8; refused++) {
+            memset(out, 0, (size_t)(COUNTS[i] * outputs) * sizeof(float));
+            moestro_use_gemm(refused ? refuse : sum_up, 2);
+            multiply(&m, x, COUNTS[i], out, bias);
+            moestro_use_gemm(NULL, 0);
+            compare("by a gemm", number, out, alone, COUNTS[i] * outputs, 0);
+        }
         free(x), free(out);
     }
     free(block), free(order), free(bias), free(plain), free(alone), free(all);
