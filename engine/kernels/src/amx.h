@@ -41,11 +41,14 @@ INLINE void amx_multiply(const uint8_t *w, const uint8_t *v, const uint8_t *x, c
         _tile_dpbsud(3, 5, 7);
 }
 
-/* P panels from x on, T tiles of weights. */
-INLINE void amx_block(const step *s, int inputs, const uint8_t *x, iv *sums, const int T,
-                      const int P, const int fetches)
+/* P panels from row r on, T tiles of weights; each `inputs` fetch `lines` of what comes ahead. */
+INLINE void amx_block(const step *s, int inputs, int r, int lines, iv *sums, const int T,
+                      const int P)
 {
-    const uint8_t *w = s->lines[0], *v = s->lines[T - 1], *y = x + s->panel_bytes;
+    const uint8_t *w = s->lines[0], *v = s->lines[T - 1];
+    const uint8_t *x = s->panels + r / PANEL * s->panel_bytes, *y = x + s->panel_bytes;
+    const int before = r / (2 * PANEL) * (s->inputs / inputs) * lines * 64;
+    const uint8_t *next = s->ahead[0] + before, *beside = s->ahead[T - 1] + before;
     iv *right = sums + BLOCK_ROWS;
     _tile_zero(0);
     _tile_zero(1);
@@ -62,9 +65,10 @@ INLINE void amx_block(const step *s, int inputs, const uint8_t *x, iv *sums, con
     }
     for (int k = s->k; k < s->k + s->inputs; k += inputs) {
         const int64_t at = k / PANEL_INPUTS * PANEL * ROW_BYTES + k % PANEL_INPUTS;
-        for (int line = 0; fetches && line < inputs / 4; line++) {
-            fetch(w + AHEAD_BYTES + line * 4 * TILE);
-            fetch(v + AHEAD_BYTES + line * 4 * TILE);
+        for (int line = 0; line < lines; line++) {
+            fetch(next), next += 64;
+            if (T > 1)
+                fetch(beside), beside += 64;
         }
         amx_multiply(w, v, x + at, y + at, T, P);
         w += inputs * TILE, v += inputs * TILE;
@@ -81,16 +85,13 @@ INLINE void amx_block(const step *s, int inputs, const uint8_t *x, iv *sums, con
 INLINE void amx_blocks(const step *s, iv *sums, const int T)
 {
     const int inputs = s->group % PANEL_INPUTS ? HALF_INPUTS : PANEL_INPUTS;
+    const int passes = (s->count - 1) / (2 * PANEL) + 1, blocks = s->inputs / inputs;
+    const int lines = (s->ahead_bytes / 64 - 1) / (passes * blocks) + 1;
     for (int r = 0; r < s->count; r += 2 * PANEL) {
-        const uint8_t *x = s->panels + r / PANEL * s->panel_bytes;
-        if (!s->direct)
-            fetch_part(s, r, 2 * PANEL);
         if (s->count - r <= PANEL)
-            amx_block(s, inputs, x, sums + r, T, 1, s->direct);
-        else if (s->direct && !r)
-            amx_block(s, inputs, x, sums + r, T, 2, 1);
+            amx_block(s, inputs, r, lines, sums + r, T, 1);
         else
-            amx_block(s, inputs, x, sums + r, T, 2, 0);
+            amx_block(s, inputs, r, lines, sums + r, T, 2);
     }
 }
 

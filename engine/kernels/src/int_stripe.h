@@ -326,8 +326,12 @@ static void int8_stripe(step *s, const matrix *m, const uint8_t *const *w, fv *f
         for (s->k = g * group; s->k < (g + 1) * group; s->k += s->inputs) {
             s->inputs = lesser(DIRECT_BLOCK, (g + 1) * group - s->k);
             s->fresh = s->k == g * group;
-            for (int t = 0; t < s->tiles; t++)
+            s->ahead_bytes = s->inputs * TILE;
+            for (int t = 0; t < s->tiles; t++) {
                 s->lines[t] = w[t] + s->k * TILE;
+                s->ahead[t] = s->k + s->inputs < m->padded ? s->lines[t] + s->ahead_bytes
+                                                           : w[t] + s->tiles * m->tile_bytes;
+            }
             kernel(s, sums);
         }
         for (int t = 0; t < s->tiles; t++)
