@@ -113,10 +113,10 @@ def compare_thin(lane: PackedLane, vocab_size: int) -> None:
     """
     thinner = Thinner(lane.model, lane.cache)
     ids = torch.randint(vocab_size, (2, 4), generator=torch.Generator().manual_seed(0)).tolist()
-    with torch.inference_mode(), experts_aside(lane.model):
-        _step(lane, [LanePart((i, 0), [i], own[:3], 0) for i, own in enumerate(ids)], forget=False)
-        with thinner.compare():
-            _step(lane, [LanePart((i, 0), [i], own[3:], 3) for i, own in enumerate(ids)])
+    with torch.inference_mode(), experts_aside(lane.model), thinner.compare():
+        both = [LanePart((i, 0), [i], own[:3], 0) for i, own in enumerate(ids)]
+        _step(lane, both, forget=False)
+        _step(lane, [LanePart((i, 0), [i], own[3:], 3) for i, own in enumerate(ids)])
 
 
 def _step(lane: PassLane, parts: list[LanePart], *, forget: bool = True) -> torch.Tensor:

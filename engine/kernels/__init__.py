@@ -35,6 +35,7 @@ from .step import (
     attend_stored,
     attends_prompts,
     normalize,
+    place,
     route,
     tile_attention,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "measure_gemm",
     "multiply_experts",
     "normalize",
+    "place",
     "pack_codes",
     "route",
     "set_pool_threads",

@@ -281,6 +281,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int64),
     ),
     "moestro_attention": (c_int64, (c_void_p, POINTER(AttentionCall))),
+    "moestro_place": (c_int64, (c_void_p, POINTER(AttentionCall))),
     "moestro_attend": (None, (POINTER(AttendCall),)),
     "moestro_attend_prompt": (None, (POINTER(PromptCall),)),
     "moestro_layer_head": (c_int64, (c_void_p, POINTER(LayerCall))),

@@ -1,4 +1,4 @@
-"""What a step of single tokens does beside its products, on tensors: norms and attention.
+"""What a step does beside its products, on tensors: norms and attention.
 
 Shape letters: T tokens (one of each sequence), H inputs and outputs of the module, D width of a
 head, R its inputs that turn with the position.
@@ -99,6 +99,38 @@ def attend(
     `turns`: cosines and sines fp32 [T, R]; `buffers`: keys and values fp32 [heads, rows, D].
     """
     out = torch.empty((hidden.shape[0], weights.outputs))
+    _attend_with("moestro_attention", weights, hidden, turns, buffers, rows, scratch, out)
+    return out
+
+
+def place(
+    weights: AttentionWeights,
+    hidden: torch.Tensor,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    rows: Rows,
+    scratch: Scratch,
+) -> torch.Tensor:
+    """fp32 [T, H] -> the queries [T, heads, D], turned and scaled: what `attend` does before.
+
+    Tokens of prompts, too: `rows` has one row for each token.
+    """
+    heads, dim = weights.struct.heads, weights.struct.dim
+    out = torch.empty((hidden.shape[0], heads, dim))
+    _attend_with("moestro_place", weights, hidden, turns, buffers, rows, scratch, out)
+    return out
+
+
+def _attend_with(
+    name: str,
+    weights: AttentionWeights,
+    hidden: torch.Tensor,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    rows: Rows,
+    scratch: Scratch,
+    out: torch.Tensor,
+) -> None:
     keys, values = buffers
     call = AttentionCall(
         hidden.data_ptr(),
@@ -114,11 +146,10 @@ def attend(
         scratch.size_bytes,
         hidden.shape[0],
     )
-    run, address = loaded().moestro_attention, ctypes.addressof(weights.struct)
+    run, address = getattr(loaded(), name), ctypes.addressof(weights.struct)
     while needed := run(address, call):
         scratch.grow(needed)
         call.scratch, call.scratch_bytes = scratch.address, scratch.size_bytes
-    return out
 
 
 def attend_stored(

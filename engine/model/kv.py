@@ -191,6 +191,15 @@ def _single_tokens(spans: Sequence[Span]) -> SingleTokens | None:
     return SingleTokens(at, rows, singles[0].kv.store)
 
 
+def _placed_tokens(spans: Sequence[Span]) -> Rows | None:
+    """The row of each new token of a pass; None where they lie in several stores."""
+    if not spans or any(span.kv.store is not spans[0].kv.store for span in spans):
+        return None
+    ends = [span.kv.length_tokens + span.tokens for span in spans]
+    rows = [span.kv.rows(end)[-span.tokens :] for span, end in zip(spans, ends, strict=True)]
+    return Rows(torch.cat(rows), torch.arange(sum(map(len, rows)) + 1))
+
+
 class PackedCache:
     """Stands where a transformers `Cache` would: `past_key_values` of a packed forward pass.
 
@@ -216,6 +225,8 @@ class PackedCache:
         self.singles: SingleTokens | None = None
         self.rows: Rows | None = None
         """Where all tokens lie, in a pass of one new token of each sequence."""
+        self.placed: Rows | None = None
+        """Where the new tokens lie, in any other pass whose sequences share a store."""
 
     def begin(self, parts: Sequence[tuple[SequenceKV, int]]) -> None:
         """Start a pass over `parts`: (sequence, new tokens) in packed order."""
@@ -229,6 +240,7 @@ class PackedCache:
         self.singles = _single_tokens(self.spans)
         alone = self.singles is not None and len(self.singles.at) == len(self.spans)
         self.rows = self.singles.rows if alone and self.singles is not None else None
+        self.placed = None if alone else _placed_tokens(self.spans)
         for forget in self.forgets:
             forget()
 
@@ -241,7 +253,7 @@ class PackedCache:
         self.written = (-1, None)
         self.masks.clear()
         self.first_seen.clear()
-        self.singles = self.rows = None
+        self.singles = self.rows = self.placed = None
 
     # What transformers calls -----------------------------------------------------------------
 

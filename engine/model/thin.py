@@ -1,9 +1,9 @@
 """Modules of a stock model that the library computes in one call, where it gives what they give.
 
 A norm, a router or a gated MLP is replaced when it agrees with the stock module on random rows. An
-attention module is replaced for steps of single tokens, when it agreed with the stock one in a step
-that ran both (thinner.py); whatever else comes to it (prompts, windows, sinks) goes the
-general way. No family is named here: what agrees is replaced.
+attention module is replaced for steps of single tokens, and for prompts, when it agreed with the
+stock one in a step of each that ran both (thinner.py); windows and sinks go the general way. No
+family is named here: what agrees is replaced.
 
 Shape letters: T tokens of the packed row, H width, D width of a head.
 """
@@ -26,9 +26,14 @@ from moestro.engine.kernels import (
     Scratch,
     TileExpert,
     attend,
+    attend_prompt,
+    attend_stored,
+    attends_prompts,
     known_activation,
+    linear,
     multiply_experts,
     normalize,
+    place,
     route,
     tile_attention,
 )
@@ -228,7 +233,7 @@ class ThinAttention:
         self.layer = int(module.layer_idx)  # type: ignore[arg-type]
         self._dim = int(module.head_dim)  # type: ignore[arg-type]
         self._weights: AttentionWeights | None = None
-        self.comparing, self.trusted = False, False
+        self.comparing, self.trusted, self.takes_prompts = False, False, False
 
     def __call__(
         self,
@@ -239,19 +244,16 @@ class ThinAttention:
         **keywords: Any,
     ) -> Any:
         """[1, T, H] -> ([1, T, H], None)"""
+        found = None
         if (
-            (self.trusted or self.comparing)
-            and are_turns(position_embeddings)
+            are_turns(position_embeddings)
             and attention_mask is None
             and fits(hidden_states)
             and past_key_values is self._cache
-            and self._cache.rows is not None
         ):
             found = self._attend(hidden_states, position_embeddings)  # type: ignore[arg-type]
-            if not self.comparing:
-                return found, None
-        else:
-            found = None
+        if found is not None and not self.comparing:
+            return found, None
         out = self._stock(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
@@ -262,19 +264,52 @@ class ThinAttention:
         if self.comparing and found is not None:
             wanted = out[0] if isinstance(out, tuple) and len(out) == 2 else None
             coarse = not self.is_float
-            self.trusted = wanted is not None and agrees(found, wanted, coarse=coarse)
+            agreed = wanted is not None and agrees(found, wanted, coarse=coarse)
+            if self._cache.rows is not None:
+                self.trusted = agreed
+            else:
+                self.takes_prompts = agreed
         return out
 
     def _attend(
         self, hidden: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        rows = self._cache.rows
-        assert rows is not None
+    ) -> torch.Tensor | None:
+        """None in a pass for which it is not trusted."""
+        rows, placed = self._cache.rows, self._cache.placed
+        trusted = self.trusted if rows is not None else self.takes_prompts
+        if not (trusted or self.comparing) or (rows is None and placed is None):
+            return None
         cosines, sines = flat_turns(turns)
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         weights, buffers = self.weights(cosines.shape[1]), self.buffers()
-        out = attend(weights, flat, (cosines, sines), buffers, rows, self._scratch)
-        return out.view(1, *out.shape)
+        event = (weights, flat, (cosines, sines), buffers)
+        if rows is not None:
+            return attend(*event, rows, self._scratch)[None]
+        assert placed is not None
+        mixed = self._mixed(place(*event, placed, self._scratch), buffers)
+        if mixed is None:
+            return None
+        output = self._module.o_proj
+        return linear(mixed, output.matrix, output.bias_row, self._scratch)[None]  # type: ignore[union-attr,arg-type]
+
+    def _mixed(
+        self, queries: torch.Tensor, buffers: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """[T, heads, D], whose keys and values are stored -> values by their shares [T, heads * D].
+
+        None where the library takes no such heads.
+        """
+        singles, mixed = self._cache.singles, torch.empty_like(queries)
+        if not attends_prompts(queries, *buffers):
+            return None
+        if singles is not None:  # by the code of steps that have no others
+            mixed[singles.at] = attend_stored(queries[singles.at], buffers, singles.rows)
+        for span in self._cache.spans:
+            if span.tokens > 1:
+                new = slice(span.start, span.start + span.tokens)
+                keys, values = span.kv.read(self.layer, span.tokens)
+                mixed[new] = attend_prompt(queries[new].transpose(0, 1), keys, values, 1.0)
+        return mixed.flatten(1)
 
     @property
     def is_float(self) -> bool:

@@ -58,7 +58,10 @@ class Thinner:
 
     @contextmanager
     def compare(self) -> Iterator[None]:
-        """Steps of single tokens inside run both ways; who agrees is trusted from then on."""
+        """Steps inside run both ways: one of prompts, and one of single tokens.
+
+        Who agrees is trusted from then on, attention with each of the two apart.
+        """
         assert self._cache is not None
         both: list[ThinAttention | ThinLayer] = [*self.attentions, *self.layers]
         for each in both:
@@ -70,8 +73,10 @@ class Thinner:
                 each.comparing = False
             self._cache.attended_by_library |= {a.layer for a in self.attentions if a.trusted}
             log.info(
-                "one call each: %s, attention of %d layers, %d whole layers but their experts",
+                "one call each: %s, attention of %d layers (prompts': %d), %d whole layers"
+                " but their experts",
                 ", ".join(f"{count} {name}" for name, count in self.counts.items()),
                 sum(each.trusted for each in self.attentions),
+                sum(each.takes_prompts for each in self.attentions),
                 sum(each.trusted for each in self.layers),
             )

@@ -156,6 +156,24 @@ EXPORT int64_t moestro_attention(const attention *a, const attention_call *call)
     return 0;
 }
 
+static void place_item(void *context, int t) { place_token(context, t); }
+
+EXPORT int64_t moestro_place(const attention *a, const attention_call *call)
+{
+    const int64_t key_bytes = (int64_t)call->count * a->key_heads * a->dim * (int64_t)sizeof(float);
+    scratch from = {call->scratch, 0};
+    step s = {.a = a, .call = call, .q = call->out};
+    s.k = take(&from, key_bytes);
+    s.v = take(&from, key_bytes);
+    const int64_t more = project(&s, NULL, 0);
+    uint8_t *rest = take(&from, more);
+    if (from.used > call->scratch_bytes)
+        return from.used;
+    project(&s, rest, more);
+    moestro_pool_run(call->count, place_item, &s);
+    return 0;
+}
+
 /* Of equals the first. What is no number is never larger. */
 static int largest(const float *numbers, int count)
 {

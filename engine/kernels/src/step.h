@@ -63,6 +63,9 @@ typedef struct {
 
 /* 0, or, having done nothing, how many bytes of scratch it needs. */
 int64_t moestro_attention(const attention *a, const attention_call *call);
+/* Tokens of prompts, too: keys and values to their rows, and -> out [count, heads, dim] the queries,
+   which have turned and are scaled. Nobody attends. */
+int64_t moestro_place(const attention *a, const attention_call *call);
 
 /* Attention alone: queries that have turned and are scaled, over keys and values in their places. */
 typedef struct {

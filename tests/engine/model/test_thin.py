@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,21 @@ def test_single_tokens_equal_the_general_way(family: str, tmp_path: Path) -> Non
     assert near(found, wanted)
 
 
+@pytest.mark.parametrize("name", ["native", slow("int8")])
+def test_a_prompt_in_parts_beside_others_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+    folder, prompt = tiny.build("qwen3_moe", tmp_path / "model"), list(range(20, 60))
+    formats = {"expert_format": name, "dense_format": name}
+    with opened(folder, tmp_path / "cache", **formats) as loaded:
+        assert all(each.takes_prompts for each in small(loaded)[ThinAttention])
+        whole = run_logits(loaded, [[(1, prompt)]])
+        for cuts in ((0, 17, 40), (0, 2, 25, 40)):
+            parts = [(1, prompt[a:b]) for a, b in pairwise(cuts)]
+            beside = [(2, [7, 8, 9]), (3, [11])]
+            assert torch.equal(run_logits(loaded, [[part] for part in parts])[-1], whole[-1])
+            found = run_logits(loaded, [[*beside, part] for part in parts])
+            assert torch.equal(found[-1], whole[-1])
+
+
 @pytest.mark.parametrize("name", ["int8", slow("int4")])
 def test_integer_weights_are_trusted_too(name: str, tmp_path: Path) -> None:
     folder = tiny.build("qwen3_moe", tmp_path / "model")
@@ -149,6 +165,7 @@ def test_windows_go_the_general_way(tmp_path: Path) -> None:
     folder = tiny.save(with_windows(), tmp_path / "model")
     with opened(folder, tmp_path / "cache") as loaded:
         assert counted(loaded)[3:] == [0, 0]
+        assert not any(each.takes_prompts for each in small(loaded)[ThinAttention])
         found = run_logits(loaded, SINGLE)
         with general(loaded):
             assert near(found, run_logits(loaded, SINGLE))
@@ -202,6 +219,7 @@ def test_who_gives_something_else_is_not_trusted(
     with opened(folder, tmp_path / "cache") as loaded:
         left = [all_ - gone for all_, gone in zip(REPLACED["qwen3_moe"], lost, strict=True)]
         assert counted(loaded) == left
+        assert all(a.takes_prompts == a.trusted for a in small(loaded)[ThinAttention])
         found = run_logits(loaded, SINGLE)
         with general(loaded):
             assert near(found, run_logits(loaded, SINGLE))
