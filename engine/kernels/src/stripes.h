@@ -20,6 +20,14 @@ static void write_stripe(const matrix *m, int tile, int tiles, const fv *f, int 
             write_tile(m, tile + t, fv_mul(f[t * BLOCK_ROWS + r], scales[t]), out[r], bias);
 }
 
+/* Where results will go: rows are far apart, and each line would be waited for when written. */
+INLINE void fetch_outputs(int tile, int tiles, int count, float *const *out)
+{
+    for (int r = 0; r < count; r++)
+        for (int t = 0; t < tiles; t++)
+            fetch((const uint8_t *)(out[r] + (tile + t) * TILE));
+}
+
 /* One tile at a time: memory comes as one stream, which the processor goes on reading at a tile's
    end. Two streams stop together after some KiB, and few rows do not cover the wait. */
 INLINE int is_narrow(const matrix *m, int count, const int_kernels *with)
@@ -40,6 +48,7 @@ static void multiply_stripes(const matrix *m, int tile, int end, const uint8_t *
             s.tiles = end - t < STRIPE || is_narrow(m, s.count, with) ? 1 : STRIPE;
             for (int u = 0; u < s.tiles; u++)
                 w[u] = m->tiles + (t + u) * m->tile_bytes;
+            fetch_outputs(t, s.tiles, s.count, out + since);
             if (m->row_group)
                 int_stripe(&s, m, w, f, with);
             else
