@@ -1,4 +1,4 @@
-"""What the log says of a model at its start, before it is loaded."""
+"""What the log says of a model at its start; which products multiply many rows of it."""
 
 import logging
 

@@ -63,9 +63,14 @@ def _multiply(rows: int, weights: int, sums: int, count: int, outputs: int, inpu
             out=_view(sums, count, outputs, torch.int32),
         )
     except RuntimeError as error:
-        log.warning("torch multiplies no int8 here (%s): the library does", error)
+        _say_refused(str(error))
         return 0
     return 1
+
+
+@lru_cache
+def _say_refused(why: str) -> None:  # once, not with each product
+    log.warning("torch multiplies no int8 here (%s): the library does", why)
 
 
 def _view(address: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -191,15 +191,19 @@ def attends_prompts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Ten
 
 
 def attend_prompt(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp32 [heads, T, D], [key heads, S, D] and [key heads, S, Dv] -> [T, heads, Dv].
 
-    The T tokens are the last ones of S, and see those before them. A token's result does not depend
-    by a bit on which others are in the call.
+    Into `out`, contiguous, where it is given. The T tokens are the last ones of S, and see those
+    before them. A token's result does not depend by a bit on which others are in the call.
     """
     (heads, tokens, dim), (key_heads, length, value_dim) = queries.shape, values.shape
-    out = torch.empty((tokens, heads, value_dim))
+    out = torch.empty((tokens, heads, value_dim)) if out is None else out
     states = torch.empty((heads, tokens, 2))
     call = PromptCall(
         *(each.data_ptr() for each in (queries, keys, values, out, states)),

@@ -279,36 +279,32 @@ class ThinAttention:
         trusted = self.trusted if rows is not None else self.takes_prompts
         if not (trusted or self.comparing) or (rows is None and placed is None):
             return None
+        buffers = self.buffers()
+        if rows is None and not attends_prompts(*buffers, buffers[0]):
+            return None
         cosines, sines = flat_turns(turns)
         flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-        weights, buffers = self.weights(cosines.shape[1]), self.buffers()
+        weights = self.weights(cosines.shape[1])
         event = (weights, flat, (cosines, sines), buffers)
         if rows is not None:
             return attend(*event, rows, self._scratch)[None]
         assert placed is not None
         mixed = self._mixed(place(*event, placed, self._scratch), buffers)
-        if mixed is None:
-            return None
         output = self._module.o_proj
         return linear(mixed, output.matrix, output.bias_row, self._scratch)[None]  # type: ignore[union-attr,arg-type]
 
     def _mixed(
         self, queries: torch.Tensor, buffers: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor | None:
-        """[T, heads, D], whose keys and values are stored -> values by their shares [T, heads * D].
-
-        None where the library takes no such heads.
-        """
+    ) -> torch.Tensor:
+        """[T, heads, D], whose keys and values are stored -> what they attend to [T, heads * D]."""
         singles, mixed = self._cache.singles, torch.empty_like(queries)
-        if not attends_prompts(queries, *buffers):
-            return None
         if singles is not None:  # by the code of steps that have no others
             mixed[singles.at] = attend_stored(queries[singles.at], buffers, singles.rows)
         for span in self._cache.spans:
             if span.tokens > 1:
                 new = slice(span.start, span.start + span.tokens)
                 keys, values = span.kv.read(self.layer, span.tokens)
-                mixed[new] = attend_prompt(queries[new].transpose(0, 1), keys, values, 1.0)
+                attend_prompt(queries[new].transpose(0, 1), keys, values, 1.0, mixed[new])
         return mixed.flatten(1)
 
     @property

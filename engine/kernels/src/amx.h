@@ -22,6 +22,26 @@ INLINE void amx_configure(int inputs)
     _tile_loadconfig(&wanted);
 }
 
+INLINE void amx_zero(void)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* The sums of P panels with a tile of weights, and with another one. */
+INLINE void amx_store(iv *left, iv *right, const int T, const int P)
+{
+    _tile_stored(0, left, sizeof(iv));
+    if (P > 1)
+        _tile_stored(1, left + PANEL, sizeof(iv));
+    if (T > 1)
+        _tile_stored(2, right, sizeof(iv));
+    if (P > 1 && T > 1)
+        _tile_stored(3, right + PANEL, sizeof(iv));
+}
+
 /* sums += a panel's block at x, and one at y, times 16 lines at w, and at v. */
 INLINE void amx_multiply(const uint8_t *w, const uint8_t *v, const uint8_t *x, const uint8_t *y,
                          const int T, const int P)
@@ -50,10 +70,7 @@ INLINE void amx_block(const step *s, int inputs, int r, int lines, iv *sums, con
     const int before = r / (2 * PANEL) * (s->inputs / inputs) * lines * 64;
     const uint8_t *next = s->ahead[0] + before, *beside = s->ahead[T - 1] + before;
     iv *right = sums + BLOCK_ROWS;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    amx_zero();
     if (!s->fresh) {
         _tile_loadd(0, sums, sizeof(iv));
         if (P > 1)
@@ -73,13 +90,7 @@ INLINE void amx_block(const step *s, int inputs, int r, int lines, iv *sums, con
         amx_multiply(w, v, x + at, y + at, T, P);
         w += inputs * TILE, v += inputs * TILE;
     }
-    _tile_stored(0, sums, sizeof(iv));
-    if (P > 1)
-        _tile_stored(1, sums + PANEL, sizeof(iv));
-    if (T > 1)
-        _tile_stored(2, right, sizeof(iv));
-    if (P > 1 && T > 1)
-        _tile_stored(3, right + PANEL, sizeof(iv));
+    amx_store(sums, right, T, P);
 }
 
 INLINE void amx_blocks(const step *s, iv *sums, const int T)
@@ -117,23 +128,13 @@ INLINE void amx_group_sums(const step *s, int groups, int r, amx_sums *sums, con
     const uint8_t *x = s->panels + r / PANEL * s->panel_bytes, *y = x + s->panel_bytes;
     for (int g = 0, k = s->k; g < groups; g++) {
         fetch_part(s, r + g * some, some);
-        iv *left = sums[g][0], *right = sums[g][T - 1];
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        amx_zero();
         for (const int end = k + s->group; k < end; k += inputs) {
             const int64_t at = k / PANEL_INPUTS * PANEL * ROW_BYTES + k % PANEL_INPUTS;
             amx_multiply(w, v, x + at, y + at, T, P);
             w += inputs * TILE, v += inputs * TILE;
         }
-        _tile_stored(0, left, sizeof(iv));
-        if (P > 1)
-            _tile_stored(1, left + PANEL, sizeof(iv));
-        if (T > 1)
-            _tile_stored(2, right, sizeof(iv));
-        if (P > 1 && T > 1)
-            _tile_stored(3, right + PANEL, sizeof(iv));
+        amx_store(sums[g][0], sums[g][T - 1], T, P);
     }
 }
 

@@ -84,9 +84,11 @@ def test_where_torch_fails_the_library_multiplies(
 
     monkeypatch.setattr(torch, "_int_mm", fail)
     use_gemm(16)
+    home._say_refused.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(linear(rows, matrix, None, Scratch()), own)
-    assert "no such product" in caplog.text
+        for _ in range(2):
+            assert torch.equal(linear(rows, matrix, None, Scratch()), own)
+    assert caplog.text.count("no such product") == 1
 
 
 RATES = {1024: (100.0, 150.0), 512: (100.0, 120.0), 256: (100.0, 105.0), 128: (1.0, 9.0)}
